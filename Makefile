@@ -1,0 +1,46 @@
+# Every target works on a fresh Linux machine with Python 3.11 and pip: it installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: install system run test check fix bench load lock clean
+install: $(STAMP)
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+system:
+	@sh .ci/packages
+
+run: install system
+	$(BIN)/dayfly up --data .dayfly --deploy examples
+
+test: install system
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	@sh .ci/packages bench
+	for file in cold_start warm burst density scale_to_zero; do $(BIN)/python -m bench.$$file || exit 1; done
+
+load: install
+	$(BIN)/locust -f bench/locustfile.py --headless --users 20 --spawn-rate 20 --run-time 30s
+
+lock: install
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev pyproject.toml -o requirements/dev.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
