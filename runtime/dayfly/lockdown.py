@@ -1,0 +1,210 @@
+"""From trusted to untrusted: the steps that a guest takes between `Load` and the first user code.
+
+Until `lock_down` returns, only code of Dayfly's and the operator's has run in this process. The
+order matters: mounts need the capabilities that the later steps give away for good.
+
+    prepare    (while generic)  the seccomp filter, which the driver compiled; the Landlock ruleset
+    mount_code                  the one package at /code, the package store covered, /tmp sized
+    lock_down                   rlimits, a user namespace without rights, no capabilities,
+                                no_new_privs, Landlock, seccomp; then the kernel is asked to confirm
+"""
+
+import ctypes
+import os
+import resource
+import struct
+
+from dayfly.record import Record
+
+CODE = "/code"
+PACKAGES = "/packages"
+EMPTY = "/empty"
+USER = 1000
+MACHINE = os.uname().machine
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096, 16384
+MS_PRIVATE = 1 << 18
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
+SECCOMP_SET_MODE_FILTER = 1
+SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
+LANDLOCK_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
+
+_READ = 0b1101  # execute, read a file, read a folder
+_WRITE = 0b10
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """mount(2); raises OSError that names the target."""
+    packed = [v.encode() if v is not None else None for v in (source, target, kind, options)]
+    _check(_libc.mount(packed[0], packed[1], packed[2], flags, packed[3]), f"mount {target}")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def prctl(option: int, *args: int) -> int:
+    """prctl(2)."""
+    longs = [ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]]
+    return _check(_libc.prctl(option, *longs), f"prctl {option}")
+
+
+def landlock_abi() -> int:
+    """The Landlock version of this kernel, 0 when it has none."""
+    return max(0, int(_libc.syscall(SYS_LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION)))
+
+
+class Prepared(Record):
+    """What can be made before the function is known, so that `Load` need not wait for it."""
+
+    seccomp: bytes
+    landlock: int | None
+    landlock_abi: int
+
+
+def prepare(seccomp: bytes) -> Prepared:
+    """Build the Landlock ruleset; call it in the finished mounts. *seccomp* is the filter."""
+    abi = landlock_abi()
+    return Prepared(
+        seccomp=seccomp,
+        landlock=_ruleset(abi) if abi else None,
+        landlock_abi=abi,
+    )
+
+
+def _ruleset(abi: int) -> int:
+    """Reading and executing everywhere; writing only in /tmp, /dev/shm and harmless devices."""
+    rights = (1 << _LANDLOCK_RIGHTS.get(abi, 16)) - 1
+    scoped = 0b11 if abi >= 6 else 0  # abstract Unix sockets and signals stay inside
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    attributes = struct.pack("=QQQ", rights, 0, scoped)[:size]
+    ruleset = _check(_libc.syscall(SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
+    write_device = _READ | _WRITE | (1 << 15 if abi >= 5 else 0) | (1 << 14 if abi >= 3 else 0)
+    paths = {"/": _READ, "/tmp": rights, "/dev/shm": rights}
+    paths |= {f"/dev/{name}": write_device & ~0b1000 for name in _DEVICES}
+    for path, allowed in paths.items():
+        beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", allowed, beneath)
+        added = _libc.syscall(SYS_LANDLOCK_ADD, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+        _check(added, f"landlock {path}")
+        os.close(beneath)
+    return ruleset
+
+
+def mount_code(digest: str, tmp_mb: int) -> None:
+    """Bind package *digest* read-only at /code, put the store out of reach, size /tmp."""
+    if len(digest) != 64 or not digest.isalnum():
+        raise ValueError(f"not a package digest: {digest!r}")
+    mount(f"{PACKAGES}/{digest}", CODE, None, MS_BIND)
+    mount("", CODE, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    # covered, not unmounted: that would wait 2-4 ms for every processor to have passed by (RCU),
+    # and without capabilities nobody lifts the cover again
+    mount(EMPTY, PACKAGES, None, MS_BIND)
+    options = f"size={tmp_mb}m,nr_inodes={max(1024, tmp_mb * 256)}"
+    mount("", "/tmp", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
+    mount("", "/dev/shm", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
+
+
+def limit(*, processes: int, open_files: int, memory_bytes: int | None) -> None:
+    """Set this process's resource limits for good; *memory_bytes* only where no cgroup holds it."""
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: open_files,
+        # ours are pid 1, the guest and its thread; the count is this sandbox's alone, because bwrap
+        # made it a user namespace
+        resource.RLIMIT_NPROC: processes + 3,
+        resource.RLIMIT_MEMLOCK: 1 << 20,
+    }
+    if memory_bytes is not None:
+        limits[resource.RLIMIT_DATA] = memory_bytes
+    for which, wanted in limits.items():
+        hard = resource.getrlimit(which)[1]
+        value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(which, (value, value))
+
+
+def lock_down(prepared: Prepared) -> None:
+    """Give away every right, for good. What runs next may be anybody's code."""
+    _become_nobody()
+    for capability in range(64):
+        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # one past the last capability of this kernel
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+    _check(_libc.capset(header, none), "capset")
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if prepared.landlock is not None:
+        restricted = _libc.syscall(SYS_LANDLOCK_RESTRICT, prepared.landlock, 0)
+        _check(restricted, "landlock restrict")
+        os.close(prepared.landlock)
+    _install(prepared.seccomp)
+
+
+def _become_nobody() -> None:
+    """A user namespace of our own in which no further one can be made."""
+    uid, gid = os.geteuid(), os.getegid()
+    unshare(CLONE_NEWUSER)
+    for path, text in (
+        ("/proc/self/setgroups", "deny"),
+        ("/proc/self/uid_map", f"{USER} {uid} 1"),
+        ("/proc/self/gid_map", f"{USER} {gid} 1"),
+        ("/proc/sys/user/max_user_namespaces", "0"),
+    ):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
+def _install(filter_: bytes) -> None:
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+    program = Program(len(filter_) // 8, filter_)
+    number = SYS_SECCOMP[MACHINE]
+    done = _libc.syscall(number, SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(program))
+    _check(done, "seccomp")
+
+
+class Rights(Record):
+    """What the kernel says this process may still do."""
+
+    cap_eff: int
+    no_new_privs: int
+    seccomp: int
+
+
+LOCKED = Rights(cap_eff=0, no_new_privs=1, seccomp=2)
+
+
+def rights() -> Rights:
+    """Read from /proc/self/status; a locked-down guest has `LOCKED`."""
+    values = dict(
+        line.split(":\t", 1) for line in _read("/proc/self/status").splitlines() if ":\t" in line
+    )
+    return Rights(
+        cap_eff=int(values["CapEff"], 16),
+        no_new_privs=int(values["NoNewPrivs"]),
+        seccomp=int(values["Seccomp"]),
+    )
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
