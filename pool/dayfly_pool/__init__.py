@@ -1,0 +1,1 @@
+"""The pool: sandboxes, scheduling and scaling. Import its modules by name."""

@@ -1,0 +1,44 @@
+"""The pool's settings: one frozen object, checked at birth, defaults visible here."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """How one pool behaves. Times are in seconds."""
+
+    data: Path
+    driver: Literal["linux", "process"] = "linux"
+    generic_min: int = 4
+    generic_max: int = 32
+    sandboxes_max: int = 512
+    starts_max: int = max(2, os.cpu_count() or 2)
+    """Sandboxes that may be starting at the same moment: more only makes each of them slower."""
+
+    start_timeout_s: float = 30.0
+    init_timeout_s: float = 10.0
+    grace_s: float = 2.0
+    """Between SIGTERM at an invocation's deadline and SIGKILL."""
+
+    queue_s_max: float = 30.0
+    tick_s: float = 0.1
+    invocations_max: int = 20_000
+    """Invocations waiting or running in the whole pool."""
+
+    foreign_namespaces: tuple[str, ...] = ()
+    """Namespaces that hold anybody's code: nothing of theirs runs before the lock-down."""
+
+    uid_first: int = 3_000_000
+    """As root, sandbox number n runs as the host uid *uid_first* + n."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.generic_min <= self.generic_max <= self.sandboxes_max:
+            raise ValueError("need 0 <= generic-min <= generic-max <= sandboxes-max")
+        if self.starts_max < 1 or self.sandboxes_max < 1:
+            raise ValueError("starts-max and sandboxes-max must be at least 1")
+        positive = (self.start_timeout_s, self.init_timeout_s, self.grace_s, self.tick_s)
+        if min(positive) <= 0:
+            raise ValueError("times must be above 0")

@@ -1,0 +1,65 @@
+"""What a driver promises, and which there are.
+
+Drivers make and destroy sandboxes on one kind of machine; they keep no policy.
+
+Chosen by name (`DRIVERS`), imported when chosen.
+"""
+
+import socket
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from dayfly_pool.models import Environment, Limits, Mold, SandboxId
+
+DRIVERS: Final[Mapping[str, str]] = {
+    "linux": "dayfly_pool.drivers.linux:LinuxDriver",
+    "process": "dayfly_pool.drivers.process:ProcessDriver",
+}
+GENERIC_LIMITS: Final = Limits()
+"""What a generic sandbox has; a function that asks for no other is spared the writes."""
+
+MEMORY_HEADROOM_MB: Final = 16
+"""What the guest itself uses, on top of the memory that a function may use."""
+
+
+class Exit(NamedTuple):
+    """How a sandbox ended: its exit code (negative or over 128: a signal) and its memory."""
+
+    code: int
+    oom_kills: int = 0
+    peak_bytes: int = 0
+
+
+class Driver(Protocol):
+    """Makes and destroys sandboxes on one kind of machine.
+
+    A driver keeps no policy: it never decides when, how many or which. `create` returns our end
+    of the guest's connection; the guest says `Hello` when it is up. `destroy` is idempotent,
+    never raises for a sandbox that is gone, and returns when every process of it is dead.
+    `exited` returns how the sandbox ended, once it has. `open` destroys what an earlier server
+    on the same machine left behind.
+    """
+
+    isolated: bool
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def create(
+        self, sandbox: SandboxId, mold: Mold, environment: Environment
+    ) -> socket.socket: ...
+    def limit(self, sandbox: SandboxId, limits: Limits) -> None: ...
+    async def terminate(self, sandbox: SandboxId) -> None: ...
+    async def destroy(self, sandbox: SandboxId) -> Exit: ...
+    async def exited(self, sandbox: SandboxId) -> Exit: ...
+    def memory_bytes(self, sandbox: SandboxId) -> int: ...
+
+
+def load(name: str, data: Path, uid_first: int) -> Driver:
+    """The driver called *name*; `ValueError` names those there are."""
+    if name not in DRIVERS:
+        raise ValueError(f"no driver {name!r}; there are {', '.join(DRIVERS)}")
+    module, _, attribute = DRIVERS[name].partition(":")
+    driver: Driver = getattr(import_module(module), attribute)(data, uid_first)
+    return driver

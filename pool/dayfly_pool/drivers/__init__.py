@@ -1,0 +1,1 @@
+"""The drivers. Light on purpose: the launcher is imported without third-party packages."""

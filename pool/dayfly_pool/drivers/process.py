@@ -1,0 +1,106 @@
+"""Sandboxes as plain child processes: no isolation at all, for laptops that cannot do better.
+
+Chosen by name only, never as a fallback. It still gives separate processes, time limits and the
+same protocol, so functions behave the same.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from dayfly_pool.driver import Exit
+from dayfly_pool.drivers import guest
+from dayfly_pool.errors import SandboxStartFailed
+from dayfly_pool.models import Environment, Limits, Mold, SandboxId
+
+log = logging.getLogger("dayfly.driver")
+
+
+class ProcessDriver:
+    """See `Driver`."""
+
+    isolated = False
+
+    def __init__(self, data: Path, uid_first: int) -> None:
+        self._data = data
+        self._guest = Path()
+        self._python = os.path.realpath(sys.executable)
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+
+    async def open(self) -> None:
+        """Nothing of an earlier server can be found again; its guests ended with its sockets."""
+        log.warning("driver process: functions run WITHOUT isolation, with this user's rights")
+        self._guest = await asyncio.to_thread(guest.install, self._data)
+
+    async def close(self) -> None:
+        """Kill every sandbox."""
+        for sandbox in list(self._processes):
+            await self.destroy(SandboxId(sandbox))
+
+    async def create(
+        self, sandbox: SandboxId, mold: Mold, environment: Environment
+    ) -> socket.socket:
+        """Start one guest; raises `SandboxStartFailed`."""
+        ours, theirs = socket.socketpair()
+        packages = str(self._data / "packages" / "unpacked")
+        command = guest.command(
+            self._python,
+            str(self._guest),
+            packages,
+            environment.path,
+            environment,
+            isolated=False,
+            limit_memory=False,
+        )
+        number = theirs.fileno()
+        command[-2] = f"import os; os.dup2({number}, 3); " + command[-2]
+        try:
+            with theirs:
+                self._processes[sandbox] = await asyncio.create_subprocess_exec(
+                    *command, env={}, pass_fds=[number], stdin=-3, start_new_session=True
+                )
+        except OSError as error:
+            ours.close()
+            raise SandboxStartFailed(str(error)) from error
+        ours.setblocking(False)
+        return ours
+
+    def limit(self, sandbox: SandboxId, limits: Limits) -> None:
+        """Nothing is limited here; the time limits are the pool's."""
+
+    async def terminate(self, sandbox: SandboxId) -> None:
+        """Send SIGTERM to the guest."""
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            self._processes[sandbox].terminate()
+
+    async def destroy(self, sandbox: SandboxId) -> Exit:
+        """Kill the guest's process group (a child that made a session of its own escapes)."""
+        process = self._processes.get(sandbox)
+        if process is None:
+            return Exit(0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = await process.wait()
+        self._processes.pop(sandbox, None)
+        return Exit(code)
+
+    async def exited(self, sandbox: SandboxId) -> Exit:
+        """How it ended, as soon as it has."""
+        process = self._processes.get(sandbox)
+        return Exit(await process.wait() if process is not None else 0)
+
+    def memory_bytes(self, sandbox: SandboxId) -> int:
+        """Resident memory, where /proc tells it; else 0."""
+        process = self._processes.get(sandbox)
+        if process is None:
+            return 0
+        try:
+            pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+        except OSError:
+            return 0
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")

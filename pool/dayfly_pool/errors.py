@@ -1,0 +1,151 @@
+"""Everything of ours that can fail, by name. The class docstring is the message and the remedy.
+
+User code's failures are not here: they are data (`models.Failure`).
+"""
+
+from typing import Any, ClassVar
+
+
+class PlatformError(Exception):
+    """Something on our side failed."""
+
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, detail: str = "", **fields: Any) -> None:
+        super().__init__(detail or type(self).title())
+        self.detail = detail
+        self.fields = fields
+
+    @classmethod
+    def title(cls) -> str:
+        """The first sentence of the docstring: what happened."""
+        return (cls.__doc__ or cls.__name__).split("\n")[0].strip()
+
+    @classmethod
+    def remedy(cls) -> str:
+        """The rest of the docstring: what to do about it."""
+        return " ".join(line.strip() for line in (cls.__doc__ or "").split("\n")[1:]).strip()
+
+
+class BadInput(PlatformError):
+    """What was sent is not valid.
+
+    Nothing was changed. Correct what the detail names and send it again.
+    """
+
+    status = 400
+
+
+class BadPackage(BadInput):
+    """The package was refused.
+
+    Nothing was changed. Send a zip of regular files and folders within the limits.
+    """
+
+
+class FunctionNotFound(PlatformError):
+    """There is no such function.
+
+    `dayfly list` shows what is deployed; `dayfly deploy PATH` deploys one.
+    """
+
+    status = 404
+
+
+class EnvironmentNotFound(PlatformError):
+    """There is no such environment.
+
+    `dayfly list environments` shows them; a requirements.txt beside the code makes one.
+    """
+
+    status = 404
+
+
+class EnvironmentBuildFailed(PlatformError):
+    """The environment could not be built.
+
+    The detail is uv's own message. Nothing was changed: correct the requirements and deploy again.
+    """
+
+    status = 422
+
+
+class BodyTooLarge(PlatformError):
+    """The request's body is over the limit.
+
+    Send less, or put the data where the function can fetch it and send a reference.
+    """
+
+    status = 413
+
+
+class QueueFull(PlatformError):
+    """Too many invocations of this function are waiting.
+
+    Retry after the time in Retry-After, or raise the function's maxScale or queueMax.
+    """
+
+    status = 429
+    retryable = True
+    retry_after_s = 1
+
+
+class NoCapacity(PlatformError):
+    """No sandbox became free before the deadline.
+
+    Retry later. If it stays so, raise the function's maxScale or the server's --sandboxes-max.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
+
+
+class Draining(PlatformError):
+    """The server is shutting down.
+
+    Retry: another server, or this one after its restart, will take the request.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
+
+
+class SandboxStartFailed(PlatformError):
+    """A sandbox could not be started.
+
+    `dayfly doctor` says what this machine lacks; the server's log has the details.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 5
+
+
+class PackageDamaged(PlatformError):
+    """The stored package is not what its digest says.
+
+    It is never run. Deploy the function again.
+    """
+
+    status = 503
+
+
+class DriverUnavailable(PlatformError):
+    """This machine cannot give the isolation that was asked for.
+
+    `dayfly doctor` names the exact fix. `--driver process` runs without isolation: for your own
+    code on your own laptop only.
+    """
+
+    status = 503
+
+
+class DataFolderUnusable(PlatformError):
+    """The data folder cannot be used.
+
+    Give a folder that this user may write with --data DIR, one server a folder.
+    """

@@ -1,0 +1,225 @@
+"""What is declared and what is passed around: manifests, invocations, outcomes.
+
+Manifests are Kubernetes-shaped (`apiVersion`, `kind`, `metadata`, `spec`, camelCase fields); the
+same file works with `dayfly apply -f` and, in a cluster, `kubectl apply -f`.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Final, Literal, NewType
+
+import msgspec
+from msgspec import Meta, Struct
+
+API_VERSION: Final = "dayfly.dev/v1"
+BASE: Final = "base"
+"""The environment that every server has: the standard library only."""
+
+FunctionId = NewType("FunctionId", str)  # "namespace/name"
+SandboxId = NewType("SandboxId", str)
+InvocationId = NewType("InvocationId", str)
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
+Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+Network = Literal["none", "host"]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+ENV_BYTES_MAX: Final = 32 * 1024
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class Model(Struct, rename="camel", forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Declared data: camelCase outside, unknown fields refused by name."""
+
+
+class Limits(Model, frozen=True):
+    """What one sandbox of a function may use at most."""
+
+    memory_mb: Annotated[int, Meta(ge=16, le=1 << 20)] = 256
+    cpu: Annotated[float, Meta(gt=0, le=256)] = 1.0
+    processes: Annotated[int, Meta(ge=2, le=32768)] = 64
+    open_files: Annotated[int, Meta(ge=32, le=65536)] = 256
+    tmp_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 64
+
+
+class Route(Model, frozen=True):
+    """A way in over HTTP besides `/fn/NAME`.
+
+    `{name}` in *path* matches one segment, `{name+}` the rest.
+    """
+
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)]
+    host: Annotated[str, Meta(max_length=253)] = ""
+    methods: tuple[Annotated[str, Meta(pattern=r"^[A-Z]{1,20}\Z")], ...] = ()
+
+
+class FunctionSpec(Model, frozen=True):
+    """What a user declares of a function. *package* is a digest; *source* is for the CLI only."""
+
+    handler: Annotated[str, Meta(min_length=1, max_length=256)]
+    package: Digest = ""
+    source: str | None = None
+    environment: Annotated[str, Meta(max_length=64)] = BASE
+    env: dict[str, str] = {}
+    timeout_seconds: Seconds = 30.0
+    min_scale: Annotated[int, Meta(ge=0, le=10000)] = 0
+    max_scale: Annotated[int, Meta(ge=1, le=10000)] = 100
+    concurrency: Annotated[int, Meta(ge=1, le=1000)] = 1
+    keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 60.0
+    queue_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
+    network: Network = "none"
+    limits: Limits = Limits()
+    routes: tuple[Route, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.min_scale > self.max_scale:
+            raise ValueError("minScale is over maxScale")
+        if len(self.routes) > 100:
+            raise ValueError("more than 100 routes")
+        if not all(map(math.isfinite, (self.timeout_seconds, self.keep_alive_seconds))):
+            raise ValueError("seconds must be finite")
+        wrong = [name for name in self.env if not _ENV_NAME.match(name)]
+        if wrong:
+            raise ValueError(f"env name {wrong[0]!r} is not letters, digits and underscores")
+        if any("\0" in value for value in self.env.values()):
+            raise ValueError("an env value holds a NUL character")
+        if sum(len(k) + len(v.encode()) for k, v in self.env.items()) > ENV_BYTES_MAX:
+            raise ValueError(f"env is over {ENV_BYTES_MAX} bytes")
+
+
+class EnvironmentSpec(Model, frozen=True):
+    """An interpreter plus libraries: *requirements* in pip's format, *preload* imported early."""
+
+    requirements: Annotated[str, Meta(max_length=256 * 1024)] = ""
+    preload: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*\Z", max_length=128)], ...] = ()
+    generic_min: Annotated[int, Meta(ge=0, le=1000)] = 1
+
+
+class Metadata(Model, frozen=True):
+    """A declared thing's name, in a namespace (a tenant)."""
+
+    name: Name
+    namespace: Name = "default"
+    labels: dict[str, str] = {}
+
+
+class FunctionManifest(Model, frozen=True, tag_field="kind", tag="Function"):
+    """`kind: Function`."""
+
+    metadata: Metadata
+    spec: FunctionSpec
+    api_version: Literal["dayfly.dev/v1"] = API_VERSION
+
+
+class EnvironmentManifest(Model, frozen=True, tag_field="kind", tag="Environment"):
+    """`kind: Environment`."""
+
+    metadata: Metadata
+    spec: EnvironmentSpec
+    api_version: Literal["dayfly.dev/v1"] = API_VERSION
+
+
+Manifest = FunctionManifest | EnvironmentManifest
+
+
+class Environment(Model, frozen=True):
+    """A built environment. *path* holds its libraries, empty for `base`.
+
+    *early* says that its modules are imported before the lock-down (the operator's own code).
+    """
+
+    digest: str
+    path: str = ""
+    preload: tuple[str, ...] = ()
+    early: bool = True
+    generic_min: int = 0
+
+
+class Mold(Struct, frozen=True):
+    """What a generic sandbox is made of; only functions of the same mold can be loaded into it."""
+
+    environment: str
+    network: Network = "none"
+
+    def __str__(self) -> str:
+        return f"{self.environment[:12]}/{self.network}"
+
+
+class Function(Struct, frozen=True):
+    """One deployed version of a function, as the pool uses it."""
+
+    id: FunctionId
+    version: str
+    spec: FunctionSpec
+    mold: Mold
+
+    @property
+    def namespace(self) -> str:
+        """The tenant that it belongs to."""
+        return self.id.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """Its name within the namespace."""
+        return self.id.partition("/")[2]
+
+
+def function_id(namespace: str, name: str) -> FunctionId:
+    """The id of a function by its full name."""
+    return FunctionId(f"{namespace}/{name}")
+
+
+class Invocation(Struct, frozen=True):
+    """One event for one function. *http* is the request's meta map, None for a direct invoke."""
+
+    id: InvocationId
+    function: FunctionId
+    body: bytes
+    http: dict[str, Any] | None = None
+    trace: str = ""
+    queue_s_max: float = 30.0
+
+
+class Timing(Struct):
+    """Where an invocation's time went, in seconds; None for what did not happen."""
+
+    start: Literal["warm", "generic", "forked", "created"] = "warm"
+    queue_s: float = 0.0
+    create_s: float | None = None
+    specialize_s: float | None = None
+    handler_s: float = 0.0
+
+
+class Success(Struct, frozen=True):
+    """The handler returned. *status* and *headers* are set for HTTP; *body* is raw."""
+
+    body: bytes
+    timing: Timing
+    status: int = 0
+    headers: list[list[str]] = []
+
+
+class Failure(Struct, frozen=True):
+    """User code failed. Data, not an exception of ours.
+
+    *kind*: Raised, Exited, BadResponse, TimedOut, OutOfMemory, Crashed, ProtocolViolation while
+    running; HandlerMissing, SyntaxError, ImportFailed, InitTimedOut, InitCrashed while loading.
+    """
+
+    kind: str
+    message: str
+    traceback: str = ""
+    timing: Timing = msgspec.field(default_factory=Timing)
+
+
+Outcome = Success | Failure
+
+
+class LogLine(Struct, frozen=True):
+    """One line that user code wrote, or that the platform says about an invocation."""
+
+    time: float
+    function: FunctionId
+    sandbox: str
+    invocation: str
+    stream: Literal["stdout", "stderr", "platform"]
+    text: str

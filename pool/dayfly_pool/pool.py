@@ -1,0 +1,440 @@
+"""The pool: carries out what `state` decides, and owns every task, sandbox and waiting caller."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, assert_never
+
+from dayfly.protocol import Failed, Invoke, Log, Message, Result
+from dayfly_pool import state
+from dayfly_pool.config import Config
+from dayfly_pool.driver import Driver
+from dayfly_pool.errors import (
+    Draining,
+    FunctionNotFound,
+    NoCapacity,
+    PlatformError,
+    QueueFull,
+    SandboxStartFailed,
+)
+from dayfly_pool.logs import Logs, clean
+from dayfly_pool.metrics import Metrics
+from dayfly_pool.models import (
+    Environment,
+    Failure,
+    Function,
+    FunctionId,
+    Invocation,
+    InvocationId,
+    LogLine,
+    Mold,
+    Outcome,
+    SandboxId,
+    Success,
+    Timing,
+)
+from dayfly_pool.sandbox import Lost, Sandbox
+
+log = logging.getLogger("dayfly.pool")
+
+REFILL_DELAY_S: Final = 0.01
+"""A refill waits this long, not to compete with the cold start that took the last one."""
+
+TRACEBACK_LINES_MAX: Final = 200
+
+
+class _Call:
+    """One invocation on its way: who waits for it, since when, where it runs."""
+
+    __slots__ = ("assigned_at", "future", "invocation", "submitted_at", "timer", "timing")
+
+    def __init__(self, invocation: Invocation, future: asyncio.Future[Outcome], now: float) -> None:
+        self.invocation, self.future, self.submitted_at = invocation, future, now
+        self.assigned_at = 0.0
+        self.timer: asyncio.TimerHandle | None = None
+        self.timing = Timing()
+
+
+class _Box:
+    """A live sandbox with what the pool itself must know of it."""
+
+    __slots__ = ("calls", "create_s", "function", "sandbox", "specialize_s")
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.function: Function | None = None
+        self.calls: dict[int, _Call] = {}
+        self.create_s, self.specialize_s = 0.0, 0.0
+
+
+class Pool:
+    """Runs invocations in sandboxes. Use it inside `async with pool.running():`."""
+
+    def __init__(self, config: Config, driver: Driver) -> None:
+        self.config = config
+        self.state = state.PoolState(
+            generic_max=config.generic_max,
+            sandboxes_max=config.sandboxes_max,
+            starts_max=config.starts_max,
+        )
+        self.metrics = Metrics(self.state)
+        self.logs = Logs()
+        self._driver = driver
+        self._environments: dict[str, Environment] = {}
+        self._boxes: dict[SandboxId, _Box] = {}
+        self._calls: dict[InvocationId, _Call] = {}
+        self._tasks: asyncio.TaskGroup
+        self._loop: asyncio.AbstractEventLoop
+        self._is_draining = False
+        self._last_start_error = ""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Pool"]:
+        """Serve while the block runs. Every task and sandbox of the pool ends with it."""
+        self._loop = asyncio.get_running_loop()
+        await self._driver.open()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                ticking = tasks.create_task(self._tick(), name="pool-tick")
+                try:
+                    yield self
+                finally:
+                    self._is_draining = True
+                    ticking.cancel()
+                    self._turn_away()
+                    for box in list(self._boxes.values()):
+                        tasks.create_task(self._destroy(box, "closed"))
+        finally:
+            await self._driver.close()
+
+    def _turn_away(self) -> None:
+        """Tell those who still wait that nothing will come of it here."""
+        for call in self._calls.values():
+            if not call.assigned_at and not call.future.done():
+                call.future.set_exception(Draining())
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let everything that was accepted end; False when some did not in time."""
+        deadline = time.monotonic() + timeout_s
+        while self._calls and (left_s := deadline - time.monotonic()) > 0:
+            await asyncio.wait([call.future for call in self._calls.values()], timeout=left_s)
+            await asyncio.sleep(0)  # the callers take their outcomes
+        return not self._calls
+
+    # ---- declarations -------------------------------------------------------------------------
+
+    def keep_generic(self, mold: Mold, environment: Environment, least: int) -> None:
+        """Have at least *least* generic sandboxes of *mold* ready from now on."""
+        self._environments[environment.digest] = environment
+        self._carry_out(self.state.add_mold(mold, least, time.monotonic()))
+
+    def deploy(self, function: Function, environment: Environment) -> None:
+        """When this returns, no new invocation runs another version of the function."""
+        self._environments[environment.digest] = environment
+        now = time.monotonic()
+        if function.mold not in self.state.molds:
+            least = environment.generic_min
+            self._carry_out(self.state.add_mold(function.mold, least, now, pinned=False))
+        self._carry_out(self.state.deploy(function, now))
+
+    def remove(self, id_: FunctionId) -> None:
+        """The function is gone; running invocations end, waiting ones are refused."""
+        self._carry_out(self.state.remove(id_, time.monotonic()))
+        self.metrics.forget(id_)
+        self.logs.forget(id_)
+
+    # ---- invocations --------------------------------------------------------------------------
+
+    async def invoke(self, invocation: Invocation) -> Outcome:
+        """Run *invocation* to its outcome. Raises `PlatformError` when it could not be run."""
+        try:
+            return await self._invoke(invocation)
+        except PlatformError as error:
+            self.metrics.refused(type(error))
+            raise
+
+    async def _invoke(self, invocation: Invocation) -> Outcome:
+        if self._is_draining:
+            raise Draining
+        if len(self._calls) >= self.config.invocations_max:
+            raise QueueFull(f"{len(self._calls)} invocations are under way in this pool")
+        now = time.monotonic()
+        call = _Call(invocation, self._loop.create_future(), now)
+        self._calls[invocation.id] = call
+        try:
+            self._carry_out(self.state.submit(invocation.id, invocation.function, now))
+            if call.timer is None and not call.future.done():
+                call.timer = self._loop.call_later(invocation.queue_s_max, self._give_up, call)
+            return await call.future
+        finally:
+            del self._calls[invocation.id]
+            if self.state.abandon(invocation.id) and call.timer is not None:
+                call.timer.cancel()
+
+    def _give_up(self, call: _Call) -> None:
+        """No sandbox in time."""
+        if self.state.abandon(call.invocation.id) and not call.future.done():
+            why = f"none for {call.invocation.function} in {call.invocation.queue_s_max:g} s"
+            if self._last_start_error:
+                why += f"; the last start failed: {self._last_start_error}"
+            call.future.set_exception(NoCapacity(why))
+
+    def _assign(self, command: state.Assign) -> None:
+        call = self._calls[command.invocation]
+        box = self._boxes[command.sandbox]
+        if box.sandbox.is_over:
+            self._assign_again(call, box)
+            return
+        function = box.function
+        assert function is not None
+        if call.timer is not None:
+            call.timer.cancel()
+        now = time.monotonic()
+        call.assigned_at = now
+        timing = call.timing
+        timing.start = command.start
+        waited = now - call.submitted_at
+        if command.start != "warm":
+            timing.specialize_s = box.specialize_s
+            waited -= box.specialize_s
+        if command.start == "created":
+            timing.create_s = min(box.create_s, max(0.0, waited))
+            waited -= timing.create_s
+        timing.queue_s = max(0.0, waited)
+        timeout_s = function.spec.timeout_seconds
+        call.timer = self._loop.call_later(timeout_s, self._time_out, call, box)
+        request = Invoke(
+            id=call.invocation.id,
+            remaining_s=timeout_s,
+            http=call.invocation.http,
+            trace=call.invocation.trace,
+        )
+        number = box.sandbox.number + 1
+        box.calls[number] = call
+        answer = partial(self._answered, call, box, number)
+        box.sandbox.invoke(request, call.invocation.body, answer)
+
+    def _assign_again(self, call: _Call, box: _Box) -> None:
+        """The sandbox died idle, and the state does not know yet: not the caller's fault."""
+        now = time.monotonic()
+        self._carry_out(self.state.died(box.sandbox.id, now))
+        try:
+            self._carry_out(self.state.submit(call.invocation.id, call.invocation.function, now))
+        except PlatformError as error:
+            if not call.future.done():
+                call.future.set_exception(error)
+
+    def _answered(
+        self, call: _Call, box: _Box, number: int, message: Message | Lost, body: bytes
+    ) -> None:
+        """The guest answered, or is lost; the place in it is free again."""
+        if call.timer is not None:
+            call.timer.cancel()
+        box.calls.pop(number, None)
+        timing = call.timing
+        outcome: Outcome
+        if isinstance(message, Result):
+            timing.handler_s = message.handler_s
+            outcome = Success(body, timing, message.status, message.headers)
+        elif isinstance(message, Lost):
+            timing.handler_s = time.monotonic() - call.assigned_at
+            outcome = Failure(message.kind, message.message, "", timing)
+        else:
+            assert isinstance(message, Failed)  # `Sandbox` takes nothing else for an invocation
+            timing.handler_s = message.handler_s
+            outcome = Failure(message.kind, message.message, message.traceback, timing)
+        self._settle(call, box.sandbox.id, outcome)
+        if not isinstance(message, Lost):
+            now = time.monotonic()
+            # the handler's own time, not the way there and back: on a busy machine more sandboxes
+            # would only lengthen that
+            took_s = min(max(timing.handler_s, 0.0), now - call.assigned_at)
+            id_ = call.invocation.id
+            self._carry_out(self.state.finished(box.sandbox.id, id_, took_s, now))
+
+    def _settle(self, call: _Call, sandbox: str, outcome: Outcome) -> None:
+        """Give the caller its outcome, once, and note it."""
+        if call.future.done():
+            return
+        call.future.set_result(outcome)
+        function = call.invocation.function
+        if function not in self.state.functions:
+            return  # deleted meanwhile: it leaves neither series nor lines behind
+        self.metrics.ended(function, outcome, call.timing)
+        if isinstance(outcome, Failure):
+            self._explain(function, sandbox, call.invocation.id, outcome)
+
+    def _explain(self, function: FunctionId, sandbox: str, invocation: str, why: Failure) -> None:
+        """Platform lines in the function's log: what failed."""
+        self._say(function, sandbox, invocation, f"{why.kind}: {why.message}")
+        for line in why.traceback.splitlines()[-TRACEBACK_LINES_MAX:]:
+            self._say(function, sandbox, invocation, f"  {line}")  # so that it forges none of ours
+
+    def _say(self, function: FunctionId, sandbox: str, invocation: str, text: str) -> None:
+        line = LogLine(time.time(), function, sandbox, invocation, "platform", clean(text))
+        self.logs.write(line)
+
+    def _time_out(self, call: _Call, box: _Box) -> None:
+        """The deadline: the caller is told now, the sandbox ends with all its processes."""
+        limit_s = time.monotonic() - call.assigned_at
+        call.timing.handler_s = limit_s
+        failure = Failure("TimedOut", f"still running after {limit_s:.3g} s", "", call.timing)
+        self._settle(call, box.sandbox.id, failure)
+        self._boxes.pop(box.sandbox.id, None)
+        self._spawn(self._stop(box))
+        self._carry_out(self.state.died(box.sandbox.id, time.monotonic()))
+
+    async def _stop(self, box: _Box) -> None:
+        why = "another invocation in the same sandbox ran out of time"
+        await box.sandbox.stop("Crashed", why, self.config.grace_s)
+
+    # ---- commands -----------------------------------------------------------------------------
+
+    def _carry_out(self, commands: Iterable[state.Command]) -> None:
+        for command in commands:
+            match command:
+                case state.Assign():
+                    self._assign(command)
+                case state.Create():
+                    self._spawn(self._create(command))
+                case state.Specialize():
+                    self._spawn(self._specialize(command))
+                case state.Destroy(sandbox=id_, reason=reason):
+                    if box := self._boxes.pop(id_, None):
+                        self._spawn(self._destroy(box, reason))
+                case state.Refuse():
+                    self._refuse(command)
+                case _:
+                    assert_never(command)
+
+    def _refuse(self, command: state.Refuse) -> None:
+        call = self._calls.get(command.invocation)
+        if call is None or call.future.done():
+            return
+        if call.timer is not None:
+            call.timer.cancel()
+        if command.failure is None:
+            call.future.set_exception(FunctionNotFound("it was deleted"))
+        else:
+            failure = command.failure
+            call.timing.start = "generic"
+            call.timing.queue_s = time.monotonic() - call.submitted_at
+            told = Failure(failure.kind, failure.message, failure.traceback, call.timing)
+            self._settle(call, "", told)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> object:
+        try:
+            return self._tasks.create_task(guarded := _guarded(work))
+        except RuntimeError:  # the pool has ended: the driver's close sees to the rest
+            guarded.close()
+            work.close()
+            return None
+
+    async def _create(self, command: state.Create) -> None:
+        id_ = command.sandbox
+        sandbox = Sandbox(
+            id_, self._driver, on_log=self._on_log, on_death=self._died, spawn=self._spawn
+        )
+        box = self._boxes[id_] = _Box(sandbox)
+        if not command.claimed:
+            await asyncio.sleep(REFILL_DELAY_S)
+        self.metrics.created()
+        started = time.monotonic()
+        environment = self._environments[command.mold.environment]
+        try:
+            await sandbox.start(command.mold, environment, self.config.start_timeout_s)
+        except SandboxStartFailed as error:
+            self._last_start_error = error.detail
+            log.warning("sandbox did not start", extra={"sandbox": id_, "why": error.detail})
+            self._died(id_, error.detail)
+            return
+        box.create_s = time.monotonic() - started
+        log.info("sandbox ready", extra={"sandbox": id_, "took_s": box.create_s})
+        self._carry_out(self.state.ready(id_, time.monotonic()))
+
+    async def _specialize(self, command: state.Specialize) -> None:
+        function = command.function
+        box = self._boxes[command.sandbox]
+        box.function = function
+        started = time.monotonic()
+        environment = self._environments[function.mold.environment]
+        loaded = await box.sandbox.load(function, environment, self.config.init_timeout_s)
+        now = time.monotonic()
+        if loaded is None:
+            self._carry_out(self.state.died(command.sandbox, now))
+            return
+        if isinstance(loaded, Failure):
+            who = {"sandbox": command.sandbox, "function": function.id}
+            log.info("function did not load", extra=who | {"why": loaded.kind})
+            self._carry_out(self.state.load_failed(command.sandbox, loaded, now))
+            return
+        box.specialize_s = now - started
+        extra = {
+            "sandbox": command.sandbox,
+            "function": function.id,
+            "took_s": box.specialize_s,
+            "lockdown_s": loaded.lockdown_s,
+            "import_s": loaded.import_s,
+        }
+        log.info("sandbox specialized", extra=extra)
+        self._carry_out(self.state.loaded(command.sandbox, loaded.slots, now))
+
+    async def _destroy(self, box: _Box, reason: str) -> None:
+        self._boxes.pop(box.sandbox.id, None)
+        self.metrics.destroyed(reason)
+        await box.sandbox.destroy()
+        log.info("sandbox destroyed", extra={"sandbox": box.sandbox.id, "reason": reason})
+
+    def _died(self, id_: SandboxId, why: str) -> None:
+        log.info("sandbox died", extra={"sandbox": id_, "why": why})
+        record = self.state.sandboxes.get(id_)
+        if record is not None and record.phase is state.Phase.LOADING:
+            return  # `_specialize` is told as well, and knows whose failure it is
+        self._carry_out(self.state.died(id_, time.monotonic()))
+        if box := self._boxes.pop(id_, None):
+            self._spawn(self._destroy(box, "failed"))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.tick_s)
+            self._carry_out(self.state.tick(time.monotonic()))
+
+    # ---- logs and looks -----------------------------------------------------------------------
+
+    def _on_log(self, sandbox: SandboxId, number: int, message: Log, body: bytes) -> None:
+        box = self._boxes.get(sandbox)
+        if box is None or box.function is None or box.function.id not in self.state.functions:
+            return
+        call = box.calls.get(number)
+        invocation = call.invocation.id if call is not None else ""
+        stream = "stderr" if message.stream == "stderr" else "stdout"
+        now, function = time.time(), box.function.id
+        for text in body.decode(errors="replace").split("\n"):
+            if text:
+                self.logs.write(
+                    LogLine(now, function, sandbox, invocation, stream, clean(text))  # type: ignore[arg-type]
+                )
+        if message.dropped > 0:
+            self.metrics.log_dropped(message.dropped)
+            self._say(function, sandbox, invocation, f"{message.dropped} bytes of output dropped")
+
+    def memory_bytes(self, sandbox: SandboxId) -> int:
+        """What the sandbox uses now; 0 when unknown."""
+        return self._driver.memory_bytes(sandbox)
+
+    @property
+    def under_way(self) -> int:
+        """Invocations waiting or running."""
+        return len(self._calls)
+
+
+async def _guarded(work: Coroutine[Any, Any, None]) -> None:
+    """A defect in the care for one sandbox must not end the others."""
+    try:
+        await work
+    except Exception:
+        log.exception("a task of the pool failed")

@@ -1,0 +1,345 @@
+"""One live sandbox: its connection, its time limits, its death. The safe wrapper over any driver.
+
+Whatever a guest sends is foreign: only answers to what is pending on this very connection are
+taken, and anything else ends the sandbox (`ProtocolViolation`) and nothing else.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, cast
+
+from dayfly.protocol import (
+    PROTOCOL,
+    Failed,
+    Frame,
+    FrameReader,
+    Hello,
+    Invoke,
+    Load,
+    Loaded,
+    Log,
+    Message,
+    ProtocolError,
+    Result,
+    decode,
+    encode,
+)
+from dayfly_pool.driver import GENERIC_LIMITS, Driver, Exit
+from dayfly_pool.errors import SandboxStartFailed
+from dayfly_pool.models import Environment, Failure, Function, Mold, SandboxId
+
+log = logging.getLogger("dayfly.sandbox")
+LOG_BYTES_MAX: Final = 64 * 1024
+LOG_FRAMES_BURST, LOG_FRAMES_PER_S_MAX = 20_000, 4000
+"""More than this no guest of ours sends, even when we were slow to read."""
+
+LOG_LINES_BURST, LOG_LINES_PER_S_MAX, LOG_LINES_KEPT = 10_000, 5000, 10
+"""Lines over this are dropped, but for the last ones of a frame: they would hold up everybody."""
+
+TIME_S_MAX: Final = 1e6
+RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", "BadResponse", "OutOfMemory"})
+LOADING_FAILURES: Final = frozenset({"HandlerMissing", "SyntaxError", "ImportFailed"})
+DEATH_REPORT_S: Final = 0.08
+"""How long to wait for the kernel's account of a death before its cause is given as unknown."""
+
+LogSink = Callable[[SandboxId, int, Log, bytes], None]
+Answer = Callable[["Message | Lost", bytes], None]
+
+
+class Lost(Exception):
+    """The sandbox died, or was ended by us, while something was pending in it."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind, self.message = kind, message
+
+
+class _Connection(asyncio.Protocol):
+    """Our end of one guest's socket: frames in, at most what the limits allow."""
+
+    def __init__(self, on_frame: Callable[[Frame], None], on_end: Callable[[str], None]) -> None:
+        self._reader = FrameReader()
+        self._on_frame, self._on_end = on_frame, on_end
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's own class
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._reader.feed(data):
+                self._on_frame(frame)
+        except ProtocolError as error:
+            self._on_end(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_end("")
+
+
+class Sandbox:
+    """One sandbox from its creation to its end.
+
+    *on_death* is called once, when it has ended by itself or broken the protocol, after everyone
+    who was waiting for an answer has been told; *spawn* starts a task that the pool owns.
+    """
+
+    def __init__(
+        self,
+        id_: SandboxId,
+        driver: Driver,
+        *,
+        on_log: LogSink,
+        on_death: Callable[[SandboxId, str], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.id = id_
+        self.number = 0
+        """The number of the invocation sent last."""
+
+        self._driver = driver
+        self._on_log, self._on_death, self._spawn = on_log, on_death, spawn
+        self._connection: _Connection | None = None
+        self._pending: dict[int, Answer] = {}
+        self._violation = ""
+        self._is_over = False
+        self._log_at = 0.0
+        self._log_frames, self._log_lines = float(LOG_FRAMES_BURST), float(LOG_LINES_BURST)
+
+    async def start(self, mold: Mold, environment: Environment, timeout_s: float) -> Hello:
+        """Create it and wait until it is generic. Raises `SandboxStartFailed`."""
+        loop = asyncio.get_running_loop()
+        hello = self._expect_setup()
+        try:
+            async with asyncio.timeout(timeout_s):
+                end: socket.socket = await self._driver.create(self.id, mold, environment)
+                connection = _Connection(self._take, self._end)
+                self._connection = connection
+                await loop.create_unix_connection(lambda: connection, sock=end)
+                message = await hello
+        except TimeoutError:
+            raise SandboxStartFailed(f"not up within {timeout_s:g} s") from None
+        except Lost as lost:
+            raise SandboxStartFailed(lost.message) from None
+        except OSError as error:  # no descriptor or memory left for one more
+            raise SandboxStartFailed(str(error)) from error
+        if not isinstance(message, Hello) or message.protocol != PROTOCOL:
+            raise SandboxStartFailed(f"the guest does not speak protocol {PROTOCOL}")
+        for failure in message.preload_failures:
+            log.warning("preload failed", extra={"environment": mold.environment, "why": failure})
+        return message
+
+    async def load(
+        self, function: Function, environment: Environment, timeout_s: float
+    ) -> Loaded | Failure | None:
+        """Specialize it. What goes wrong is user code's failure and is returned.
+
+        None: it was dead before it was asked, so user code is not to blame.
+        """
+        if self._is_over:
+            return None
+        if function.spec.limits != GENERIC_LIMITS:
+            try:
+                self._driver.limit(self.id, function.spec.limits)
+            except OSError as error:  # the kernel refuses a memory limit below what is in use
+                why = f"the environment alone needs more than the limits allow: {error}"
+                return Failure("OutOfMemory", why)
+        answer = self._expect_setup()
+        self._send(encode(_load(function, environment, timeout_s)))
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await answer
+        except TimeoutError:
+            return Failure("InitTimedOut", f"the import took longer than {timeout_s:g} s")
+        except Lost as lost:
+            kind = "InitCrashed" if lost.kind == "Crashed" else lost.kind
+            return Failure(kind, f"while importing the handler: {lost.message}")
+        if isinstance(message, Failed):
+            return Failure(message.kind, message.message, message.traceback)
+        if not isinstance(message, Loaded):
+            return Failure("ProtocolViolation", f"{type(message).__name__} instead of Loaded")
+        confirmed = (message.cap_eff, message.no_new_privs, message.seccomp)
+        if self._driver.isolated and confirmed != (0, 1, 2):
+            return Failure("InitCrashed", "the sandbox did not confirm its lock-down")
+        if not 1 <= message.slots <= function.spec.concurrency:
+            return Failure("ProtocolViolation", f"the sandbox offers {message.slots} places")
+        return message
+
+    def invoke(self, request: Invoke, body: bytes, answer: Answer) -> None:
+        """Send one invocation; *answer* is called once, with `Result`, `Failed` or `Lost`."""
+        self.number += 1
+        if self._is_over:
+            gone = Lost("Crashed", "the sandbox died before the invocation reached it")
+            asyncio.get_running_loop().call_soon(answer, gone, b"")
+            return
+        try:
+            frame = encode(request, self.number, body)
+        except Exception as error:
+            why = f"the request cannot be passed on: {error}"[:500]
+            bad = Failed(kind="BadRequest", message=why, traceback="")
+            asyncio.get_running_loop().call_soon(answer, bad, b"")
+            return
+        self._pending[self.number] = answer
+        self._send(frame)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, or is being ended; nothing is sent to it any more."""
+        return self._is_over
+
+    async def stop(self, kind: str, message: str, grace_s: float) -> None:
+        """Ask with SIGTERM, then kill the whole tree; what is pending is `Lost` as told."""
+        self._is_over = True
+        self._lose(kind, message)
+        with contextlib.suppress(TimeoutError, SandboxStartFailed):
+            await self._driver.terminate(self.id)
+            async with asyncio.timeout(grace_s):
+                await self._driver.exited(self.id)
+        await self.destroy()
+
+    async def destroy(self) -> Exit:
+        """Kill what is left of it, close the connection; returns when every process is dead."""
+        self._is_over = True
+        self._lose("Crashed", "the sandbox was destroyed")
+        self._abort()
+        return await self._driver.destroy(self.id)
+
+    def _expect_setup(self) -> asyncio.Future[Message]:
+        """The one answer outside any invocation: `Hello`, then `Loaded` or `Failed`."""
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        def answer(message: Message | Lost, body: bytes) -> None:
+            if not future.done():
+                if isinstance(message, Lost):
+                    future.set_exception(message)
+                    future.exception()  # a caller that has gone leaves no warning behind
+                else:
+                    future.set_result(message)
+
+        if self._is_over:
+            answer(Lost("Crashed", "the sandbox is gone"), b"")
+        self._pending[0] = answer
+        return future
+
+    def _send(self, frame: bytes) -> None:
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.write(frame)
+
+    def _abort(self) -> None:
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.abort()
+
+    def _take(self, frame: Frame) -> None:
+        if self._is_over:
+            return
+        message = decode(frame)
+        if isinstance(message, Log):
+            self._take_log(frame, message)
+            return
+        expected = (Result, Failed) if frame.invocation else (Hello, Loaded, Failed)
+        answer = self._pending.get(frame.invocation)
+        if answer is None or not isinstance(message, expected):
+            raise ProtocolError(f"unasked {type(message).__name__} for {frame.invocation}")
+        _distrust(message, is_loading=not frame.invocation)
+        del self._pending[frame.invocation]
+        answer(message, frame.body)
+
+    def _take_log(self, frame: Frame, message: Log) -> None:
+        now = asyncio.get_running_loop().time()
+        passed_s, self._log_at = now - self._log_at, now
+        frames = self._log_frames + passed_s * LOG_FRAMES_PER_S_MAX
+        self._log_frames = min(LOG_FRAMES_BURST, frames) - 1
+        if self._log_frames < 0 or len(frame.body) > LOG_BYTES_MAX:
+            raise ProtocolError("logs far over the rate")
+        lines = self._log_lines + passed_s * LOG_LINES_PER_S_MAX
+        self._log_lines = min(LOG_LINES_BURST, lines)
+        most = max(LOG_LINES_KEPT, int(self._log_lines))
+        kept = frame.body.rsplit(b"\n", most)
+        body, dropped = frame.body, message.dropped
+        if len(kept) > most:
+            body = b"\n".join(kept[1:])
+            dropped += len(frame.body) - len(body)
+        self._log_lines = max(0.0, self._log_lines - len(kept))
+        self._on_log(self.id, frame.invocation, Log(stream=message.stream, dropped=dropped), body)
+
+    def _end(self, violation: str) -> None:
+        """The connection is gone (no *violation*), or must go."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._violation = violation
+        self._abort()
+        self._spawn(self._report())
+
+    async def _report(self) -> None:
+        """Find out how it ended, tell everyone who waits, then the pool."""
+        exit_: Exit | None = None
+        if not self._violation:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DEATH_REPORT_S):
+                    exit_ = await self._driver.exited(self.id)
+        if exit_ is None and not self._violation:
+            exit_ = await self._finish_off()
+        kind, message = _cause(self._violation, exit_)
+        self._lose(kind, message)
+        self._on_death(self.id, f"{kind}: {message}")
+
+    async def _finish_off(self) -> Exit | None:
+        """It left the connection, yet it lives: killed now. Only lack of memory excuses it."""
+        with contextlib.suppress(TimeoutError, SandboxStartFailed):
+            async with asyncio.timeout(1):
+                exit_ = await self._driver.destroy(self.id)
+                return exit_ if exit_.oom_kills else None
+        return None
+
+    def _lose(self, kind: str, message: str) -> None:
+        pending, self._pending = self._pending, {}
+        for answer in pending.values():
+            answer(Lost(kind, message), b"")
+
+
+def _distrust(message: Message, *, is_loading: bool) -> None:
+    """Raise `ProtocolError` for values that no guest of ours sends."""
+    kinds = LOADING_FAILURES if is_loading else RUNNING_FAILURES
+    if isinstance(message, Failed) and message.kind not in kinds:
+        raise ProtocolError(f"failure kind {message.kind[:40]!r}")
+    times = [value for name, value in message.__dict__.items() if name.endswith("_s")]
+    if not all(0 <= value < TIME_S_MAX for value in times):
+        raise ProtocolError("a time that cannot be")
+
+
+def _load(function: Function, environment: Environment, timeout_s: float) -> Load:
+    spec, limits = function.spec, function.spec.limits
+    return Load(
+        digest=spec.package,
+        handler=spec.handler,
+        namespace=function.namespace,
+        function=function.name,
+        version=function.version,
+        env=spec.env,
+        network=spec.network,
+        memory_mb=limits.memory_mb,
+        processes=limits.processes,
+        open_files=limits.open_files,
+        tmp_mb=limits.tmp_mb,
+        concurrency=spec.concurrency,
+        preload=[] if environment.early else list(environment.preload),
+        init_timeout_s=timeout_s,
+    )
+
+
+def _cause(violation: str, exit_: Exit | None) -> tuple[str, str]:
+    """(failure kind, message) of a death."""
+    if violation:
+        return "ProtocolViolation", f"the sandbox broke the protocol: {violation}"
+    if exit_ is None:
+        return "Crashed", "the sandbox closed its connection"
+    if exit_.oom_kills:
+        peak = exit_.peak_bytes >> 20
+        return "OutOfMemory", f"killed by the kernel at its memory limit (peak {peak} MiB)"
+    number = -exit_.code if exit_.code < 0 else exit_.code - 128
+    if 0 < number < 65:
+        return "Crashed", f"the sandbox was killed by signal {number}"
+    return "Crashed", f"the sandbox exited with code {exit_.code}"

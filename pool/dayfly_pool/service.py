@@ -1,0 +1,259 @@
+"""Everything one server does with declarations: keep them, build what they need, tell the pool."""
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from dayfly_pool import driver as drivers
+from dayfly_pool.config import Config
+from dayfly_pool.environments import EnvironmentStore
+from dayfly_pool.errors import (
+    BadInput,
+    DataFolderUnusable,
+    EnvironmentNotFound,
+    FunctionNotFound,
+    PackageDamaged,
+    PlatformError,
+)
+from dayfly_pool.models import (
+    BASE,
+    Environment,
+    EnvironmentManifest,
+    Function,
+    FunctionId,
+    FunctionManifest,
+    Mold,
+    function_id,
+)
+from dayfly_pool.packages import PackageStore
+from dayfly_pool.pool import Pool
+from dayfly_pool.store.sqlite import Declarations, StoredEnvironment, StoredFunction
+
+log = logging.getLogger("dayfly.service")
+Progress = Callable[[str], None]
+DEFAULT_NAMESPACE: Final = "default"
+BASE_ENVIRONMENT: Final = Environment(digest=BASE)
+
+
+class Service:
+    """One server's functions and environments. Use it inside `async with service.running():`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.functions: dict[FunctionId, StoredFunction] = {}
+        self.environments: dict[tuple[str, str], StoredEnvironment] = {}
+        self.pool: Pool
+        self.packages: PackageStore
+        self._builds: EnvironmentStore
+        self._declarations: Declarations
+        self._changing = asyncio.Lock()
+        self._watchers: list[Callable[[], None]] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Service"]:
+        """Serve while the block runs; what was declared before is there again."""
+        config = self.config
+        with _owned(config.data):
+            driver = drivers.load(config.driver, config.data, config.uid_first)
+            self.packages = await asyncio.to_thread(PackageStore, config.data / "packages")
+            self._builds = await asyncio.to_thread(EnvironmentStore, config.data / "environments")
+            self._declarations = Declarations(config.data / "dayfly.sqlite")
+            await self._declarations.open()
+            try:
+                self.pool = Pool(config, driver)
+                async with self.pool.running():
+                    await self._restore()
+                    yield self
+            finally:
+                await self._declarations.close()
+
+    async def _restore(self) -> None:
+        self.pool.keep_generic(Mold(BASE), BASE_ENVIRONMENT, self.config.generic_min)
+        for environment in await self._declarations.environments():
+            self.environments[environment.namespace, environment.name] = environment
+        for stored in await self._declarations.functions():
+            try:
+                await asyncio.to_thread(self.packages.path, stored.spec.package)
+                self._deploy(stored)
+            except PlatformError as error:
+                extra = {"function": stored.id, "why": str(error)}
+                log.error("function not restored", extra=extra)
+            self.functions[stored.id] = stored
+        used = {stored.spec.package for stored in self.functions.values()}
+        for digest in self.packages.digests():
+            if digest not in used:
+                await asyncio.to_thread(self.packages.remove, digest)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have *changed* called before a change of the functions is final; it may refuse it."""
+        self._watchers.append(changed)
+
+    # ---- functions ----------------------------------------------------------------------------
+
+    async def put_package(self, data: bytes) -> str:
+        """Keep a package; returns its digest. Raises `BadPackage`."""
+        return await asyncio.to_thread(self.packages.put, data)
+
+    async def deploy(self, manifest: FunctionManifest) -> StoredFunction:
+        """Declare a function. When this returns, no new invocation runs an older version.
+
+        Raises `BadInput` or `EnvironmentNotFound`, and then changes nothing.
+        """
+        spec, metadata = manifest.spec, manifest.metadata
+        if not spec.package:
+            raise BadInput("spec.package is missing: upload the code first, or use `dayfly deploy`")
+        spec = msgspec.structs.replace(spec, source=None)
+        try:
+            await asyncio.to_thread(self.packages.path, spec.package)
+        except PackageDamaged as error:  # also: never uploaded
+            raise BadInput(f"spec.package: {error.detail}") from error
+        id_ = function_id(metadata.namespace, metadata.name)
+        async with self._changing:
+            environment = self._environment(metadata.namespace, spec.environment)
+            before = self.functions.get(id_)
+            now = time.time()
+            trial = StoredFunction(id_, 0, spec, environment.digest, now)
+            self._change(id_, trial)
+            try:
+                version = await self._declarations.save_function(id_, spec, environment.digest, now)
+            except BaseException:
+                self._change(id_, before)
+                raise
+            stored = StoredFunction(id_, version, spec, environment.digest, now)
+            self.functions[id_] = stored
+            if before is None or before.version != version:
+                self._deploy(stored)
+        log.info("function deployed", extra={"function": id_, "version": version})
+        return stored
+
+    def _change(self, id_: FunctionId, stored: StoredFunction | None) -> None:
+        """Put *stored* in place if every watcher agrees; else raise and change nothing."""
+        before = self.functions.get(id_)
+        _put(self.functions, id_, stored)
+        try:
+            for changed in self._watchers:
+                changed()
+        except PlatformError:
+            _put(self.functions, id_, before)
+            for changed in self._watchers:
+                changed()
+            raise
+
+    def _deploy(self, stored: StoredFunction) -> None:
+        namespace = stored.id.partition("/")[0]
+        environment = self._environment(namespace, stored.spec.environment)
+        mold = Mold(environment.digest, stored.spec.network)
+        function = Function(stored.id, str(stored.version), stored.spec, mold)
+        self.pool.deploy(function, environment)
+
+    async def delete(self, id_: FunctionId) -> None:
+        """Forget a function. Raises `FunctionNotFound`."""
+        async with self._changing:
+            if id_ not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}")
+            await self._declarations.delete_function(id_)
+            self._change(id_, None)
+            self.pool.remove(id_)
+
+    # ---- environments -------------------------------------------------------------------------
+
+    async def build(self, manifest: EnvironmentManifest, progress: Progress) -> StoredEnvironment:
+        """Declare and build an environment; functions that use it move to it at once."""
+        spec, metadata = manifest.spec, manifest.metadata
+        if metadata.name == BASE:
+            raise BadInput(f"{BASE!r} is the built-in environment: choose another name")
+        early = metadata.namespace not in self.config.foreign_namespaces
+        path, digest = "", BASE
+        if spec.requirements.strip():
+            digest, folder, _ = await self._builds.build(spec.requirements, progress=progress)
+            path = str(folder)
+        whole = msgspec.json.encode([digest, spec.preload, early])
+        environment = Environment(
+            digest=hashlib.sha256(whole).hexdigest(),
+            path=path,
+            preload=spec.preload,
+            early=early,
+            generic_min=spec.generic_min,
+        )
+        now = time.time()
+        async with self._changing:
+            namespace, name = metadata.namespace, metadata.name
+            await self._declarations.save_environment(namespace, name, spec, environment, now)
+            stored = StoredEnvironment(namespace, name, spec, environment, now)
+            before = self.environments.get((namespace, name))
+            self.environments[namespace, name] = stored
+            if before is not None and before.environment != environment:
+                await self._move_users(namespace, name)
+        return stored
+
+    async def _move_users(self, namespace: str, name: str) -> None:
+        """Give the functions of a changed environment a new version on the new one."""
+        for stored in list(self.functions.values()):
+            if stored.spec.environment != name:
+                continue
+            used = self._environment(stored.id.partition("/")[0], name)
+            if used.digest != stored.environment:
+                now = time.time()
+                version = await self._declarations.save_function(
+                    stored.id, stored.spec, used.digest, now
+                )
+                moved = StoredFunction(stored.id, version, stored.spec, used.digest, now)
+                self.functions[stored.id] = moved
+                self._deploy(moved)
+
+    async def delete_environment(self, namespace: str, name: str) -> None:
+        """Forget an environment that no function uses. Raises `EnvironmentNotFound`, `BadInput`."""
+        async with self._changing:
+            if (namespace, name) not in self.environments:
+                raise EnvironmentNotFound(f"no environment {namespace}/{name}")
+            digest = self.environments[namespace, name].environment.digest
+            users = [s.id for s in self.functions.values() if s.environment == digest]
+            if users:
+                raise BadInput(f"environment {name!r} is used by {', '.join(sorted(users)[:5])}")
+            await self._declarations.delete_environment(namespace, name)
+            del self.environments[namespace, name]
+
+    def _environment(self, namespace: str, name: str) -> Environment:
+        """The environment called *name*: the namespace's own, else one of the operator's."""
+        if name == BASE:
+            return BASE_ENVIRONMENT
+        for where in (namespace, DEFAULT_NAMESPACE):
+            if (where, name) in self.environments:
+                return self.environments[where, name].environment
+        raise EnvironmentNotFound(f"no environment {name!r} in namespace {namespace!r}")
+
+
+def _put(
+    functions: dict[FunctionId, StoredFunction], id_: FunctionId, stored: StoredFunction | None
+) -> None:
+    if stored is None:
+        functions.pop(id_, None)
+    else:
+        functions[id_] = stored
+
+
+@contextmanager
+def _owned(data: Path):  # type: ignore[no-untyped-def]
+    """Have the data folder for ourselves. Raises `DataFolderUnusable`."""
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DataFolderUnusable(f"{data}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataFolderUnusable(f"another server is using {data}") from None
+        yield
+    finally:
+        os.close(lock)

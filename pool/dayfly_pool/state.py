@@ -1,0 +1,594 @@
+"""Which sandbox does what: facts in, commands out. Nothing here performs I/O or knows the time.
+
+Every method takes a fact (an invocation arrived, a sandbox is ready, one died, time passed), moves
+the state at once, and returns the commands that others carry out. The cases, for one function:
+
+* A warm sandbox with a free place takes the head of the queue at once, the one used last first.
+* Otherwise the invocation waits in the function's queue, bound to nothing. If a further start
+  would pay, the function makes a claim on its mold. A ready generic sandbox answers a claim at
+  once (a pool hit); else claims are answered in order, as sandboxes get ready (a pool miss).
+* Whichever sandbox is free first takes the head of the queue. A claim that nobody needs any more
+  is taken back at once; the sandbox that was started for it stays generic.
+* Generic sandboxes are refilled as soon as one is taken. What somebody waits for starts first.
+* At the limit of sandboxes, a claim evicts the sandbox that has been idle longest.
+* A new version empties the old one: idle sandboxes end now, busy ones after their invocation.
+
+Everything is indexed by function, mold and phase; nothing scans.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from typing import Final, Literal
+
+from dayfly_pool import autoscale
+from dayfly_pool.errors import FunctionNotFound, QueueFull
+from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
+
+StartKind = Literal["warm", "generic", "created"]
+DEFAULT_START_S: Final = 0.05
+DEFAULT_SPECIALIZE_S: Final = 0.005
+
+
+class Phase(Enum):
+    """Where a sandbox is in its life."""
+
+    STARTING = "starting"
+    GENERIC = "generic"
+    LOADING = "loading"
+    IDLE = "idle"
+    BUSY = "busy"
+    DEAD = "dead"
+
+
+NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
+    Phase.STARTING: frozenset({Phase.GENERIC, Phase.DEAD}),
+    Phase.GENERIC: frozenset({Phase.LOADING, Phase.DEAD}),
+    Phase.LOADING: frozenset({Phase.IDLE, Phase.DEAD}),
+    Phase.IDLE: frozenset({Phase.BUSY, Phase.DEAD}),
+    Phase.BUSY: frozenset({Phase.IDLE, Phase.DEAD}),
+    Phase.DEAD: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Start a generic sandbox; *claimed* when somebody is waiting for one."""
+
+    sandbox: SandboxId
+    mold: Mold
+    claimed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Specialize:
+    """Load *function* into a generic sandbox."""
+
+    sandbox: SandboxId
+    function: Function
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Run the invocation there."""
+
+    sandbox: SandboxId
+    invocation: InvocationId
+    start: StartKind
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy:
+    """End a sandbox: reaped, evicted, updated, removed, surplus, failed."""
+
+    sandbox: SandboxId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The invocation will not run: its function cannot be loaded, or is gone."""
+
+    invocation: InvocationId
+    failure: Failure | None
+
+
+Command = Create | Specialize | Assign | Destroy | Refuse
+
+
+@dataclass(slots=True, eq=False)
+class SandboxRecord:
+    """One sandbox as the decisions see it."""
+
+    id: SandboxId
+    mold: Mold
+    since: float
+    phase: Phase = Phase.STARTING
+    function: Function | None = None
+    slots: int = 1
+    running: set[InvocationId] = field(default_factory=set)
+    start: StartKind = "created"
+    stale: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class FunctionRecord:
+    """One function: its queue and its sandboxes of the current version."""
+
+    function: Function
+    queue: OrderedDict[InvocationId, float] = field(default_factory=OrderedDict)
+    sandboxes: dict[SandboxId, SandboxRecord] = field(default_factory=dict)
+    idle: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
+    open: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
+    """Busy, with a free place (concurrency over 1)."""
+
+    loading: int = 0
+    claims: int = 0
+    slots: int | None = None
+    handler_s: float | None = None
+    specialize_s: float = DEFAULT_SPECIALIZE_S
+    failure: Failure | None = None
+    failures: int = 0
+    broken_until: float = 0.0
+
+    @property
+    def places(self) -> int:
+        """Invocations that one sandbox of this function takes at once."""
+        return self.slots or self.function.spec.concurrency
+
+
+@dataclass(slots=True, eq=False)
+class MoldRecord:
+    """The generic sandboxes of one mold, and the functions that wait for one."""
+
+    mold: Mold
+    least: int
+    pinned: bool = False
+    generic: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
+    starting: int = 0
+    claims: deque[FunctionId] = field(default_factory=deque)
+    functions: int = 0
+    rate: autoscale.Rate = field(default_factory=autoscale.Rate)
+    start_s: float | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+
+
+class PoolState:
+    """All that one pool knows of its sandboxes, functions and waiting invocations."""
+
+    def __init__(self, *, generic_max: int, sandboxes_max: int, starts_max: int) -> None:
+        self.generic_max = generic_max
+        self.sandboxes_max, self.starts_max = sandboxes_max, starts_max
+        self.sandboxes: dict[SandboxId, SandboxRecord] = {}
+        self.functions: dict[FunctionId, FunctionRecord] = {}
+        self.molds: dict[Mold, MoldRecord] = {}
+        self.misses = 0
+        self._queued: dict[InvocationId, FunctionId] = {}
+        self._minimums: dict[FunctionId, FunctionRecord] = {}
+        self._starting = 0
+        self._idle: dict[float, OrderedDict[SandboxId, SandboxRecord]] = {}
+        self._kept: OrderedDict[SandboxId, SandboxRecord] = OrderedDict()
+        """Idle beyond their time, for a minScale; evicted last."""
+
+        self._numbers = count(1)
+
+    def __repr__(self) -> str:
+        parts = [f"{n} {phase.value}" for phase, n in self.phases().items() if n]
+        return f"<PoolState [{', '.join(parts) or 'empty'} | {len(self._queued)} waiting]>"
+
+    def phases(self) -> dict[Phase, int]:
+        """How many sandboxes are in each phase."""
+        counts = dict.fromkeys(Phase, 0)
+        for sandbox in self.sandboxes.values():
+            counts[sandbox.phase] += 1
+        return counts
+
+    @property
+    def waiting(self) -> int:
+        """Invocations that wait for a sandbox."""
+        return len(self._queued)
+
+    # ---- facts about declarations -------------------------------------------------------------
+
+    def add_mold(self, mold: Mold, least: int, now: float, *, pinned: bool = True) -> list[Command]:
+        """Keep at least *least* generic sandboxes of *mold* from now on.
+
+        If not *pinned*, only while there are functions of it.
+        """
+        record = self.molds.setdefault(mold, MoldRecord(mold, least))
+        record.least, record.pinned = least, pinned and least > 0
+        return self._start_where_needed(now)
+
+    def deploy(self, function: Function, now: float) -> list[Command]:
+        """A new function or version: what follows runs it, and nothing starts on the old one."""
+        self._mold(function.mold).functions += 1
+        record = self.functions.get(function.id)
+        if record is None:
+            return self._keep_min_scale(self._adopt(FunctionRecord(function)), now)
+        commands = self._outdate(record, "updated")
+        self._keep_claims(record, 0)
+        self._leave_mold(record.function.mold)
+        fresh = self._adopt(FunctionRecord(function, record.queue))
+        return commands + self._keep_min_scale(fresh, now) + self._dispatch(fresh, now)
+
+    def remove(self, id_: FunctionId, now: float) -> list[Command]:
+        """The function is gone: what waits for it is refused."""
+        record = self.functions.pop(id_, None)
+        if record is None:
+            return []
+        self._minimums.pop(id_, None)
+        for invocation in record.queue:
+            del self._queued[invocation]
+        refused: list[Command] = [Refuse(invocation, None) for invocation in record.queue]
+        record.queue.clear()
+        self._keep_claims(record, 0)
+        self._leave_mold(record.function.mold)
+        return refused + self._outdate(record, "removed") + self._start_where_needed(now)
+
+    # ---- facts about invocations --------------------------------------------------------------
+
+    def submit(self, invocation: InvocationId, id_: FunctionId, now: float) -> list[Command]:
+        """An invocation arrived. Raises FunctionNotFound or QueueFull, and then keeps nothing."""
+        record = self.functions.get(id_)
+        if record is None:
+            raise FunctionNotFound(f"no function {id_!r}")
+        if record.failure and now < record.broken_until and not record.sandboxes:
+            return [Refuse(invocation, record.failure)]
+        if len(record.queue) >= record.function.spec.queue_max:
+            raise QueueFull(f"{len(record.queue)} invocations of {id_} are waiting")
+        record.queue[invocation] = now
+        self._queued[invocation] = id_
+        return self._dispatch(record, now)
+
+    def abandon(self, invocation: InvocationId) -> bool:
+        """Nobody waits for it any more. True when it had not been assigned yet."""
+        id_ = self._queued.pop(invocation, None)
+        if id_ is None:
+            return False
+        record = self.functions[id_]
+        del record.queue[invocation]
+        self._keep_claims(record, self._needed(record))
+        return True
+
+    def finished(
+        self, sandbox: SandboxId, invocation: InvocationId, handler_s: float, now: float
+    ) -> list[Command]:
+        """An invocation ended there, and the sandbox is well."""
+        box = self.sandboxes.get(sandbox)
+        if box is None or invocation not in box.running:
+            return []
+        box.running.discard(invocation)
+        if box.stale:
+            if box.running:
+                return []
+            return [self._destroy(box, "updated"), *self._start_where_needed(now)]
+        assert box.function is not None
+        record = self.functions[box.function.id]
+        record.handler_s = autoscale.smoothed(record.handler_s, handler_s)
+        if box.running:
+            record.open[box.id] = box
+        else:
+            self._rest(box, record, now)
+        # no further start is weighed here: the queue got shorter, and `tick` looks at it as well
+        return self._serve(record) + self._use_room(now)
+
+    # ---- facts about sandboxes ----------------------------------------------------------------
+
+    def ready(self, sandbox: SandboxId, now: float) -> list[Command]:
+        """A created sandbox is up and holds no user code."""
+        box = self.sandboxes.get(sandbox)
+        if box is None or box.phase is not Phase.STARTING:
+            return []
+        mold = self.molds[box.mold]
+        mold.start_s = autoscale.smoothed(mold.start_s, now - box.since)
+        mold.failures, mold.retry_at = 0, 0.0
+        mold.starting -= 1
+        self._starting -= 1
+        self._move(box, Phase.GENERIC)
+        box.since = now
+        mold.generic[box.id] = box
+        return self._answer_claims(mold, now, "created") + self._start_where_needed(now)
+
+    def loaded(self, sandbox: SandboxId, slots: int, now: float) -> list[Command]:
+        """The function is in it."""
+        box = self.sandboxes.get(sandbox)
+        if box is None or box.phase is not Phase.LOADING:
+            return []
+        if box.stale:
+            return [self._destroy(box, "updated"), *self._start_where_needed(now)]
+        assert box.function is not None
+        record = self.functions[box.function.id]
+        record.loading -= 1
+        record.slots, record.failure, record.failures = slots, None, 0
+        record.specialize_s = autoscale.smoothed(record.specialize_s, now - box.since)
+        box.slots = slots
+        self._rest(box, record, now)
+        commands = self._dispatch(record, now)
+        box.start = "warm"  # whoever comes later has not waited for this start
+        return commands + self._use_room(now)
+
+    def load_failed(self, sandbox: SandboxId, failure: Failure, now: float) -> list[Command]:
+        """User code could not be loaded: whoever waits for it is told, then it is left alone."""
+        box = self.sandboxes.get(sandbox)
+        if box is None or box.phase is not Phase.LOADING:
+            return []
+        commands: list[Command] = []
+        if not box.stale and box.function is not None:
+            record = self.functions[box.function.id]
+            record.failure, record.failures = failure, record.failures + 1
+            record.broken_until = now + autoscale.backoff_s(record.failures)
+            for invocation in record.queue:
+                del self._queued[invocation]
+                commands.append(Refuse(invocation, failure))
+            record.queue.clear()
+            self._keep_claims(record, 0)
+        return [*commands, self._destroy(box, "failed"), *self._start_where_needed(now)]
+
+    def died(self, sandbox: SandboxId, now: float) -> list[Command]:
+        """It is gone, whatever it was doing."""
+        box = self.sandboxes.get(sandbox)
+        if box is None:
+            return []
+        if box.phase is Phase.STARTING:
+            mold = self.molds[box.mold]
+            if now >= mold.retry_at:  # those that were started together count once
+                mold.failures += 1
+                mold.retry_at = now + autoscale.backoff_s(mold.failures)
+        commands: list[Command] = [self._destroy(box, "failed")]
+        if box.function is not None and not box.stale:
+            commands += self._dispatch(self.functions[box.function.id], now)
+        return commands + self._start_where_needed(now)
+
+    def tick(self, now: float) -> list[Command]:
+        """Time passed: reap what is idle too long, keep the minimum, look at the queues again."""
+        commands = self._reap(now)
+        for id_ in set(self._queued.values()):
+            commands += self._dispatch(self.functions[id_], now)
+        for record in self._minimums.values():
+            commands += self._keep_min_scale(record, now)
+        for mold in list(self.molds.values()):
+            commands += self._trim(mold, now)
+        return commands + self._start_where_needed(now)
+
+    # ---- decisions ----------------------------------------------------------------------------
+
+    def _dispatch(self, record: FunctionRecord, now: float) -> list[Command]:
+        """Give waiting invocations to free places, then claim as many sandboxes as pay."""
+        commands = self._serve(record)
+        if record.queue:
+            commands += self._claim(record, self._starts_that_pay(record, now), now)
+        return commands
+
+    def _serve(self, record: FunctionRecord) -> list[Command]:
+        """Give waiting invocations to free places; claims that they made needless are dropped."""
+        commands: list[Command] = []
+        while record.queue and (box := self._free(record)):
+            invocation, _ = record.queue.popitem(last=False)
+            del self._queued[invocation]
+            commands.append(Assign(box.id, invocation, self._occupy(box, record, invocation)))
+        if record.claims:
+            self._keep_claims(record, self._needed(record))
+        return commands
+
+    def _free(self, record: FunctionRecord) -> SandboxRecord | None:
+        if record.open:
+            return next(reversed(record.open.values()))
+        return next(reversed(record.idle.values())) if record.idle else None
+
+    def _occupy(
+        self, box: SandboxRecord, record: FunctionRecord, invocation: InvocationId
+    ) -> StartKind:
+        """Take a place in *box*, here and now, so that no later decision can take it too."""
+        if box.phase is Phase.IDLE:
+            self._leave_idle(box, record)
+            self._move(box, Phase.BUSY)
+        box.running.add(invocation)
+        if len(box.running) < box.slots:
+            record.open[box.id] = box
+        else:
+            record.open.pop(box.id, None)
+        start, box.start = box.start, "warm"
+        return start
+
+    def _starts_that_pay(self, record: FunctionRecord, now: float) -> int:
+        spec, places = record.function.spec, record.places
+        waiting = len(record.queue)
+        needed = self._needed(record) - record.claims
+        room = spec.max_scale - len(record.sandboxes) - record.claims
+        if min(needed, room) <= 0:
+            return 0
+        serving = (len(record.sandboxes) - record.loading) * places
+        waited = now - next(iter(record.queue.values()))
+        mold = self.molds[record.function.mold]
+        start_s = record.specialize_s + (0 if mold.generic else mold.start_s or DEFAULT_START_S)
+        pays = autoscale.start_pays(waiting, serving, record.handler_s, waited, start_s)
+        return min(needed, room) if pays else 0
+
+    def _needed(self, record: FunctionRecord) -> int:
+        """Further sandboxes that the waiting invocations, or the minimum, can use."""
+        waiting = -(-len(record.queue) // record.places) - record.loading
+        return max(waiting, record.function.spec.min_scale - len(record.sandboxes), 0)
+
+    def _keep_claims(self, record: FunctionRecord, number: int) -> None:
+        """Take back all claims but *number*, so that nothing is started or evicted for nobody."""
+        while record.claims > number:
+            record.claims -= 1
+            self.molds[record.function.mold].claims.remove(record.function.id)
+
+    def _claim(self, record: FunctionRecord, number: int, now: float) -> list[Command]:
+        if number <= 0:
+            return []
+        mold = self.molds[record.function.mold]
+        record.claims += number
+        for _ in range(number):
+            mold.claims.append(record.function.id)
+            mold.rate.note(now)
+        commands = self._answer_claims(mold, now, "generic")
+        self.misses += min(number, len(mold.claims))
+        return commands + self._start_where_needed(now)
+
+    def _answer_claims(self, mold: MoldRecord, now: float, start: StartKind) -> list[Command]:
+        commands: list[Command] = []
+        while mold.generic and mold.claims:
+            record = self.functions[mold.claims.popleft()]
+            record.claims -= 1
+            if len(record.sandboxes) >= record.function.spec.max_scale:
+                continue
+            _, box = mold.generic.popitem()
+            self._move(box, Phase.LOADING)
+            box.function, box.start, box.since = record.function, start, now
+            record.sandboxes[box.id] = box
+            record.loading += 1
+            commands.append(Specialize(box.id, record.function))
+        return commands
+
+    def _keep_min_scale(self, record: FunctionRecord, now: float) -> list[Command]:
+        if now < record.broken_until:
+            return []
+        missing = record.function.spec.min_scale - len(record.sandboxes) - record.claims
+        generic = len(self.molds[record.function.mold].generic)
+        room = self.sandboxes_max - len(self.sandboxes) + generic  # it evicts nobody
+        return self._claim(record, min(missing, room), now)
+
+    def _start_where_needed(self, now: float) -> list[Command]:
+        """Start generic sandboxes: first what somebody waits for, then what is to be kept."""
+        commands: list[Command] = []
+        for only_claimed in (True, False):
+            for mold in self.molds.values():
+                claimed = len(mold.claims)
+                wanted = claimed if only_claimed else claimed + self._target(mold, now)
+                have = mold.starting + (0 if only_claimed else len(mold.generic))
+                for _ in range(wanted - have):
+                    if self._starting >= self.starts_max or now < mold.retry_at:
+                        break
+                    if len(self.sandboxes) >= self.sandboxes_max:
+                        victim = self._victim(mold) if only_claimed else None
+                        if victim is None:
+                            break
+                        commands.append(self._destroy(victim, "evicted"))
+                    commands.append(self._create(mold, only_claimed, now))
+        return commands
+
+    def _use_room(self, now: float) -> list[Command]:
+        """A sandbox fell idle: in a full pool that is what a claim has waited for."""
+        is_full = len(self.sandboxes) >= self.sandboxes_max
+        return self._start_where_needed(now) if is_full else []
+
+    def _target(self, mold: MoldRecord, now: float) -> int:
+        if not (mold.functions or mold.pinned):
+            return 0
+        start_s = mold.start_s or DEFAULT_START_S
+        rate = mold.rate.per_s(now)
+        return autoscale.desired_generic(rate, start_s, mold.least, self.generic_max)
+
+    def _create(self, mold: MoldRecord, claimed: bool, now: float) -> Create:
+        box = SandboxRecord(SandboxId(f"sb-{next(self._numbers)}"), mold.mold, now)
+        self.sandboxes[box.id] = box
+        mold.starting += 1
+        self._starting += 1
+        return Create(box.id, mold.mold, claimed)
+
+    def _victim(self, claimant: MoldRecord) -> SandboxRecord | None:
+        """The one idle longest, else a generic one of another mold, else one of a minScale."""
+        heads = [next(iter(group.values())) for group in self._idle.values() if group]
+        if heads:
+            return min(heads, key=lambda box: box.since)
+        for mold in self.molds.values():
+            if mold is not claimant and mold.generic:
+                return next(iter(mold.generic.values()))
+        return next(iter(self._kept.values()), None)
+
+    def _reap(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        for keep_alive_s, group in list(self._idle.items()):
+            while group and now - next(iter(group.values())).since >= keep_alive_s:
+                box = next(iter(group.values()))
+                assert box.function is not None
+                record = self.functions[box.function.id]
+                if len(record.sandboxes) <= record.function.spec.min_scale:
+                    del group[box.id]
+                    self._kept[box.id] = box  # for good, until it has worked again
+                else:
+                    commands.append(self._destroy(box, "reaped"))
+        return commands
+
+    def _trim(self, mold: MoldRecord, now: float) -> list[Command]:
+        """End one surplus generic sandbox at a time; forget a mold that nobody uses."""
+        if len(mold.generic) > self._target(mold, now):
+            return [self._destroy(next(iter(mold.generic.values())), "surplus")]
+        if not (mold.functions or mold.pinned or mold.starting or mold.generic or mold.claims):
+            del self.molds[mold.mold]
+        return []
+
+    # ---- moves --------------------------------------------------------------------------------
+
+    def _move(self, box: SandboxRecord, phase: Phase) -> None:
+        assert phase in NEXT[box.phase], f"{box.id}: {box.phase} -> {phase}"
+        box.phase = phase
+
+    def _rest(self, box: SandboxRecord, record: FunctionRecord, now: float) -> None:
+        """Become idle: last in the order of reaping, first in the order of use."""
+        self._move(box, Phase.IDLE)
+        box.since = now
+        record.open.pop(box.id, None)
+        record.idle[box.id] = box
+        self._idle.setdefault(record.function.spec.keep_alive_seconds, OrderedDict())[box.id] = box
+
+    def _leave_idle(self, box: SandboxRecord, record: FunctionRecord) -> None:
+        record.idle.pop(box.id, None)
+        self._kept.pop(box.id, None)
+        keep_alive_s = record.function.spec.keep_alive_seconds
+        group = self._idle.get(keep_alive_s)
+        if group is not None:
+            group.pop(box.id, None)
+            if not group:
+                del self._idle[keep_alive_s]
+
+    def _outdate(self, record: FunctionRecord, reason: str) -> list[Command]:
+        """Idle sandboxes end now, the others when they have finished."""
+        commands: list[Command] = []
+        for box in list(record.sandboxes.values()):
+            if box.phase is Phase.IDLE:
+                commands.append(self._destroy(box, reason, record))
+            else:
+                box.stale = True
+        return commands
+
+    def _destroy(
+        self, box: SandboxRecord, reason: str, record: FunctionRecord | None = None
+    ) -> Destroy:
+        mold = self.molds.get(box.mold)
+        if mold is not None:
+            mold.generic.pop(box.id, None)
+            if box.phase is Phase.STARTING:
+                mold.starting -= 1
+                self._starting -= 1
+        if box.function is not None and not box.stale:
+            record = record or self.functions[box.function.id]
+            record.sandboxes.pop(box.id, None)
+            record.open.pop(box.id, None)
+            record.loading -= box.phase is Phase.LOADING
+            self._leave_idle(box, record)
+        self._move(box, Phase.DEAD)
+        del self.sandboxes[box.id]
+        return Destroy(box.id, reason)
+
+    def _adopt(self, record: FunctionRecord) -> FunctionRecord:
+        function = record.function
+        self.functions[function.id] = record
+        if function.spec.min_scale:
+            self._minimums[function.id] = record
+        else:
+            self._minimums.pop(function.id, None)
+        return record
+
+    def _mold(self, mold: Mold) -> MoldRecord:
+        return self.molds.setdefault(mold, MoldRecord(mold, 0))
+
+    def _leave_mold(self, mold: Mold) -> None:
+        record = self.molds.get(mold)
+        if record is not None:
+            record.functions -= 1

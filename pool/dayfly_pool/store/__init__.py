@@ -1,0 +1,1 @@
+"""What survives a restart: declarations, in SQLite on one machine."""

@@ -1,0 +1,286 @@
+"""Fakes, shipped: what tests of Dayfly, and of programs built on it, use instead of processes.
+
+`FakeDriver` is a whole `Driver`: its sandboxes are asyncio tasks that speak the real protocol
+over a real socket pair, and a Python callable stands for each function's code.
+"""
+
+import asyncio
+import contextlib
+import platform
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from dayfly.protocol import (
+    PROTOCOL,
+    Failed,
+    Frame,
+    FrameReader,
+    Hello,
+    Invoke,
+    Load,
+    Loaded,
+    Log,
+    Message,
+    ProtocolError,
+    Result,
+    decode,
+    encode,
+)
+from dayfly_pool.driver import Exit
+from dayfly_pool.errors import SandboxStartFailed
+from dayfly_pool.models import (
+    BASE,
+    Environment,
+    Function,
+    FunctionSpec,
+    Limits,
+    Mold,
+    SandboxId,
+    function_id,
+)
+
+KILLED: Final = Exit(-9)
+TERMINATED: Final = Exit(-15)
+DIGEST: Final = "0" * 64
+RECEIVE_BYTES: Final = 256 * 1024
+
+Answer = bytes | Result | Failed | None
+Behaviour = Callable[["FakeGuest", Invoke, bytes], Awaitable[Answer]]
+Hook = Callable[["FakeGuest"], Awaitable[None]]
+
+
+def function(
+    name: str = "greet", *, version: str = "1", environment: str = BASE, **spec: Any
+) -> Function:
+    """One version of the function default/*name*; *spec* are fields of `FunctionSpec`."""
+    declared = FunctionSpec(**{"handler": f"main:{name}", "package": DIGEST} | spec)
+    id_ = function_id("default", name)
+    return Function(id_, version, declared, Mold(environment, declared.network))
+
+
+class Ended(Exception):
+    """Raised in a behaviour or a hook: the whole sandbox ends now, as *exit* says."""
+
+    def __init__(self, exit_: Exit = KILLED) -> None:
+        super().__init__(exit_)
+        self.exit = exit_
+
+
+class FakeGuest:
+    """One fake sandbox, as its behaviours see it."""
+
+    def __init__(
+        self, driver: "FakeDriver", sandbox: SandboxId, mold: Mold, end: socket.socket
+    ) -> None:
+        self.sandbox, self.mold = sandbox, mold
+        self.load: Load | None = None
+        """The function that it has become."""
+
+        self.limits: Limits | None = None
+        self.terminated = asyncio.Event()
+        """Set when it was asked to end by itself."""
+
+        self.ignores_terminate = False
+        self.ended: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._driver, self._socket = driver, end
+        self._writer: asyncio.StreamWriter
+        self._invocations: set[asyncio.Task[None]] = set()
+        self._life = asyncio.create_task(self._live(), name=f"fake-{sandbox}")
+
+    async def say(self, message: Message, invocation: int = 0, body: bytes = b"") -> None:
+        """Send one message, asked for or not."""
+        await self.send(encode(message, invocation, body))
+
+    async def send(self, data: bytes) -> None:
+        """Send any bytes."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def log(self, text: str, invocation: int = 0, stream: str = "stdout") -> None:
+        """Write to the function's output."""
+        await self.say(Log(stream=stream), invocation, text.encode())
+
+    async def end(self, exit_: Exit) -> None:
+        """Be dead, unless it is already; returns when nothing of it is left."""
+        self._die(exit_)
+        await asyncio.wait({self._life})
+        self._socket.close()
+
+    def _die(self, exit_: Exit) -> None:
+        if not self.ended.done():
+            self.ended.set_result(exit_)
+        self._life.cancel()
+
+    async def _live(self) -> None:
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
+        exit_ = Exit(0)
+        try:
+            await self._driver.on_start(self)
+            await self.say(_hello())
+            frames = FrameReader()
+            while data := await reader.read(RECEIVE_BYTES):
+                for frame in frames.feed(data):
+                    await self._take(frame)
+        except Ended as ended:
+            exit_ = ended.exit
+        except ProtocolError:
+            exit_ = Exit(1)
+        except ConnectionError:
+            pass  # the pool went away
+        finally:
+            if not self.ended.done():
+                self.ended.set_result(exit_)
+            for task in self._invocations:
+                task.cancel()
+            self._writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
+
+    async def _take(self, frame: Frame) -> None:
+        request = decode(frame)
+        if isinstance(request, Load):
+            self.load = request
+            await self._become(request)
+        elif isinstance(request, Invoke):
+            task = asyncio.create_task(self._answer(frame, request))
+            self._invocations.add(task)
+            task.add_done_callback(self._invocations.discard)
+
+    async def _become(self, load: Load) -> None:
+        try:
+            await self._driver.on_load(self)
+            if load.handler not in self._driver.functions:
+                raise LookupError(f"no behaviour is called {load.handler!r}")
+        except Ended:
+            raise
+        except Exception as error:
+            kind = "HandlerMissing" if isinstance(error, LookupError) else "ImportFailed"
+            await self.say(Failed(kind=kind, message=str(error), traceback=""))
+            return
+        confirmed = (1, 2) if self._driver.isolated else (0, 0)
+        await self.say(
+            Loaded(
+                slots=load.concurrency,
+                import_s=0.0,
+                lockdown_s=0.0,
+                cap_eff=0,
+                no_new_privs=confirmed[0],
+                seccomp=confirmed[1],
+                landlock=0,
+            )
+        )
+
+    async def _answer(self, frame: Frame, request: Invoke) -> None:
+        assert self.load is not None
+        behaviour = self._driver.functions[self.load.handler]
+        try:
+            answer = await behaviour(self, request, frame.body)
+        except Ended as ended:
+            self._die(ended.exit)
+            return
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            answer = Failed(kind="Raised", message=message, traceback="")
+        with contextlib.suppress(ConnectionError):
+            if isinstance(answer, bytes):
+                status = 200 if request.http is not None else 0
+                result = Result(handler_s=0.0, status=status)
+                await self.say(result, frame.invocation, answer)
+            elif answer is not None:
+                await self.say(answer, frame.invocation)
+
+
+class FakeDriver:
+    """See `Driver`. *functions* maps handlers (`main:greet`) to what they do.
+
+    A behaviour returns the body, a `Result`, a `Failed`, or None for no answer at all; it raises
+    `Ended` to crash the sandbox and anything else to fail. *on_start* and *on_load* run before
+    `Hello` and `Loaded` are said, and may take their time or raise the same.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, Behaviour] | None = None,
+        *,
+        isolated: bool = True,
+        on_start: Hook | None = None,
+        on_load: Hook | None = None,
+    ) -> None:
+        self.isolated = isolated
+        self.functions = dict(functions or {})
+        self.on_start, self.on_load = on_start or _nothing, on_load or _nothing
+        self.refusal: Exception | None = None
+        """What `create` raises while it is set."""
+
+        self.is_open = False
+        self.guests: dict[SandboxId, FakeGuest] = {}
+        """Those that were created and not destroyed yet."""
+
+        self.created: list[SandboxId] = []
+        self.destroyed: list[SandboxId] = []
+
+    async def open(self) -> None:
+        """There is nothing that an earlier one could have left."""
+        self.is_open = True
+
+    async def close(self) -> None:
+        """End every sandbox."""
+        for sandbox in list(self.guests):
+            await self.destroy(sandbox)
+        self.is_open = False
+
+    async def create(
+        self, sandbox: SandboxId, mold: Mold, environment: Environment
+    ) -> socket.socket:
+        """Start one guest; raises `SandboxStartFailed`, or what `refusal` holds."""
+        if self.refusal is not None:
+            raise self.refusal
+        if not self.is_open:
+            raise SandboxStartFailed("the driver is closed")
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(False)
+        self.guests[sandbox] = FakeGuest(self, sandbox, mold, theirs)
+        self.created.append(sandbox)
+        return ours
+
+    def limit(self, sandbox: SandboxId, limits: Limits) -> None:
+        """Remember what was asked for."""
+        if sandbox in self.guests:
+            self.guests[sandbox].limits = limits
+
+    async def terminate(self, sandbox: SandboxId) -> None:
+        """Ask the guest to end by itself."""
+        guest = self.guests.get(sandbox)
+        if guest is not None:
+            guest.terminated.set()
+            if not guest.ignores_terminate:
+                await guest.end(TERMINATED)
+
+    async def destroy(self, sandbox: SandboxId) -> Exit:
+        """End the guest's task, and with it all that it does."""
+        guest = self.guests.get(sandbox)
+        if guest is None:
+            return Exit(0)
+        await guest.end(KILLED)
+        if self.guests.pop(sandbox, None) is not None:
+            self.destroyed.append(sandbox)
+        return guest.ended.result()
+
+    async def exited(self, sandbox: SandboxId) -> Exit:
+        """How it ended, as soon as it has."""
+        guest = self.guests.get(sandbox)
+        return await asyncio.shield(guest.ended) if guest is not None else Exit(0)
+
+    def memory_bytes(self, sandbox: SandboxId) -> int:
+        """Nothing, to a good approximation."""
+        return 0
+
+
+async def _nothing(guest: FakeGuest) -> None:
+    """The hook of a driver that was given none."""
+
+
+def _hello() -> Hello:
+    return Hello(protocol=PROTOCOL, python=platform.python_version(), preload_failures=[])
