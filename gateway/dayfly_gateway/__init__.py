@@ -1,0 +1,1 @@
+"""The gateway: HTTP data plane, management API and command line."""

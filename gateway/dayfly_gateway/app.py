@@ -1,0 +1,167 @@
+"""The data plane: HTTP requests to invocations, and back. Nothing slow happens here."""
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import struct
+from typing import Final
+
+from aiohttp import HttpVersion11, web
+
+from dayfly_gateway import events
+from dayfly_gateway.config import GatewayConfig
+from dayfly_gateway.routing import MethodNotAllowed, Routes
+from dayfly_pool.errors import BodyTooLarge, PlatformError
+from dayfly_pool.models import Invocation, InvocationId, Outcome, Success
+from dayfly_pool.service import Service
+
+log = logging.getLogger("dayfly.gateway")
+REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}\Z")
+
+
+class BodyTooSlow(PlatformError):
+    """The request's body did not arrive in time.
+
+    Send at least 1 KiB/s.
+    """
+
+    status = 408
+
+
+class _Written(web.StreamResponse):
+    """Stands for a response whose bytes are on their way already."""
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to do."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to do."""
+
+    @property
+    def keep_alive(self) -> bool:
+        """Only connections that stay open are written to directly."""
+        return True
+
+
+class DataPlane:
+    """Serves the functions. `routes` is replaced when declarations change."""
+
+    def __init__(self, service: Service, config: GatewayConfig) -> None:
+        self._service = service
+        self._config = config
+        self._open = 0
+        self.routes = Routes()
+        self.is_draining = False
+
+    def reroute(self) -> None:
+        """Take the declared routes anew. Raises `BadInput` when two of them clash."""
+        self.routes = Routes(
+            (stored.id, route)
+            for stored in self._service.functions.values()
+            for route in stored.spec.routes
+        )
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; every error has its problem document."""
+        id_ = InvocationId(os.urandom(16).hex())
+        request_id = request.headers.get("X-Request-Id", "")
+        if not REQUEST_ID.match(request_id):
+            request_id = id_
+        try:
+            outcome = await self._outcome(request, id_)
+            if (direct := self._direct(request, outcome, id_, request_id)) is not None:
+                return direct
+            answer = events.response(outcome, id_)
+        except PlatformError as error:
+            answer = events.platform_problem(error)
+            if isinstance(error, MethodNotAllowed):
+                answer.headers["Allow"] = error.fields.get("allow", "")
+        answer.headers["X-Request-Id"] = request_id
+        if self.is_draining or not request.content.is_eof():
+            answer.force_close()
+        return await self._write(request, answer)
+
+    async def _outcome(self, request: web.BaseRequest, id_: InvocationId) -> Outcome:
+        url = request.rel_url
+        match = self.routes.match(request.headers.get("Host", ""), url.raw_path, request.method)
+        meta = events.http_meta(request, match, self._config.trusted_proxies)
+        body = await read_body(request, self._config, self._config.body_bytes_max)
+        trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
+        queue_s_max = self._service.config.queue_s_max
+        invocation = Invocation(id_, match.function, body, meta, trace, queue_s_max)
+        try:
+            return await self._service.pool.invoke(invocation)
+        except PlatformError as error:
+            error.fields.setdefault("invocation", id_)
+            raise
+
+    def _direct(
+        self, request: web.BaseRequest, outcome: Outcome, id_: InvocationId, request_id: str
+    ) -> web.StreamResponse | None:
+        """The hot path: a small success, written at once; None for whatever is not everyday."""
+        protocol = request.protocol
+        if (
+            not isinstance(outcome, Success)
+            or self.is_draining
+            or request.method == "HEAD"
+            or request.version != HttpVersion11
+            or not request.keep_alive
+            or not request.content.is_eof()
+            or protocol.transport is None
+            or protocol.writing_paused
+        ):
+            return None
+        data = events.wire_bytes(outcome, id_, request_id)
+        if data is None:
+            return None
+        protocol.transport.write(data)
+        return _Written()
+
+    async def _write(self, request: web.BaseRequest, answer: web.Response) -> web.StreamResponse:
+        """Send the answer within the time limit; a client that does not read is cut off."""
+        if len(answer.body or b"") < 65536:  # type: ignore[arg-type]
+            return answer  # fits the socket's buffers: aiohttp sends it without waiting
+        try:
+            async with asyncio.timeout(self._config.write_s_max):
+                await answer.prepare(request)
+                await answer.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                # with a reset, or the kernel keeps up to 4 MiB for a client that may never read
+                end = request.transport.get_extra_info("socket")
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                request.transport.abort()
+        return answer
+
+
+async def read_body(request: web.BaseRequest, config: GatewayConfig, limit: int) -> bytes:
+    """The whole body, refused before it is buffered when too large. Raises `PlatformError`."""
+    if not request.body_exists:
+        return b""
+    declared = request.content_length
+    if declared is not None and declared > limit:
+        raise BodyTooLarge(f"{declared} bytes, limit {limit}")
+    if request.content.is_eof():
+        return await request.content.read()
+    return await _read_slowly(request, config, limit)
+
+
+async def _read_slowly(request: web.BaseRequest, config: GatewayConfig, limit: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    started, size = loop.time(), 0
+    chunks: list[bytes] = []
+    while True:
+        deadline = started + config.body_s_grace + size / config.body_bytes_per_s_min
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await request.content.readany()
+        except TimeoutError:
+            raise BodyTooSlow(f"{size} bytes in {loop.time() - started:.0f} s") from None
+        if not chunk:
+            return b"".join(chunks)
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(f"over {limit} bytes")
+        chunks.append(chunk)

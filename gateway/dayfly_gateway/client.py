@@ -1,0 +1,281 @@
+"""The admin API's client: standard library HTTP, and every failure in one line with its remedy."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import quote, urlsplit
+
+import click
+
+from dayfly_pool.errors import PlatformError
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection, HTTPResponse
+
+CONNECT_S_MAX: Final = 10.0
+ANSWER_S_MAX: Final = 120.0
+CHUNK_BYTES: Final = 256 << 10
+LINE_BYTES_MAX: Final = 1 << 20
+JSON_TYPE: Final = "application/json"
+Uploaded = Callable[[int, int], None]
+
+
+class Told(click.ClickException):
+    """What the command ends with: one line on stderr, and an exit code. 1: somebody said no."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def show(self, file: Any = None) -> None:
+        """One line; nothing in it moves the cursor."""
+        click.echo(f"dayfly: {printable(self.message)}", err=True)
+
+
+class Misused(Told):
+    """The command was given something that cannot work; nothing was sent."""
+
+    exit_code = 2
+
+
+class Unreachable(Told):
+    """No Dayfly server answered."""
+
+    exit_code = 3
+
+
+class Problem(Told):
+    """The server said no; *document* is what it sent (RFC 9457)."""
+
+    def __init__(self, status: int, document: Mapping[str, Any]) -> None:
+        title, detail = document.get("title"), document.get("detail")
+        super().__init__(str(detail or title or f"the server answered {status}"))
+        self.status, self.document = status, document
+
+    @property
+    def is_of_the_function(self) -> bool:
+        """Whether user code failed, and not the platform."""
+        return "traceback" in self.document
+
+
+class Reply(NamedTuple):
+    """A whole answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def printable(text: str) -> str:
+    """*text* without what could command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def sentence(error: PlatformError) -> str:
+    """One of our own errors: what happened, then the remedy."""
+    first = (error.detail or error.title()).rstrip(".")
+    return f"{first}. {error.remedy()}" if error.remedy() else first
+
+
+class Client:
+    """Speaks to one server's admin plane. A connection a call: calls are rare, and may be long."""
+
+    def __init__(self, url: str, token: str = "") -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise Misused(f"{url!r} is not a URL: give http://HOST:PORT with --url")
+        if not (token.isascii() and token.isprintable()):
+            raise Misused("the token holds characters that no token has: give another file")
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self.host = parts.hostname
+        self._is_tls, self._port, self._prefix = parts.scheme == "https", port, parts.path
+        import http.client  # noqa: F401 - 20 ms that no timing of a call shall hold
+
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    # ---- verbs ----------------------------------------------------------------------------------
+
+    def functions(self) -> list[dict[str, Any]]:
+        """Every function, as the API shows it."""
+        return self._listed("/functions")
+
+    def environments(self) -> list[dict[str, Any]]:
+        """Every environment."""
+        return self._listed("/environments")
+
+    def function(self, namespace: str, name: str) -> dict[str, Any]:
+        """One function."""
+        return self._document("GET", _path(namespace, "functions", name))
+
+    def pool(self) -> dict[str, Any]:
+        """The pool's counts and sandboxes."""
+        return self._document("GET", "/pool")
+
+    def live(self) -> dict[str, Any]:
+        """The server's version and, where it says so, its data plane's address (`http`)."""
+        return self._document("GET", "/live")
+
+    def put_package(self, archive: bytes, uploaded: Uploaded) -> str:
+        """Upload a package; returns its digest."""
+        body = _chunks(archive, uploaded)
+        headers = {"Content-Type": "application/zip", "Content-Length": str(len(archive))}
+        answer = self._document("POST", "/packages", body, headers)
+        return str(answer.get("digest"))
+
+    def put_function(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a function; returns it as the API shows it."""
+        return self._document("PUT", _path(namespace, "functions", name), json.dumps(spec).encode())
+
+    def put_environment(
+        self, namespace: str, name: str, spec: Mapping[str, Any], progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Build an environment; *progress* gets the server's sentences."""
+        path = _path(namespace, "environments", name)
+        with self.stream("PUT", path, json.dumps(spec).encode()) as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "problem" in answer:
+                    raise Problem(answer["problem"].get("status", 500), answer["problem"])
+                if "environment" in answer:
+                    return _mapping(answer["environment"])
+                progress(str(answer.get("progress", "")))
+        raise Told(f"{self.url} ended the build without a result: see the server's log")
+
+    def delete(self, namespace: str, kind: str, name: str) -> None:
+        """Delete a function or an environment; *kind* is in the plural."""
+        self.call("DELETE", _path(namespace, kind, name))
+
+    def invoke(self, namespace: str, name: str, event: bytes) -> Reply:
+        """Run a function once. Raises `Problem`; it may take as long as the function may."""
+        path = _path(namespace, "functions", name) + "/invocations"
+        return self.call("POST", path, event, timeout_s=None)
+
+    def logs(self, namespace: str, name: str, tail: int) -> list[dict[str, Any]]:
+        """Its last lines, the oldest first."""
+        return self._listed(f"{_path(namespace, 'functions', name)}/logs?tail={tail}")
+
+    def follow(self, namespace: str, name: str, tail: int) -> Iterator[dict[str, Any]]:
+        """Its last lines, then every new one."""
+        path = f"{_path(namespace, 'functions', name)}/logs?tail={tail}&follow=1"
+        with self.stream("GET", path) as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
+                    yield _mapping(json.loads(line[6:]))
+
+    # ---- the wire -------------------------------------------------------------------------------
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = ANSWER_S_MAX,
+    ) -> Reply:
+        """One request, one whole answer. Raises `Problem` or `Told`."""
+        with self._exchange(method, path, body, headers, timeout_s) as response:
+            return Reply(response.status, dict(response.getheaders()), response.read())
+
+    @contextmanager
+    def stream(
+        self, method: str, path: str, body: bytes | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """One request; the answer's lines as they come."""
+        with self._exchange(method, path, body, None, None) as response:
+            yield _lines(response)
+
+    def _document(self, *request: Any) -> dict[str, Any]:
+        return _mapping(self._decoded(self.call(*request).body))
+
+    def _listed(self, path: str) -> list[dict[str, Any]]:
+        found = self._decoded(self.call("GET", path).body)
+        return [_mapping(item) for item in found] if isinstance(found, list) else []
+
+    def _decoded(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise Told(f"{self.url} did not answer with JSON: is it Dayfly's admin URL?") from None
+
+    @contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None,
+        headers: Mapping[str, str] | None,
+        timeout_s: float | None,
+    ) -> Iterator["HTTPResponse"]:
+        with self._translated(), closing(self._connected()) as connection:
+            connection.sock.settimeout(timeout_s)
+            sent = {"Content-Type": JSON_TYPE, **self._headers, **(headers or {})}
+            try:
+                connection.request(method, self._prefix.rstrip("/") + path, body, sent)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # refused before all was sent: the answer says why
+            with connection.getresponse() as response:
+                if response.status >= 400:
+                    raise _problem(self.url, response)
+                yield response
+
+    def _connected(self) -> "HTTPConnection":
+        from http.client import HTTPConnection, HTTPSConnection
+
+        kind = HTTPSConnection if self._is_tls else HTTPConnection
+        connection = kind(self.host, self._port, timeout=CONNECT_S_MAX)
+        connection.connect()
+        return connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        from http.client import HTTPException
+
+        try:
+            yield
+        except ConnectionRefusedError:
+            raise Unreachable(
+                f"no server at {self.url}: start one with `dayfly up`, or name it with --url"
+            ) from None
+        except TimeoutError:
+            why = "did not answer in time: is it the admin plane's address, and not overloaded?"
+            raise Unreachable(f"{self.url} {why}") from None
+        except HTTPException as error:
+            why = f"broke off its answer ({type(error).__name__}): look at the server's log"
+            raise Unreachable(f"{self.url} {why}") from None
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise Unreachable(f"cannot reach {self.url} ({why}): correct --url") from None
+
+
+def _problem(url: str, response: "HTTPResponse") -> Told:
+    content = response.read(LINE_BYTES_MAX)
+    try:
+        document = json.loads(content)
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and "title" in document:
+        return Problem(response.status, document)
+    return Told(f"{url} answered {response.status}: is it Dayfly's admin URL? Name it with --url")
+
+
+def _lines(response: "HTTPResponse") -> Iterator[bytes]:
+    while line := response.readline(LINE_BYTES_MAX):
+        yield line.rstrip(b"\r\n")
+
+
+def _chunks(archive: bytes, uploaded: Uploaded) -> Iterator[bytes]:
+    for start in range(0, len(archive), CHUNK_BYTES):
+        yield archive[start : start + CHUNK_BYTES]
+        uploaded(min(start + CHUNK_BYTES, len(archive)), len(archive))
+
+
+def _path(namespace: str, kind: str, name: str) -> str:
+    return f"/namespaces/{quote(namespace, '')}/{kind}/{quote(name, '')}"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

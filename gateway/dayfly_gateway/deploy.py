@@ -1,0 +1,56 @@
+"""From a plan to a deployed function: pack, build what it needs, upload, declare."""
+
+from typing import Any, Protocol
+
+import msgspec
+
+from dayfly_gateway.client import Client
+from dayfly_gateway.manifests import Plan
+from dayfly_pool.models import EnvironmentManifest
+from dayfly_pool.packages import pack
+
+
+class Progress(Protocol):
+    """Who is told how a deployment goes on."""
+
+    def uploaded(self, done: int, total: int) -> None:
+        """*done* of *total* bytes of the package are sent."""
+
+    def building(self, environment: str, text: str) -> None:
+        """The server says what it does for an environment."""
+
+
+def deploy(client: Client, plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Carry out *plan*; returns the function as the API shows it.
+
+    What can be refused here is refused before anything is sent.
+    """
+    manifest = plan.manifest
+    archive = pack(plan.source) if plan.source is not None else None
+    if plan.environment is not None:
+        build(client, plan.environment, progress)
+    spec = msgspec.to_builtins(manifest.spec)
+    del spec["source"]
+    if archive is not None:
+        spec["package"] = client.put_package(archive, progress.uploaded)
+    return client.put_function(manifest.metadata.namespace, manifest.metadata.name, spec)
+
+
+def build(client: Client, manifest: EnvironmentManifest, progress: Progress) -> dict[str, Any]:
+    """Have an environment built; returns it as the API shows it."""
+    metadata, spec = manifest.metadata, msgspec.to_builtins(manifest.spec)
+    return client.put_environment(
+        metadata.namespace, metadata.name, spec, lambda text: progress.building(metadata.name, text)
+    )
+
+
+def url_of(client: Client, view: dict[str, Any]) -> str:
+    """Where a function answers: on the address that the server tells, else on its usual port."""
+    address = client.live().get("http") or f"{client.host}:8080"
+    return f"http://{reachable(str(address))}{view['status']['url']}"
+
+
+def reachable(address: str) -> str:
+    """*address* as a client on this machine writes it: one that means "every" is localhost."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]") else address

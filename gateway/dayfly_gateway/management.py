@@ -1,0 +1,321 @@
+"""The admin plane: REST for functions, environments, invocations, logs and the pool's state."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+from prometheus_client import generate_latest
+
+import dayfly
+from dayfly_gateway import auth, events, openapi
+from dayfly_gateway.app import read_body
+from dayfly_gateway.config import GatewayConfig
+from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
+from dayfly_pool.models import (
+    EnvironmentManifest,
+    EnvironmentSpec,
+    Failure,
+    FunctionId,
+    FunctionManifest,
+    FunctionSpec,
+    Invocation,
+    InvocationId,
+    LogLine,
+    Metadata,
+    Outcome,
+    function_id,
+)
+from dayfly_pool.service import Service
+from dayfly_pool.store.sqlite import StoredEnvironment, StoredFunction
+
+log = logging.getLogger("dayfly.admin")
+SPEC_BYTES_MAX: Final = 1024 * 1024
+FOLLOW_LOOK_S: Final = 1.0
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Management:
+    """The handlers of the admin plane."""
+
+    def __init__(
+        self, service: Service, config: GatewayConfig, is_ready: Callable[[], bool]
+    ) -> None:
+        self._service = service
+        self._config = config
+        self._is_ready = is_ready
+
+    def application(self) -> web.Application:
+        """The aiohttp application of this plane."""
+        app = web.Application(
+            middlewares=[self._guard], client_max_size=self._config.package_bytes_max
+        )
+        function = "/namespaces/{namespace}/functions/{name}"
+        environment = "/namespaces/{namespace}/environments/{name}"
+        app.add_routes(
+            [
+                web.get("/live", self._live),
+                web.get("/ready", self._ready),
+                web.get("/metrics", self._metrics),
+                web.get("/openapi.json", self._openapi),
+                web.get("/pool", self._pool),
+                web.post("/packages", self._put_package),
+                web.get("/functions", self._functions),
+                web.get(function, self._function),
+                web.put(function, self._deploy),
+                web.delete(function, self._delete),
+                web.post(f"{function}/invocations", self._invoke),
+                web.get(f"{function}/logs", self._logs),
+                web.get("/environments", self._environments),
+                web.put(environment, self._build),
+                web.delete(environment, self._delete_environment),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: auth.Handler) -> web.StreamResponse:
+        try:
+            auth.check(request, self._config.admin_token)
+            return await handler(request)
+        except PlatformError as error:
+            return events.platform_problem(error)
+        except msgspec.DecodeError as error:
+            return events.platform_problem(BadInput(str(error)))
+
+    # ---- health -------------------------------------------------------------------------------
+
+    async def _live(self, request: web.Request) -> web.Response:
+        about = {"version": dayfly.__version__, "http": str(self._config.http)}
+        return _json({"status": "alive"} | about)
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        ready = self._is_ready()
+        return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = generate_latest(self._service.pool.metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return _json(openapi.document())
+
+    async def _pool(self, request: web.Request) -> web.Response:
+        return _json(pool_view(self._service))
+
+    # ---- functions ----------------------------------------------------------------------------
+
+    async def _put_package(self, request: web.Request) -> web.Response:
+        data = await read_body(request, self._config, self._config.package_bytes_max)
+        return _json({"digest": await self._service.put_package(data)}, 201)
+
+    async def _functions(self, request: web.Request) -> web.Response:
+        stored = sorted(self._service.functions.values(), key=lambda s: s.id)
+        return _json([function_view(s, self._service) for s in stored])
+
+    async def _function(self, request: web.Request) -> web.Response:
+        return _json(function_view(self._stored(request), self._service))
+
+    async def _deploy(self, request: web.Request) -> web.Response:
+        data = await read_body(request, self._config, SPEC_BYTES_MAX)
+        spec = msgspec.json.decode(data, type=FunctionSpec)
+        manifest = FunctionManifest(metadata=_metadata(request), spec=spec)
+        stored = await self._service.deploy(manifest)
+        return _json(function_view(stored, self._service))
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        await self._service.delete(self._stored(request).id)
+        return web.Response(status=204)
+
+    async def _invoke(self, request: web.Request) -> web.Response:
+        body = await read_body(request, self._config, self._config.body_bytes_max)
+        if body:
+            msgspec.json.decode(body)  # refused here with a clear error, not by the guest
+        id_ = InvocationId(secrets.token_hex(16))
+        stored = self._stored(request)
+        trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
+        queue_s_max = self._service.config.queue_s_max
+        invocation = Invocation(id_, stored.id, body, None, trace, queue_s_max)
+        return _invoked(id_, await self._service.pool.invoke(invocation))
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        """The last lines as JSON; with `follow` as server-sent events until the client goes."""
+        id_ = self._stored(request).id
+        tail = request.query.get("tail", "100")
+        if not tail.isdigit():
+            raise BadInput("tail is not a number")
+        logs = self._service.pool.logs
+        if "follow" not in request.query:
+            return _json(logs.tail(id_, int(tail)))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        async with contextlib.aclosing(logs.follow(id_, int(tail))) as lines:
+            await self._stream(request, response, lines)
+        return response
+
+    async def _stream(
+        self, request: web.Request, response: web.StreamResponse, lines: AsyncIterator[LogLine]
+    ) -> None:
+        """Write *lines* as they come, until the client has gone or the server is to end."""
+        coming: asyncio.Future[LogLine] = asyncio.ensure_future(anext(lines))
+        try:
+            while self._is_ready() and request.transport is not None:
+                if not (await asyncio.wait({coming}, timeout=FOLLOW_LOOK_S))[0]:
+                    continue  # nothing new: look whether anybody is still there
+                await response.write(b"data: " + msgspec.json.encode(coming.result()) + b"\n\n")
+                coming = asyncio.ensure_future(anext(lines))
+        except (StopAsyncIteration, ConnectionError):
+            pass
+        finally:
+            coming.cancel()
+            await asyncio.wait({coming})
+
+    def _stored(self, request: web.Request) -> StoredFunction:
+        id_ = function_id(request.match_info["namespace"], request.match_info["name"])
+        if id_ not in self._service.functions:
+            raise FunctionNotFound(f"no function {id_!r}")
+        return self._service.functions[id_]
+
+    # ---- environments -------------------------------------------------------------------------
+
+    async def _environments(self, request: web.Request) -> web.Response:
+        return _json([environment_view(e) for _, e in sorted(self._service.environments.items())])
+
+    async def _build(self, request: web.Request) -> web.StreamResponse:
+        """Build it; progress as JSON lines, the last of which has the result or the error."""
+        data = await read_body(request, self._config, SPEC_BYTES_MAX)
+        spec = msgspec.json.decode(data, type=EnvironmentSpec)
+        manifest = EnvironmentManifest(metadata=_metadata(request), spec=spec)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+        async def build() -> None:
+            try:
+                stored = await self._service.build(
+                    manifest, lambda text: lines.put_nowait({"progress": text})
+                )
+                lines.put_nowait({"environment": environment_view(stored)})
+            except PlatformError as error:
+                answer = events.platform_problem(error)
+                lines.put_nowait({"problem": msgspec.json.decode(answer.body or b"")})  # type: ignore[arg-type]
+
+        async with asyncio.TaskGroup() as tasks:
+            building = tasks.create_task(build())
+            await response.prepare(request)
+            while not (building.done() and lines.empty()):
+                line = await lines.get()
+                await response.write(msgspec.json.encode(line) + b"\n")
+                if "progress" not in line:
+                    break
+        return response
+
+    async def _delete_environment(self, request: web.Request) -> web.Response:
+        info = request.match_info
+        await self._service.delete_environment(info["namespace"], info["name"])
+        return web.Response(status=204)
+
+
+def _metadata(request: web.Request) -> Metadata:
+    info = {key: request.match_info[key] for key in ("namespace", "name")}
+    try:
+        return msgspec.convert(info, Metadata)
+    except msgspec.ValidationError as error:
+        raise BadInput(
+            f"{error}: names are lower-case letters, digits and dashes, at most 63"
+        ) from None
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode(value),
+        headers={"Content-Type": "application/json"},
+    )
+
+
+def _invoked(id_: InvocationId, outcome: Outcome) -> web.Response:
+    timing = outcome.timing
+    headers = {
+        "Dayfly-Invocation": id_,
+        "Dayfly-Start": timing.start,
+        "Server-Timing": events.server_timing(timing),
+        "Content-Type": "application/json",
+    }
+    if isinstance(outcome, Failure):
+        status = events.STATUS_OF_FAILURE.get(outcome.kind, 502)
+        answer = events.problem(
+            status, outcome.kind, outcome.message, invocation=id_, traceback=outcome.traceback
+        )
+        answer.headers.update({k: v for k, v in headers.items() if k != "Content-Type"})
+        return answer
+    return web.Response(body=outcome.body, headers=headers)
+
+
+def function_view(stored: StoredFunction, service: Service) -> dict[str, Any]:
+    """One function as the API shows it: its manifest and its status. Values of env are left out."""
+    namespace, _, name = stored.id.partition("/")
+    spec = msgspec.to_builtins(stored.spec)
+    spec["env"] = dict.fromkeys(stored.spec.env, "***")
+    record = service.pool.state.functions.get(FunctionId(stored.id))
+    boxes = list(record.sandboxes.values()) if record else []
+    status: dict[str, Any] = {
+        "version": stored.version,
+        "environmentDigest": stored.environment,
+        "updated": stored.updated,
+        "sandboxes": len(boxes),
+        "busy": sum(bool(box.running) for box in boxes),
+        "waiting": len(record.queue) if record else 0,
+        "url": f"/fn/{name}" if namespace == "default" else f"/ns/{namespace}/fn/{name}",
+    }
+    if record and record.failure:
+        status["failure"] = {"kind": record.failure.kind, "message": record.failure.message}
+    return {
+        "apiVersion": "dayfly.dev/v1",
+        "kind": "Function",
+        "metadata": {"namespace": namespace, "name": name},
+        "spec": spec,
+        "status": status,
+    }
+
+
+def environment_view(stored: StoredEnvironment) -> dict[str, Any]:
+    """One environment as the API shows it."""
+    return {
+        "apiVersion": "dayfly.dev/v1",
+        "kind": "Environment",
+        "metadata": {"namespace": stored.namespace, "name": stored.name},
+        "spec": msgspec.to_builtins(stored.spec),
+        "status": {"digest": stored.environment.digest, "preloadedEarly": stored.environment.early},
+    }
+
+
+def pool_view(service: Service) -> dict[str, Any]:
+    """The pool as `dayfly top` shows it."""
+    pool = service.pool
+    now = time.monotonic()
+    return {
+        "phases": {phase.value: n for phase, n in pool.state.phases().items() if n},
+        "waiting": pool.state.waiting,
+        "underWay": pool.under_way,
+        "misses": pool.state.misses,
+        "sandboxesMax": service.config.sandboxes_max,
+        "sandboxes": [
+            {
+                "id": box.id,
+                "phase": box.phase.value,
+                "function": box.function.id if box.function else None,
+                "version": box.function.version if box.function else None,
+                "environment": box.mold.environment[:12],
+                "network": box.mold.network,
+                "forSeconds": round(now - box.since, 3),
+                "running": len(box.running),
+                "memoryBytes": pool.memory_bytes(box.id),
+            }
+            for box in pool.state.sandboxes.values()
+        ],
+    }

@@ -1,0 +1,120 @@
+"""The admin plane's OpenAPI document: schemas from the models, paths by hand."""
+
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+import dayfly
+from dayfly_pool.models import EnvironmentSpec, FunctionSpec, LogLine
+
+_NAMED: Final = [
+    {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    for name in ("namespace", "name")
+]
+
+
+@cache
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1 for the admin plane."""
+    _, schemas = msgspec.json.schema_components(
+        [FunctionSpec, EnvironmentSpec, LogLine], ref_template="#/components/schemas/{name}"
+    )
+    schemas["Problem"] = {
+        "type": "object",
+        "properties": {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+        },
+        "required": ["type", "title", "status", "detail"],
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Dayfly admin plane", "version": dayfly.__version__},
+        "paths": _paths(),
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"token": []}],
+    }
+
+
+def _paths() -> dict[str, Any]:
+    function = "/namespaces/{namespace}/functions/{name}"
+    environment = "/namespaces/{namespace}/environments/{name}"
+    return {
+        "/live": {"get": _operation("Whether the server is alive")},
+        "/ready": {"get": _operation("Whether it takes requests", {"503": "Not ready"})},
+        "/metrics": {"get": _operation("Prometheus metrics", content="text/plain")},
+        "/pool": {"get": _operation("Every sandbox, and the pool's counts")},
+        "/packages": {
+            "post": _operation("Upload a package (zip)", _BAD, "201", body="application/zip")
+        },
+        "/functions": {"get": _operation("All functions")},
+        function: {
+            "parameters": _NAMED,
+            "get": _operation("One function", _MISSING),
+            "put": _operation("Deploy it", _BAD | _MISSING, schema="FunctionSpec"),
+            "delete": _operation("Delete it", _MISSING, "204"),
+        },
+        f"{function}/invocations": {
+            "parameters": _NAMED,
+            "post": _operation("Invoke it with a JSON event", _BAD | _MISSING | _FAILED, schema=""),
+        },
+        f"{function}/logs": {
+            "parameters": [
+                *_NAMED,
+                {"name": "tail", "in": "query", "schema": {"type": "integer", "minimum": 0}},
+                {"name": "follow", "in": "query", "schema": {"type": "string"}},
+            ],
+            "get": _operation("Its last lines; with follow, server-sent events", _BAD | _MISSING),
+        },
+        "/environments": {"get": _operation("All environments")},
+        environment: {
+            "parameters": _NAMED,
+            "put": _operation(
+                "Build it; progress as JSON lines",
+                _BAD,
+                schema="EnvironmentSpec",
+                content="application/x-ndjson",
+            ),
+            "delete": _operation("Delete it", _BAD | _MISSING, "204"),
+        },
+    }
+
+
+_BAD: Final = {"400": "The input is not valid; nothing was changed", "413": "Too large"}
+_MISSING: Final = {"404": "There is no such thing"}
+_FAILED: Final = {
+    "429": "Its queue is full",
+    "502": "The function failed",
+    "503": "No capacity",
+    "504": "The function ran out of time",
+}
+_REFUSED: Final = {"401": "The token is missing or wrong", "403": "A page of another site"}
+
+
+def _operation(
+    summary: str,
+    errors: dict[str, str] | None = None,
+    success: str = "200",
+    *,
+    body: str = "application/json",
+    schema: str | None = None,
+    content: str = "application/json",
+) -> dict[str, Any]:
+    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    responses: dict[str, Any] = {success: {"description": "Done"}}
+    if success != "204":
+        responses[success]["content"] = {content: {}}
+    for status, text in (_REFUSED | (errors or {})).items():
+        described = {"description": text, "content": {"application/problem+json": problem}}
+        responses[status] = described
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
+    if schema is not None or body != "application/json":
+        shape = {"schema": {"$ref": f"#/components/schemas/{schema}"}} if schema else {}
+        operation["requestBody"] = {"required": bool(schema), "content": {body: shape}}
+    return operation

@@ -1,0 +1,174 @@
+"""`dayfly up`: from settings to a running server, with its log on stdout."""
+
+import asyncio
+import gc
+import logging
+import os
+import resource
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from dayfly_gateway.client import Client, Told
+from dayfly_gateway.config import Address, GatewayConfig
+from dayfly_gateway.deploy import deploy as deploy_plan
+from dayfly_gateway.deploy import reachable
+from dayfly_gateway.events import parse_networks
+from dayfly_gateway.logformat import Outbox
+from dayfly_gateway.manifests import plan
+from dayfly_gateway.server import Server
+from dayfly_pool.config import Config
+from dayfly_pool.errors import BadInput, PlatformError
+
+log = logging.getLogger("dayfly.up")
+
+DEFAULTS: Final = Config(data=Path())
+GENERIC_MIN: Final = DEFAULTS.generic_min
+GENERIC_MAX: Final = DEFAULTS.generic_max
+SANDBOXES_MAX: Final = DEFAULTS.sandboxes_max
+GC_THRESHOLD: Final = 20_000
+"""New objects between two collections; reference counts free nearly all of a request's."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What the command line says, as it says it; None where it is silent."""
+
+    data: Path
+    http: str
+    admin: str
+    admin_token: str
+    driver: str
+    generic_min: int | None
+    generic_max: int | None
+    sandboxes_max: int | None
+    foreign_namespaces: tuple[str, ...]
+    trusted_proxies: tuple[str, ...]
+
+
+def configs(settings: Settings) -> tuple[Config, GatewayConfig]:
+    """The two configurations that *settings* mean. Raises `BadInput`."""
+    try:
+        return _pool_config(settings), _gateway_config(settings)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _pool_config(settings: Settings) -> Config:
+    """A bound that is not given follows those that are: `--generic-min 40` alone must work."""
+    most = settings.sandboxes_max if settings.sandboxes_max is not None else SANDBOXES_MAX
+    generic_max, generic_min = settings.generic_max, settings.generic_min
+    if generic_max is None:
+        generic_max = max(min(GENERIC_MAX, most), generic_min or 0)
+    if generic_min is None:
+        generic_min = min(GENERIC_MIN, generic_max)
+    return Config(
+        data=settings.data.expanduser().resolve(),
+        driver="process" if settings.driver == "process" else "linux",
+        generic_min=generic_min,
+        generic_max=generic_max,
+        sandboxes_max=most,
+        foreign_namespaces=settings.foreign_namespaces,
+    )
+
+
+def _gateway_config(settings: Settings) -> GatewayConfig:
+    admin = _address("--admin", settings.admin)
+    if not admin.is_loopback and not settings.admin_token:
+        raise BadInput(
+            f"refusing to serve the admin plane on {admin} without a token, as anybody who reaches "
+            "it could run code here: give --admin-token-file FILE, or set DAYFLY_ADMIN_TOKEN"
+        )
+    return GatewayConfig(
+        http=_address("--http", settings.http),
+        admin=admin,
+        admin_token=settings.admin_token,
+        trusted_proxies=parse_networks(settings.trusted_proxies),
+    )
+
+
+def _address(option: str, text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise BadInput(f"{option}: {error}") from None
+
+
+def serve(settings: Settings, log_form: str, deploy: Path | None) -> None:
+    """Run until SIGTERM or SIGINT. Raises `PlatformError` when it cannot start."""
+    import uvloop
+
+    config, gateway = configs(settings)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gc.freeze()  # what is loaded by now stays: the collector need not look at it again
+    gc.set_threshold(GC_THRESHOLD)
+    outbox = Outbox(log_form)
+    outbox.install()
+    server = Server(config, gateway)
+
+    async def on_ready(server: Server) -> None:
+        extra = {"http": str(gateway.http), "admin": str(gateway.admin), "driver": config.driver}
+        log.info("dayfly is up", extra=extra | {"data": str(config.data), "pid": os.getpid()})
+        if deploy is not None:
+            await asyncio.to_thread(_deploy_all, deploy, gateway, outbox)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.run(on_ready))
+        log.info("dayfly has ended")
+    except BaseExceptionGroup as group:
+        raise_ours(group)
+        raise
+    finally:
+        outbox.close()
+
+
+def raise_ours(group: BaseExceptionGroup[BaseException]) -> None:
+    """Raise the first error of ours in *group*, if it holds nothing else."""
+    leaves = list(_leaves(group))
+    if all(isinstance(leaf, PlatformError) for leaf in leaves):
+        raise leaves[0] from None
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+class _Logged:
+    """Progress that goes to the server's log."""
+
+    def uploaded(self, done: int, total: int) -> None:
+        """Not worth a line."""
+
+    def building(self, environment: str, text: str) -> None:
+        """One line."""
+        log.info("environment builds", extra={"environment": environment, "said": text})
+
+
+def _deploy_all(folder: Path, gateway: GatewayConfig, outbox: Outbox) -> None:
+    """Deploy each folder and file in *folder*, through the admin plane like anybody else."""
+    client = Client(f"http://{reachable(str(gateway.admin))}", gateway.admin_token)
+    urls = {}
+    for path in deployable(folder):
+        try:
+            what = plan(path, name=None, namespace="default", spec={})
+            view = deploy_plan(client, what, _Logged())
+        except (PlatformError, Told, OSError, UnicodeError) as error:
+            log.error("not deployed", extra={"path": str(path), "why": str(error)})
+            continue
+        url = f"http://{reachable(str(gateway.http))}{view['status']['url']}"
+        urls[what.manifest.metadata.name] = url
+    for name, url in urls.items():
+        if outbox.is_text:
+            outbox.say(f"    curl -i {url}")
+        else:
+            log.info("try it", extra={"function": name, "url": url})
+
+
+def deployable(folder: Path) -> list[Path]:
+    """The functions in *folder*: its Python files, and its folders that hold some."""
+    found = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
+    return [path for path in found if path.suffix == ".py" or any(path.glob("*.py"))]
