@@ -1,0 +1,228 @@
+"""The escape battery inside a real sandbox: what is open is what is published, and nothing more."""
+
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import CANARY
+from tests.harness import FUNCTIONS, Server, status, together
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the battery is x86-64's")
+SECRET = "DAYFLY-SECRET-" + secrets.token_hex(8)
+PROBES_MIN = 250
+
+EVERYBODYS = "of the machine, the same for everybody; no function's, no tenant's"
+OWN_INIT = "uid-equal, so the kernel allows it: harms this sandbox's own pid 1 and nobody else"
+ALLOWED: dict[str, str] = {
+    "read /proc/config.gz": "how the kernel was built: public",
+    "read /proc/version": "which kernel this is: uname tells it too",
+    "read /proc/cmdline": "the kernel's command line: keep secrets out of it",
+    "read /proc/cpuinfo": EVERYBODYS,
+    "read /proc/meminfo": EVERYBODYS,
+    "read /proc/loadavg": EVERYBODYS,
+    "read /proc/diskstats": EVERYBODYS,
+    "read /proc/interrupts": EVERYBODYS,
+    "read /proc/1/cmdline": "bwrap's: the words of our own command line, its arguments are hidden",
+    "read /proc/1/mountinfo": "the same mounts as our own",
+    "read /proc/1/status": "ids and counts of our own pid 1",
+    "list /proc/1/fd": "numbers only: what they are cannot be read, let alone opened",
+    "find the host's paths in the mount table": "names of folders; they lead nowhere from here",
+    "reach a process by setpriority of pid 1": OWN_INIT,
+    "reach a process by prlimit of pid 1": OWN_INIT,
+    "reach a process by sched_setaffinity of pid 1": OWN_INIT,
+    "run a program from memory": "functions may run any code, from files too",
+    "write and run machine code": "functions may run any code; JIT compilers do this",
+    "open a socket of AF_UNIX": "between a function's own processes; the host's are not in reach",
+    "open a socket of AF_INET": "in a network namespace without any interface that is up",
+    "open a socket of AF_INET6": "in a network namespace without any interface that is up",
+    "type with /dev/ptmx to read": "makes a terminal in this sandbox's own devpts, of no use",
+}
+"""What is open inside, each with the reason why it may be."""
+
+HOST_NETWORK = {
+    "connect to the host's loopback",
+    "connect to 0.0.0.0",
+    "connect to the host by its address",
+    "connect to ::1",
+    "connect to ::ffff:127.0.0.1",
+    "connect to the admin plane",
+    "find the host's sockets in /proc/net",
+    "find the host's resolver",
+    "find the host's names",
+    "see an interface of the host",
+    "connect to 169.254.169.254",
+    "connect to the internet",
+    "send a datagram out",
+    "connect to fd00:ec2::254",
+    "connect to a name",
+    "open a socket of ping",
+    "connect to a path socket of the host",
+}
+"""What `network: host` opens besides, depending on the machine: for the operator's own code."""
+
+
+@pytest.fixture(scope="module")
+def given(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Canaries on the host and in another function, and listeners that nobody may reach."""
+    folder = tmp_path_factory.mktemp("canary")
+    (folder / "file").write_text(SECRET)
+    other = server.deploy("echo", "secret-keeper", env={"SECRET": SECRET}, minScale=1)
+    assert server.call(other).json()["env"]["SECRET"] == SECRET
+    abstract = "dayfly-test-" + secrets.token_hex(4)
+    short = Path(tempfile.mkdtemp())
+    with ExitStack() as stack:
+        dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        if not socket.has_dualstack_ipv6():
+            dual = {}
+        listeners = [stack.enter_context(socket.create_server(("", 0), **dual))]
+        for address in (f"\0{abstract}", str(short / "socket")):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(address)
+            listener.listen()
+        os.chmod(short, 0o755)
+        os.chmod(short / "socket", 0o777)
+        yield {
+            "file": str(folder / "file"),
+            "data": str(server.data),
+            "server": server.pid,
+            "hostname": socket.gethostname(),
+            "address": host_address(),
+            "port": listeners[0].getsockname()[1],
+            "admin": int(server.admin.rpartition(":")[2]),
+            "abstract": abstract,
+            "socket": str(short / "socket"),
+            "tmp_mb": 8,
+            "secrets_backwards": [CANARY[::-1], SECRET[::-1]],
+            "etc_backwards": {name: telling(name) for name in ETC},
+        }
+        (short / "socket").unlink()
+        short.rmdir()
+
+
+ETC = ("passwd", "group", "hosts", "resolv.conf", "hostname")
+
+
+def telling(name: str) -> str:
+    """A line of the host's /etc/*name* that no made-up file would hold, backwards."""
+    common = ("root:", "nobody:", "nogroup:", "127.0.0.1", "::1", "#")
+    try:
+        lines = Path("/etc", name).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line[::-1] for line in lines if line and not line.startswith(common)), "")
+
+
+def host_address() -> str:
+    """The address by which this machine reaches others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.2"
+        return str(probe.getsockname()[0])
+
+
+def battery(server: Server, given: dict[str, Any], name: str, **spec: Any) -> dict[str, str]:
+    limits = {"tmpMb": 8, "memoryMb": 256}
+    server.deploy("escape", name, timeoutSeconds=60, limits=limits, **spec)
+    reply = server.invoke(name, given)
+    assert reply.status == 200, reply.body
+    verdicts: dict[str, str] = reply.json()
+    return verdicts
+
+
+def opened(verdicts: dict[str, str]) -> set[str]:
+    return {name for name, verdict in verdicts.items() if verdict == "open"}
+
+
+def test_what_is_open_inside_is_what_is_published(
+    server: Server, given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    """Neither more, nor less: the list above is the documentation."""
+    verdicts = battery(server, given, "escape")
+    with capsys.disabled():
+        print(f"\nescape battery, driver linux: {len(opened(verdicts))} open of {len(verdicts)}")
+
+    assert not {name: v for name, v in verdicts.items() if v.startswith("error")}
+    assert len(verdicts) >= PROBES_MIN
+    assert opened(verdicts) == set(ALLOWED)
+
+
+def test_code_of_strangers_finds_no_more(server: Server, given: dict[str, Any]):
+    """The same in a foreign namespace, whose modules run after the lock-down only."""
+    limits = {"tmpMb": 8, "memoryMb": 256}
+    server.deploy("escape", "foreign", namespace="strangers", timeoutSeconds=60, limits=limits)
+
+    reply = server.invoke("foreign", given, namespace="strangers")
+
+    assert opened(reply.json()) <= set(ALLOWED)
+
+
+def test_the_network_of_the_host_opens_the_network_and_nothing_else(
+    server: Server, given: dict[str, Any]
+):
+    """`network: host` is asked for by name; files, processes and the kernel stay as closed."""
+    verdicts = battery(server, given, "networked", network="host")
+    more = opened(verdicts) - set(ALLOWED)
+
+    assert more <= HOST_NETWORK
+    assert {"connect to the host's loopback", "connect to the admin plane"} <= more
+    assert "connect to an abstract socket of the host" not in more
+    server.delete("networked")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_the_battery_has_teeth(given: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    """The same probes of an ordinary process of an unprivileged user: about a hundred are open."""
+    program = [sys.executable, str(FUNCTIONS / "escape" / "main.py"), json.dumps(given), "65534"]
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=90, start_new_session=True, check=True
+    )
+    found = opened(json.loads(done.stdout))
+    with capsys.disabled():
+        print(f"\nthe same without a sandbox, uid 65534: {len(found)} open")
+
+    assert len(found) > 3 * len(ALLOWED)
+    assert {
+        "connect to the host's loopback",
+        "call add_key",
+        "see processes that are not ours",
+    } <= found
+    assert "connect to an abstract socket of the host" in found
+    assert "connect to a path socket of the host" in found
+    assert "inherit a descriptor" in found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="finds processes by control group")
+def test_every_specialized_sandbox_is_locked_as_seen_from_outside(server: Server):
+    """No capability, no new privileges, seccomp filters, a uid of its own; read from /proc."""
+    names = [server.deploy("wait", f"census-{i}") for i in range(6)]
+    together(6, lambda i: server.invoke(names[i], {"seconds": 0}))
+    boxes = [box for box in server.pool()["sandboxes"] if box["phase"] in ("idle", "busy")]
+    uids: dict[str, set[str]] = {}
+    for box in boxes:
+        for pid in server.guests(box["id"]):
+            seen = status(pid)
+            uids.setdefault(box["id"], set()).update(seen["Uid"].split() + seen["Gid"].split())
+
+            assert {
+                c: int(seen[c], 16) for c in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+            } == (dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0))
+            assert (seen["NoNewPrivs"], seen["Seccomp"], seen["Groups"]) == ("1", "2", "")
+            assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) >= 500
+
+    assert len(uids) == len(boxes) >= 6
+    assert all(len(seen) == 1 and int(min(seen)) >= 3_000_000 for seen in uids.values())
+    assert len(set.union(*uids.values())) == len(uids)
+    for name in names:
+        server.delete(name)

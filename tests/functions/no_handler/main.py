@@ -1,0 +1,5 @@
+def somebody_else(event, context):
+    return 1
+
+
+handler = 7

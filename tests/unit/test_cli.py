@@ -1,0 +1,828 @@
+"""The command line: what it understands, what it sends, what it says, how it ends."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dayfly_gateway import manifests, show, up
+from dayfly_gateway.cli import cli
+from dayfly_gateway.deploy import reachable
+from dayfly_gateway.logformat import JsonFormatter, Outbox, TextFormatter
+from dayfly_gateway.manifests import Plan, find_handler, name_of, plan, plans
+from dayfly_pool.errors import BadInput, DataFolderUnusable
+from dayfly_pool.models import EnvironmentManifest
+
+HANDLER = "def handler(event, context):\n    return event\n"
+TIMING = "queue;dur=0.100, specialize;dur=1.500, handler;dur=0.250"
+HEAVY = {"aiohttp", "asyncio", "uvloop", "prometheus_client", "rich", "dayfly_pool.pool"}
+
+
+def view(name: str, spec: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    """A function as the admin API shows it."""
+    shown = {"version": 1, "sandboxes": 0, "busy": 0, "updated": 0.0, "url": f"/fn/{name}"}
+    return {
+        "kind": "Function",
+        "metadata": {"namespace": "default", "name": name},
+        "spec": spec or {},
+        "status": shown | status,
+    }
+
+
+def environment_view(name: str) -> dict[str, Any]:
+    """An environment as the admin API shows it."""
+    return {
+        "kind": "Environment",
+        "metadata": {"namespace": "default", "name": name},
+        "spec": {"requirements": "six", "preload": []},
+        "status": {"digest": "e" * 64},
+    }
+
+
+POOL = {
+    "phases": {"generic": 1, "busy": 1},
+    "waiting": 0,
+    "underWay": 1,
+    "misses": 0,
+    "sandboxesMax": 8,
+    "sandboxes": [
+        {
+            "id": id_,
+            "phase": phase,
+            "function": function,
+            "version": "1" if function else None,
+            "environment": "base",
+            "network": "none",
+            "forSeconds": 2.0,
+            "running": int(bool(function)),
+            "memoryBytes": 1 << 20,
+        }
+        for id_, phase, function in [("sb-1", "generic", None), ("sb-2", "busy", "default/greet")]
+    ],
+}
+LINE = {
+    "time": 0.0,
+    "function": "default/greet",
+    "sandbox": "sb-1",
+    "invocation": "i1",
+    "stream": "stdout",
+    "text": "hi \x1b[31mthere",
+}
+PROBLEMS: dict[str, tuple[int, dict[str, Any]]] = {
+    "raises": (
+        502,
+        {"title": "Raised", "detail": "ValueError: no", "traceback": "Traceback:\n no"},
+    ),
+    "full": (429, {"title": "Too many", "detail": "its queue\nis full. Retry later"}),
+}
+
+
+class Admin(BaseHTTPRequestHandler):
+    """A fake of the admin plane: answers as the real one does, and notes what it was asked."""
+
+    server: "AdminServer"
+
+    def answer(self) -> None:
+        """One request."""
+        length = int(self.headers.get("Content-Length") or 0)
+        path, _, query = self.path.partition("?")
+        self.server.asked.append((self.command, self.path, self.rfile.read(length)))
+        self.server.tokens.append(self.headers.get("Authorization"))
+        name = path.split("/")[4] if path.startswith("/namespaces/") else ""
+        match self.command, path.removeprefix(f"/namespaces/default/functions/{name}"):
+            case "GET", "/live":
+                self.reply(200, {"status": "alive", "http": "0.0.0.0:9000"})
+            case "GET", "/functions":
+                self.reply(200, [view("greet")])
+            case "GET", "/environments":
+                self.reply(200, [environment_view("web")])
+            case "GET", "/pool":
+                self.reply(200, POOL)
+            case "POST", "/packages":
+                self.reply(201, {"digest": "d" * 64})
+            case (("PUT" | "GET"), ""):
+                self.reply(200, view(name, json.loads(self.server.asked[-1][2] or b"{}")))
+            case "POST", "/invocations" if name in PROBLEMS:
+                self.reply(*PROBLEMS[name])
+            case "POST", "/invocations":
+                headers = {"Dayfly-Start": "generic", "Server-Timing": TIMING}
+                self.reply(200, {"got": json.loads(self.server.asked[-1][2])}, headers)
+            case "GET", "/logs" if "follow" in query:
+                self.send(200, b"data: " + json.dumps(LINE).encode() + b"\n\n", {})
+            case "GET", "/logs":
+                self.reply(200, [LINE])
+            case "PUT", "/namespaces/default/environments/broken":
+                self.reply_lines(
+                    {"progress": "resolving"}, {"problem": {"detail": "no such wheel"}}
+                )
+            case "PUT", _ if "/environments/" in path:
+                built = {"environment": environment_view(name)}
+                self.reply_lines({"progress": "resolving"}, built)
+            case "DELETE", _:
+                self.send(204, b"", {})
+            case _:
+                self.send(404, b"<html>nothing here", {})
+
+    do_GET = do_PUT = do_POST = do_DELETE = answer
+
+    def reply(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        """JSON."""
+        self.send(status, json.dumps(value).encode(), headers or {})
+
+    def reply_lines(self, *values: Any) -> None:
+        """JSON lines."""
+        self.send(200, b"".join(json.dumps(value).encode() + b"\n" for value in values), {})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """One answer."""
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class AdminServer(ThreadingHTTPServer):
+    """Serves `Admin` on a free port."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Admin)
+        self.asked: list[tuple[str, str, bytes]] = []
+        self.tokens: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def sent(self, method: str, path: str) -> Any:
+        """The JSON that was sent there."""
+        (body,) = [b for m, p, b in self.asked if (m, p) == (method, path)]
+        return json.loads(body)
+
+
+@pytest.fixture
+def admin() -> Iterator[AdminServer]:
+    with AdminServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hello(tmp_path: Path) -> Path:
+    return package(tmp_path / "hello", {"main.py": HANDLER})
+
+
+def package(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def dayfly(*args: str, url: str = "", input: str = "", **env: str | None) -> Result:
+    """Run the command in this process, in an environment without the developer's own settings."""
+    clean = {"DAYFLY_URL": url, "DAYFLY_TOKEN": None, "DAYFLY_NAMESPACE": None, "NO_COLOR": None}
+    return CliRunner().invoke(cli, args, input=input, env=clean | env, prog_name="dayfly")
+
+
+# ---- finding the handler ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "handler"),
+    [
+        (HANDLER, "handler"),
+        ("async def handler(event, context): ...", "handler"),
+        ("def lambda_handler(event, context): ...", "lambda_handler"),
+        ("def main(event, context): ...", "main"),
+        ("handler = make(1)", "handler"),
+        ("from app import run as handler", "handler"),
+        ("try:\n    import x\nexcept ImportError:\n    x = None\n" + HANDLER, "handler"),
+        ("def main(event): ...\n" + HANDLER, "handler"),
+        ("raise SystemExit('it was run')\n" + HANDLER, "handler"),
+    ],
+)
+def test_the_handler_is_found_by_reading_the_code(tmp_path: Path, code: str, handler: str) -> None:
+    """Never by running it."""
+    file = tmp_path / "greet.py"
+    file.write_text(code)
+
+    assert find_handler(file) == f"greet:{handler}"
+
+
+@pytest.mark.parametrize(
+    ("files", "module"),
+    [
+        (("main", "app", "zebra"), "main"),
+        (("app", "lambda_function"), "app"),
+        (("zebra", "__init__", "_private"), "zebra"),
+    ],
+)
+def test_a_folder_has_one_module_that_is_looked_into(
+    tmp_path: Path, files: tuple[str, ...], module: str
+) -> None:
+    """A usual name first, else the only one there is."""
+    folder = package(tmp_path / "f", {f"{file}.py": HANDLER for file in files})
+
+    assert find_handler(folder) == f"{module}:handler"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"main.py": "def greet(): ...\nclass X: ..."}, "main.py defines greet, X; name one with"),
+        ({"main.py": "def main(): ..."}, "main.py defines nothing; add `def handler"),
+        ({"one.py": HANDLER, "two.py": HANDLER}, "which of one.py, two.py holds the handler"),
+        ({"main.py": "x = 1\ndef handler(:"}, "main.py, line 2: "),
+        ({"data.txt": ""}, "no Python file in"),
+        ({"my-tool.py": HANDLER}, "my-tool.py cannot be imported: rename it"),
+    ],
+)
+def test_a_missing_handler_is_explained(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    """With what was found instead, and what to do."""
+    with pytest.raises(BadInput, match=message):
+        find_handler(package(tmp_path / "f", files))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("Hello_World", "hello-world"), ("--x--", "x"), ("a" * 70, "a" * 63)]
+)
+def test_a_name_is_made_of_the_folders(tmp_path: Path, folder: str, name: str) -> None:
+    """Lower-case letters, digits and dashes, at most 63."""
+    assert name_of(tmp_path / folder) == name
+
+
+# ---- plans and manifests ------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_folders_manifest(tmp_path: Path) -> None:
+    """Entry by entry in env and limits."""
+    manifest = """
+        kind: Function
+        metadata: {name: greeter}
+        spec: {timeoutSeconds: 5, concurrency: 3, env: {A: a, B: b}, limits: {memoryMb: 64, cpu: 2}}
+    """
+    folder = package(tmp_path / "f", {"main.py": HANDLER, "dayfly.yaml": manifest})
+    flags = {"timeoutSeconds": 9.0, "env": {"B": "other"}, "limits": {"cpu": 1.0}}
+    spec = plan(folder, name=None, namespace="ns", spec=flags).manifest.spec
+
+    assert (spec.timeout_seconds, spec.concurrency, spec.handler) == (9.0, 3, "main:handler")
+    assert spec.env == {"A": "a", "B": "other"}
+    assert (spec.limits.memory_mb, spec.limits.cpu) == (64, 1.0)
+
+
+def test_requirements_ask_for_an_environment_of_the_functions_name(tmp_path: Path) -> None:
+    """It is built first, and the function uses it."""
+    folder = package(tmp_path / "web", {"main.py": HANDLER, "requirements.txt": "six\n"})
+    found = plan(folder, name=None, namespace="ns", spec={}, preload=["six"])
+
+    assert found.environment is not None
+    assert found.environment.metadata == found.manifest.metadata
+    assert found.environment.spec.preload == ("six",)
+    assert found.manifest.spec.environment == "web"
+
+
+def test_a_named_environment_is_used_as_it_is(tmp_path: Path) -> None:
+    """Whatever requirements.txt says; preload belongs to the environment."""
+    folder = package(tmp_path / "web", {"main.py": HANDLER, "requirements.txt": "six\n"})
+    spec = {"environment": "shared"}
+
+    assert plan(folder, name=None, namespace="ns", spec=spec).environment is None
+    with pytest.raises(BadInput, match="--preload belongs to an environment"):
+        plan(folder, name=None, namespace="ns", spec=spec, preload=["six"])
+
+
+GOOD = """\
+kind: Environment
+metadata: {name: web}
+spec: {requirements: six}
+---
+kind: Function
+metadata:
+  name: greet
+spec:
+  source: hello
+  env:
+    A: "1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("source:", "sauce: 1\n  source:", r"m.yaml, line 9 \(document 2\): spec: .*`sauce`"),
+        ("kind: Function", "kind: Fun", r"m.yaml, line 5 \(document 2\): kind: 'Fun' is unknown"),
+        ("kind: Function", "x: 1", r"m.yaml, line 5 \(document 2\): kind: None is unknown"),
+        ('"1"', "1", r"m.yaml, line 10 \(document 2\): spec.env: .* put it in quotes"),
+        ("name: greet", "name: Greet", r"m.yaml, line 7 .*metadata.name: names are lower-case"),
+        ("source: hello", "source: nope", r"m.yaml, line 9 .*spec.source: there is no"),
+        ("  source: hello\n", "", r"m.yaml, line 8 .*`source` must name the file or folder"),
+        ("{requirements", "{requirements: [", r"m.yaml, line 3: not valid YAML"),
+        ("spec: {req", "spec: 7\nx: {req", r"m.yaml, line 3 \(document 1\): spec: Expected a map"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_line(
+    hello: Path, old: str, new: str, message: str
+) -> None:
+    """File, line and document: a folder of manifests may be long."""
+    with pytest.raises(BadInput, match=message):
+        plans("m.yaml", GOOD.replace(old, new, 1), hello.parent, "default")
+
+
+def test_a_good_manifest_becomes_plans(hello: Path) -> None:
+    """`source` is relative to the manifest; the namespace is the command's where it is silent."""
+    first, second = plans("m.yaml", GOOD, hello.parent, "ours")
+
+    assert isinstance(first, EnvironmentManifest)
+    assert isinstance(second, Plan)
+    assert second.source == hello
+    assert (second.manifest.metadata.namespace, second.manifest.spec.handler) == (
+        "ours",
+        "main:handler",
+    )
+
+
+def test_a_manifest_may_name_an_uploaded_package() -> None:
+    """Then there is no code to pack."""
+    text = f"kind: Function\nmetadata: {{name: x}}\nspec: {{handler: 'a:b', package: {'d' * 64}}}"
+    (found,) = plans("m.yaml", text, Path(), "default")
+
+    assert isinstance(found, Plan)
+    assert found.source is None
+
+
+# ---- deploying ----------------------------------------------------------------------------------
+
+
+def test_deploy_uploads_then_declares(admin: AdminServer, hello: Path) -> None:
+    """And says how to call it, at the address that the server tells."""
+    flags = ["--env", "A=1", "--memory", "64", "--route", "api.test/x/{id}", "--min-scale", "1"]
+    result = dayfly("deploy", str(hello), *flags, url=admin.url)
+    spec = admin.sent("PUT", "/namespaces/default/functions/hello")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "hello version 1\n  curl -i http://127.0.0.1:9000/fn/hello\n"
+    assert (spec["package"], spec["env"], spec["minScale"]) == ("d" * 64, {"A": "1"}, 1)
+    assert spec["limits"]["memoryMb"] == 64
+    assert spec["routes"] == [{"path": "/x/{id}", "host": "api.test", "methods": []}]
+
+
+def test_deploy_answers_scripts_in_json(admin: AdminServer, hello: Path) -> None:
+    """The function as the API shows it, and its URL."""
+    result = dayfly("deploy", str(hello), "--name", "hi", "--json", url=admin.url)
+    answer = json.loads(result.stdout)
+
+    assert (answer["metadata"]["name"], answer["url"]) == ("hi", "http://127.0.0.1:9000/fn/hi")
+
+
+def test_deploy_builds_the_environment_first(admin: AdminServer, tmp_path: Path) -> None:
+    """The server's progress goes to stderr."""
+    folder = package(tmp_path / "web", {"main.py": HANDLER, "requirements.txt": "six\n"})
+    result = dayfly("deploy", str(folder), url=admin.url)
+
+    assert result.stderr == "environment web: resolving\n"
+    assert [(method, path.split("/")[-2]) for method, path, _ in admin.asked][:3] == [
+        ("PUT", "environments"),
+        ("POST", ""),
+        ("PUT", "functions"),
+    ]
+
+
+def test_a_failed_build_ends_the_deployment(admin: AdminServer, tmp_path: Path) -> None:
+    """Nothing is uploaded after it."""
+    folder = package(tmp_path / "broken", {"main.py": HANDLER, "requirements.txt": "six\n"})
+    result = dayfly("deploy", str(folder), url=admin.url)
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "dayfly: no such wheel"
+    assert len(admin.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nope"], "there is no file or folder nope"),
+        ([".", "--env", "NOT_SET_HERE"], "it is not set here either"),
+        ([".", "--route", "users"], "--route users: give [HOST]/PATH"),
+        ([".", "--timeout", "-1"], "spec.timeoutSeconds: Expected `float` > 0.0"),
+        ([".", "--name", "A B"], "metadata.name: names are lower-case letters"),
+    ],
+)
+def test_what_cannot_be_deployed_is_never_sent(
+    admin: AdminServer, hello: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    """One line, exit code 2."""
+    monkeypatch.chdir(hello)
+    result = dayfly("deploy", *args, url=admin.url)
+
+    assert (result.exit_code, admin.asked, result.stdout) == (2, [], "")
+    assert result.stderr.startswith("dayfly: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_env_files_are_read_and_flags_win(admin: AdminServer, hello: Path, tmp_path: Path) -> None:
+    """Comments, `export` and quotes as in every .env file; a bare name takes our own value."""
+    file = tmp_path / ".env"
+    file.write_text("# secrets\nexport A='a b'\nB=b=c\n\nC=old\n")
+    flags = ["--env-file", str(file), "--env", "C=new", "--env", "HERE"]
+    dayfly("deploy", str(hello), *flags, url=admin.url, HERE="ours")
+    sent = admin.sent("PUT", "/namespaces/default/functions/hello")
+
+    assert sent["env"] == {"A": "a b", "B": "b=c", "C": "new", "HERE": "ours"}
+
+
+def test_apply_takes_environments_first(admin: AdminServer, hello: Path) -> None:
+    """Whatever their order in the file."""
+    first, second = GOOD.split("---\n")
+    (hello.parent / "m.yaml").write_text(f"{second}---\n{first}")
+    result = dayfly("apply", "-f", str(hello.parent), url=admin.url)
+
+    assert (
+        result.stdout == "Environment default/web eeeeeeeeeeee\nFunction default/greet version 1\n"
+    )
+
+
+def test_apply_checks_everything_before_it_sends_anything(admin: AdminServer, hello: Path) -> None:
+    """A wrong last document leaves the first ones undone, too."""
+    result = dayfly("apply", "-f", "-", url=admin.url, input=GOOD.replace("hello", "nope"))
+
+    assert (result.exit_code, admin.asked) == (2, [])
+    assert result.stderr.startswith("dayfly: stdin, line 9 (document 2)")
+
+
+# ---- using --------------------------------------------------------------------------------------
+
+
+def test_invoke_prints_the_result_and_nothing_else(admin: AdminServer) -> None:
+    """So that it can be piped; the timing goes to stderr."""
+    result = dayfly("invoke", "greet", "-d", '{"a": 1}', "--timing", url=admin.url)
+    words = [line.split() for line in result.stderr.splitlines()]
+
+    assert json.loads(result.stdout) == {"got": {"a": 1}}
+    assert [line[0] for line in words] == ["start", "queue", "specialize", "handler", "total"]
+    assert words[0][1] == "generic"
+    assert words[2][1:3] == ["1.500", "ms"]
+
+
+@pytest.mark.parametrize("event", ["@event.json", "-"])
+def test_the_event_may_come_from_a_file_or_stdin(
+    admin: AdminServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """As curl and the AWS command do it."""
+    monkeypatch.chdir(tmp_path)
+    Path("event.json").write_text("[1, 2]")
+    result = dayfly("invoke", "greet", "-d", event, "--json", url=admin.url, input="[1, 2]")
+    answer = json.loads(result.stdout)
+
+    assert (answer["result"], answer["start"]) == ({"got": [1, 2]}, "generic")
+    assert answer["timingMs"]["specialize"] == 1.5
+
+
+def test_a_failed_function_ends_with_its_traceback_and_1(admin: AdminServer) -> None:
+    """On stderr: stdout holds results only."""
+    result = dayfly("invoke", "raises", url=admin.url)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Raised: ValueError: no\nTraceback:\n no\n"
+
+
+def test_a_failed_function_is_data_for_scripts(admin: AdminServer) -> None:
+    """The failure as an object; the exit code is 1 all the same."""
+    result = dayfly("invoke", "raises", "--json", url=admin.url)
+
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["failure"]["kind"] == "Raised"
+
+
+def test_an_event_that_is_not_json_is_not_sent(admin: AdminServer) -> None:
+    """The line and column are named."""
+    result = dayfly("invoke", "greet", "-d", "{x", url=admin.url)
+
+    assert (result.exit_code, admin.asked) == (2, [])
+    assert "-d is not JSON: " in result.stderr
+
+
+def test_a_refusal_of_the_server_is_one_line(admin: AdminServer) -> None:
+    """Its detail, exit code 1."""
+    result = dayfly("invoke", "full", url=admin.url)
+
+    assert (result.exit_code, result.stderr) == (1, "dayfly: its queue is full. Retry later\n")
+
+
+def test_a_server_that_is_not_there_is_told_with_the_remedy() -> None:
+    """Exit code 3."""
+    result = dayfly("list", url="http://127.0.0.1:1")
+
+    assert result.exit_code == 3
+    assert result.stderr == (
+        "dayfly: no server at http://127.0.0.1:1: "
+        "start one with `dayfly up`, or name it with --url\n"
+    )
+
+
+def test_a_server_that_is_not_dayfly_is_told(admin: AdminServer) -> None:
+    """No traceback of a JSON parser."""
+    result = dayfly("list", url=f"{admin.url}/elsewhere")
+
+    assert result.exit_code == 1
+    assert "answered 404: is it Dayfly's admin URL?" in result.stderr
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    """Exit code 2."""
+    result = dayfly("list", "--url", url)
+
+    assert result.exit_code == 2
+    assert "is not a URL: give http://HOST:PORT with --url" in result.stderr
+
+
+def test_the_token_comes_from_a_file_or_the_environment(admin: AdminServer, tmp_path: Path) -> None:
+    """Never from the command line, where every user of the machine could read it."""
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    dayfly("list", url=admin.url, DAYFLY_TOKEN="from-environment")
+    dayfly("list", "--token-file", str(file), url=admin.url, DAYFLY_TOKEN="from-environment")
+    dayfly("--token-file", str(file), "list", url=admin.url)
+
+    assert admin.tokens == ["Bearer from-environment", "Bearer from-file", "Bearer from-file"]
+    assert "--token " not in dayfly("list", "--help").stdout
+
+
+def test_options_may_stand_before_or_after_the_command(admin: AdminServer) -> None:
+    """After wins over before, before wins over the environment."""
+    elsewhere = "http://127.0.0.1:1"
+
+    assert dayfly("--url", admin.url, "list", url=elsewhere).exit_code == 0
+    assert dayfly("--url", elsewhere, "list", "--url", admin.url).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (["list"], ["greet", "/fn/greet"]),
+        (["list", "environments"], ["web", "eeeeeeeeeeee", "six"]),
+        (["describe", "greet"], ["metadata.name", "greet"]),
+        (["describe", "--environment", "web"], ["status.digest", "e" * 64]),
+        (["delete", "greet"], ["deleted default/greet"]),
+        (["delete", "--environment", "web"], ["deleted default/web"]),
+        (["top"], ["1 generic, 1 busy", "sb-1", "default/greet v1"]),
+        (["logs", "greet"], ["stdout", r"hi \x1b[31mthere"]),
+    ],
+)
+def test_looks_are_shown_to_people_and_to_scripts(
+    admin: AdminServer, args: list[str], shown: list[str]
+) -> None:
+    """In both forms, without a byte that commands a terminal."""
+    text = dayfly(*args, url=admin.url)
+    document = dayfly(*args, "--json", url=admin.url)
+
+    assert (text.exit_code, document.exit_code) == (0, 0), text.stderr
+    assert all(word in text.stdout for word in shown)
+    assert "\x1b" not in text.stdout
+    json.loads(document.stdout)
+
+
+def test_top_shows_what_works_first() -> None:
+    """A busy sandbox stands above a generic one."""
+    assert [row[0] for row in show.sandbox_rows(POOL)] == ["sb-2", "sb-1"]
+
+
+def test_a_followed_log_says_when_it_ends(admin: AdminServer) -> None:
+    """A server that stops must not look like a function that is silent."""
+    result = dayfly("logs", "greet", "-f", "--tail", "5", "--json", url=admin.url)
+
+    assert admin.asked[0][1] == "/namespaces/default/functions/greet/logs?tail=5&follow=1"
+    assert json.loads(result.stdout)["invocation"] == "i1"
+    assert (result.exit_code, "the server ended the log" in result.stderr) == (1, True)
+
+
+def test_a_list_of_nothing_says_how_to_get_something(admin: AdminServer) -> None:
+    """On stderr; scripts get an empty list."""
+    result = dayfly("list", "-n", "elsewhere", url=admin.url)
+
+    assert (result.stdout, result.stderr) == ("", "no functions: `dayfly deploy PATH` makes some\n")
+
+
+@pytest.mark.parametrize("most", [40, 60, None])
+def test_tables_fit_the_terminal(most: int | None) -> None:
+    """The widest column gives way, the last one wraps."""
+    rows = [["a" * 40, "short", "these are words " * 6]]
+    lines = list(show.lines_of(("ONE", "TWO", "THREE"), rows, most))
+
+    assert most is None or all(len(line) <= most for line in lines[1:])
+    assert "short" in lines[1]
+
+
+def test_every_command_explains_itself_by_example() -> None:
+    """And the exit codes are documented."""
+    helps = {name: dayfly(name, "--help").stdout for name in cli.commands}
+
+    assert all(f"  dayfly {name}" in text.partition("Options:")[0] for name, text in helps.items())
+    assert "3  the server cannot be reached" in dayfly("--help").stdout
+
+
+def test_client_commands_import_neither_the_server_nor_the_pool(
+    admin: AdminServer, hello: Path
+) -> None:
+    """A command that only asks must be there at once."""
+    commands = [["--help"], ["list"], ["logs", "x"], ["invoke", "x"], ["deploy", str(hello)]]
+    program = (
+        "import sys; from dayfly_gateway.cli import cli\n"
+        f"for args in {commands}:\n"
+        "    cli(args, standalone_mode=False)\n"
+        "    print('after', *sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"DAYFLY_URL": admin.url},
+    )
+    loaded = [set(line.split()) for line in done.stderr.splitlines() if line.startswith("after")]
+
+    assert len(loaded) == 5, done.stderr
+    assert loaded[-1] & HEAVY == set()
+    assert loaded[0] & {"yaml", "msgspec", "http.client", "zipfile"} == set()
+
+
+# ---- the server's side --------------------------------------------------------------------------
+
+
+def settings(**given: Any) -> up.Settings:
+    defaults: dict[str, Any] = {
+        "data": Path("/data"),
+        "http": "127.0.0.1:8080",
+        "admin": "127.0.0.1:8081",
+        "admin_token": "",
+        "driver": "linux",
+        "generic_min": None,
+        "generic_max": None,
+        "sandboxes_max": None,
+        "foreign_namespaces": (),
+        "trusted_proxies": (),
+    }
+    return up.Settings(**(defaults | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        ({}, (4, 32, 512)),
+        ({"generic_min": 40}, (40, 40, 512)),
+        ({"generic_max": 2}, (2, 2, 512)),
+        ({"sandboxes_max": 3}, (3, 3, 3)),
+    ],
+)
+def test_bounds_that_are_not_given_follow_those_that_are(
+    given: dict[str, int], bounds: tuple[int, int, int]
+) -> None:
+    """One flag must never need a second one."""
+    config, _ = up.configs(settings(**given))
+
+    assert (config.generic_min, config.generic_max, config.sandboxes_max) == bounds
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"generic_min": 5, "generic_max": 4}, "need 0 <= generic-min <= generic-max"),
+        ({"http": "nonsense"}, "--http: 'nonsense' is not HOST:PORT"),
+        ({"admin": "0.0.0.0:1"}, "give --admin-token-file FILE, or set DAYFLY_ADMIN_TOKEN"),
+        ({"trusted_proxies": ("x",)}, "--trusted-proxy: 'x' does not appear"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    """Before anything is started."""
+    with pytest.raises(BadInput, match=message.replace("(", r"\(")):
+        up.configs(settings(**given))
+
+
+def test_wrong_settings_of_up_end_with_one_line_and_2() -> None:
+    """No traceback."""
+    result = dayfly("up", "--http", "nonsense")
+
+    assert (result.exit_code, result.stderr) == (2, "dayfly: --http: 'nonsense' is not HOST:PORT\n")
+
+
+def test_settings_of_up_come_from_the_environment() -> None:
+    """--generic-min is DAYFLY_GENERIC_MIN."""
+    result = dayfly("up", DAYFLY_HTTP="nonsense")
+
+    assert "--http: 'nonsense'" in result.stderr
+
+
+def test_an_empty_token_file_is_refused(tmp_path: Path) -> None:
+    """It would mean a server without a token."""
+    (tmp_path / "token").write_text("\n")
+    result = dayfly("up", "--admin-token-file", str(tmp_path / "token"))
+
+    assert result.exit_code == 2
+    assert "token is empty: write the token into it, or set DAYFLY_ADMIN_TOKEN" in result.stderr
+
+
+def test_errors_of_ours_are_found_inside_groups() -> None:
+    """A task group wraps what happens at the start; a defect keeps its traceback."""
+    ours = DataFolderUnusable("full")
+    with pytest.raises(DataFolderUnusable):
+        up.raise_ours(ExceptionGroup("a", [ExceptionGroup("b", [ours])]))
+
+    up.raise_ours(ExceptionGroup("a", [ours, KeyError("a defect")]))
+
+
+def test_every_function_in_the_folder_is_deployed(tmp_path: Path) -> None:
+    """Folders with Python in them and Python files; not what begins with a dot or underscore."""
+    for name in ("b", "a", ".hidden", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("a/main.py", "b/x.py", ".hidden/main.py", "c.py", "_d.py", "README.md"):
+        (tmp_path / name).write_text("")
+
+    assert [path.name for path in up.deployable(tmp_path)] == ["a", "b", "c.py"]
+
+
+@pytest.mark.parametrize(
+    ("address", "seen"),
+    [("0.0.0.0:80", "127.0.0.1:80"), ("[::]:80", "127.0.0.1:80"), ("10.0.0.1:80", "10.0.0.1:80")],
+)
+def test_an_address_that_means_every_is_called_by_loopback(address: str, seen: str) -> None:
+    """Nobody can connect to 0.0.0.0 everywhere."""
+    assert reachable(address) == seen
+
+
+def record(message: str, level: int = logging.INFO, **extra: Any) -> logging.LogRecord:
+    made = logging.makeLogRecord({"name": "dayfly.x", "msg": message, "levelno": level} | extra)
+    made.levelname, made.created = logging.getLevelName(level), 0.0
+    return made
+
+
+def test_a_log_line_is_one_json_object_with_its_fields() -> None:
+    """Whatever is in the message: a line break cannot forge a second line."""
+    line = JsonFormatter().format(record("ready\n{}", took_s=0.1234567, sandbox="sb-1", name_=1))
+
+    assert "\n" not in line
+    assert json.loads(line) == {
+        "time": "1970-01-01T00:00:00.000Z",
+        "level": "info",
+        "logger": "dayfly.x",
+        "message": "ready\n{}",
+        "took_s": 0.123457,
+        "sandbox": "sb-1",
+        "name_": 1,
+    }
+
+
+def test_a_log_line_for_people_is_a_sentence_with_fields() -> None:
+    """The level is said when it matters."""
+    text = TextFormatter().format(record("it died", logging.WARNING, sandbox="sb-1"))
+
+    assert text.split(" ", 1)[1] == "warning: it died sandbox=sb-1"
+
+
+def test_the_log_is_written_in_order_and_whole() -> None:
+    """Up to the last line before the end."""
+    stream = StringIO()
+    outbox = Outbox("text", stream)
+    outbox.start()
+    for number in range(100):
+        outbox.say(str(number))
+    outbox.close()
+
+    assert stream.getvalue().split() == [str(number) for number in range(100)]
+
+
+def test_a_reader_that_is_too_slow_never_stops_the_server() -> None:
+    """Lines over the limit are counted, and the count is told."""
+    stream = StringIO()
+    outbox = Outbox("json", stream)
+    for number in range(12_000):
+        outbox.say(str(number))
+    outbox.start()
+    outbox.close()
+    told = [json.loads(line) for line in stream.getvalue().splitlines() if line.startswith("{")]
+
+    assert [line["dropped"] for line in told] == [2000]
+
+
+def test_the_manifest_kinds_are_the_models() -> None:
+    """What `apply` names as known is what can be read."""
+    assert manifests.KINDS == ("Function", "Environment")

@@ -1,0 +1,358 @@
+"""User code's output: every byte is told with its invocation, or counted; nobody ever waits for it.
+
+What replaces the descriptors 1 and 2 runs in a process of its own.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+
+import dayfly
+from dayfly.output import (
+    BURST_BYTES,
+    BURST_FRAMES,
+    FRAME_BYTES,
+    LINE_BYTES_MAX,
+    Channel,
+    Output,
+)
+from dayfly.protocol import FrameReader, Log, Message, Result, decode, encode
+
+ROOTS = [str(Path(str(module.__file__)).parents[1]) for module in (dayfly, msgpack)]
+Told = list[tuple[int, str, bytes]]
+GUEST = """
+import json, os, sys, time
+sys.path[:0] = json.loads(sys.argv[1])
+from dayfly import output
+out = output.Output(output.Channel(3))
+out.prepare()
+out.capture()
+output.current.set(7)
+out.running = 7
+{}
+out.flush(7)
+os._exit(0)
+"""
+
+
+class Wire:
+    """An `Output` and the pool's end of its connection."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.pool = ours
+        self.channel = Channel(theirs.detach())
+        self.output = Output(self.channel)
+        self._reader = FrameReader()
+
+    def heard(self) -> list[tuple[int, Message, bytes]]:
+        """All that has arrived."""
+        told = []
+        with contextlib.suppress(BlockingIOError):
+            while data := self.pool.recv(1 << 20):
+                told += [(f.invocation, decode(f), f.body) for f in self._reader.feed(data)]
+        return told
+
+    def lines(self) -> Told:
+        return [(n, m.stream, body) for n, m, body in self.heard() if isinstance(m, Log)]
+
+    def close(self) -> None:
+        self.pool.close()
+        self.channel.socket.close()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    wire = Wire()
+    yield wire
+    wire.close()
+
+
+def guest(source: str) -> Told:
+    """What the pool hears of a guest that runs *source* for invocation 7."""
+    pool, theirs = socket.socketpair()
+    boot = f"import os; os.dup2({theirs.fileno()}, 3); "
+    script = boot + GUEST.format(textwrap.dedent(source))
+    command = [sys.executable, "-I", "-S", "-c", script, json.dumps(ROOTS)]
+    with pool, theirs:
+        child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        theirs.close()
+        pool.settimeout(20)
+        chunks = []
+        with contextlib.suppress(ConnectionResetError):
+            while data := pool.recv(1 << 20):
+                chunks.append(data)
+        _, error = child.communicate(timeout=20)
+    assert child.returncode == 0, error.decode()
+    told: dict[tuple[int, str], bytes] = {}
+    for frame in FrameReader().feed(b"".join(chunks)):
+        message = decode(frame)
+        assert isinstance(message, Log)
+        key = frame.invocation, message.stream
+        told[key] = told.get(key, b"") + frame.body
+    return [(number, stream, text) for (number, stream), text in sorted(told.items())]
+
+
+# ---- lines --------------------------------------------------------------------------------------
+
+
+def test_a_line_is_told_when_it_is_whole(wire: Wire):
+    wire.output.write("stdout", 1, b"one\ntw")
+
+    assert wire.lines() == [(1, "stdout", b"one\n")]
+    wire.output.write("stdout", 1, b"o\n")
+    assert wire.lines() == [(1, "stdout", b"two\n")]
+
+
+def test_the_end_of_an_invocation_tells_what_has_no_newline(wire: Wire):
+    wire.output.write("stderr", 1, b"unfinished")
+    wire.output.flush(1)
+
+    assert wire.lines() == [(1, "stderr", b"unfinished")]
+
+
+def test_lines_of_invocations_and_streams_do_not_mix(wire: Wire):
+    """Two coroutines that write halves of lines in turn; what is told is forgotten."""
+    for invocation, stream, text in [
+        (1, "stdout", b"a"),
+        (2, "stdout", b"x"),
+        (1, "stderr", b"e"),
+        (1, "stdout", b"b\n"),
+        (2, "stdout", b"y\n"),
+    ]:
+        wire.output.write(stream, invocation, text)
+    wire.output.flush(1)
+
+    assert wire.lines() == [
+        (1, "stdout", b"ab\n"),
+        (2, "stdout", b"xy\n"),
+        (1, "stderr", b"e"),
+    ]
+    assert wire.output._partial == {}
+
+
+def test_a_line_without_end_is_told_in_pieces(wire: Wire):
+    """What is held back is bounded."""
+    for _ in range(10):
+        wire.output.write("stdout", 1, b"x" * (LINE_BYTES_MAX // 4 + 1))
+    held = sum(map(len, wire.output._partial.values()))
+
+    assert held <= LINE_BYTES_MAX
+    assert sum(len(text) for _, _, text in wire.lines()) + held == 10 * (LINE_BYTES_MAX // 4 + 1)
+
+
+def test_much_output_is_cut_between_lines(wire: Wire):
+    """A frame holds 64 KiB; the pool makes a line of each piece, so no line may be in two."""
+    line = "ü" * 49 + "\n"
+    number = 2 * FRAME_BYTES // len(line.encode())
+    wire.output.write("stdout", 1, line.encode() * number)
+    told = wire.lines()
+
+    assert len(told) > 1
+    assert all(text.endswith(b"\n") for _, _, text in told)
+    assert b"".join(text for _, _, text in told) == line.encode() * number
+
+
+def test_a_single_line_over_a_frame_is_told_in_several(wire: Wire):
+    wire.output.write("stdout", 1, b"x" * (2 * FRAME_BYTES) + b"\n")
+
+    assert b"".join(text for _, _, text in wire.lines()) == b"x" * (2 * FRAME_BYTES) + b"\n"
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+def test_output_over_the_rate_is_dropped_and_counted(wire: Wire):
+    """The burst is 1 MiB; then 256 KiB a second, which is nothing within this test."""
+    text = b"x" * 65535 + b"\n"
+    delivered = dropped = 0
+    for _ in range(BURST_BYTES // len(text) * 2):
+        wire.output.write("stdout", 1, text)
+        delivered += sum(len(body) for _, _, body in wire.heard())
+    wire.output.flush(1)
+    for _, message, body in wire.heard():
+        assert isinstance(message, Log)
+        dropped += message.dropped
+        delivered += len(body)
+
+    assert dropped > 0
+    assert delivered + dropped == BURST_BYTES // len(text) * 2 * len(text)
+
+
+def test_one_write_over_the_burst_is_dropped_as_a_whole(wire: Wire):
+    wire.output.write("stdout", 1, b"x" * (BURST_BYTES + 1))
+    wire.output.flush(1)
+    ((_, message, body),) = wire.heard()
+
+    assert message == Log(stream="stdout", dropped=BURST_BYTES + 1)
+    assert body == b""
+
+
+def test_many_short_lines_share_frames(wire: Wire):
+    """A frame for each of 3,000 lines would be far over what the pool takes in a second."""
+    told = []
+    for _ in range(3 * BURST_FRAMES):
+        wire.output.write("stdout", 1, b"x\n")
+        told += wire.lines()
+    wire.output.flush(1)
+    told += wire.lines()
+
+    assert len(told) < 1.5 * BURST_FRAMES
+    assert b"".join(text for _, _, text in told) == b"x\n" * (3 * BURST_FRAMES)
+
+
+def test_writing_never_waits_for_the_pool(wire: Wire):
+    """Nobody reads: the socket is full, `write` returns, and every byte is counted."""
+    text = b"x" * 1023 + b"\n"
+    written = 900
+    for _ in range(written):
+        wire.output.write("stdout", 1, text)
+    delivered = dropped = 0
+    for _ in range(3):
+        for _, message, body in wire.heard():
+            assert isinstance(message, Log)
+            delivered, dropped = delivered + len(body), dropped + message.dropped
+        wire.output.flush(1)
+
+    assert 0 < delivered < written * len(text)
+    assert delivered + dropped == written * len(text)
+
+
+def test_an_answer_behind_a_frame_that_was_cut_off_arrives_whole(wire: Wire):
+    """Half a log line is in the socket: the rest of it goes first, or the stream is lost."""
+    pool, channel = wire.pool, wire.channel
+    pool.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    frame = encode(Log(stream="stdout"), 1, b"x" * FRAME_BYTES)
+    while channel.try_send(frame):
+        pass
+    pool.setblocking(True)
+    answer = encode(Result(handler_s=0.5), 1, b"done")
+    reader = FrameReader()
+    heard = []
+    sent = False
+    while not sent or not heard or not isinstance(heard[-1][0], Result):
+        heard += [(decode(f), f.body) for f in reader.feed(pool.recv(1 << 16))]
+        if not sent and channel.try_send(answer):
+            sent = True
+    assert heard[-1] == (Result(handler_s=0.5), b"done")
+
+
+# ---- a guest ------------------------------------------------------------------------------------
+
+
+def test_print_is_told_with_its_invocation():
+    assert guest("print('out'); print('err', file=sys.stderr)") == [
+        (7, "stderr", b"err\n"),
+        (7, "stdout", b"out\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "os.write(1, b'text')",
+        "sys.stdout.write('text')",
+        "sys.stdout.buffer.write(b'text')",
+        "sys.__stdout__.write('text')",
+        "open(1, 'w', closefd=False).write('text')",
+        "os.system('printf text')",
+        "import subprocess; subprocess.run(['printf', 'text'])",
+        "import logging; logging.basicConfig(stream=sys.stdout, format='%(message)s'); "
+        "logging.StreamHandler.terminator = ''; logging.error('text')",
+    ],
+)
+def test_every_way_to_write_is_told(source: str):
+    """Python's streams, the descriptors, child processes."""
+    assert guest(source) == [(7, "stdout", b"text")]
+
+
+def test_a_forked_child_is_told():
+    """It speaks through the pipe: the parent's frames stay whole."""
+    source = """
+        if not os.fork():
+            print("child")
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+    """
+    assert guest(source) == [(7, "stdout", b"child\n")]
+
+
+def test_a_thread_that_belongs_to_no_invocation_is_told_with_number_0():
+    source = """
+        import threading
+        thread = threading.Thread(target=print, args=["background"])
+        thread.start()
+        thread.join()
+    """
+    assert guest(source) == [(0, "stdout", b"background\n")]
+
+
+def test_much_output_of_a_child_is_told_whole():
+    """Half a megabyte through a pipe that a thread empties."""
+    ((number, stream, text),) = guest("os.system('head -c 500000 /dev/zero')")
+
+    assert (number, stream, len(text)) == (7, "stdout", 500_000)
+
+
+def test_text_that_is_not_unicode_is_escaped():
+    assert guest(r"print('\udcff')") == [(7, "stdout", b"\\udcff\n")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "sys.stdout = None",
+        "sys.stdout.close()",
+        "os.close(1)",
+        "os.close(1); os.close(2)",
+        "del sys.stdout",
+        "class Evil:\n    def flush(self): raise RuntimeError\nsys.stdout = Evil()",
+        "class Evil:\n    def flush(self): raise SystemExit\nsys.stdout = Evil()",
+    ],
+)
+def test_a_function_that_breaks_its_own_stdout_still_answers(source: str):
+    """The streams are its own; the channel is not."""
+    (told,) = guest(f"os.write(2, b'x')\n{source}\n")
+
+    assert told == (7, "stderr", b"x")
+
+
+def test_a_stream_says_that_it_is_no_terminal():
+    source = (
+        "sys.stderr.write(repr([sys.stdout.isatty(), sys.stdout.fileno(), sys.stdout.encoding]))"
+    )
+
+    assert guest(source) == [(7, "stderr", b"[False, 1, 'utf-8']")]
+
+
+def test_a_guest_whose_pool_does_not_read_goes_on():
+    """200 kB of lines into a socket that holds 100: the handler is not held up."""
+    ours, theirs = socket.socketpair()
+    boot = f"import os; os.dup2({theirs.fileno()}, 3); "
+    body = "for _ in range(2000): print('x' * 1000)\nos._exit(42)"
+    command = [sys.executable, "-I", "-S", "-c", boot + GUEST.format(body), json.dumps(ROOTS)]
+    with ours, theirs:
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=20)
+
+    assert done.returncode == 42
+
+
+def test_the_descriptors_are_pipes_that_close_with_the_guest():
+    """A child that outlives its invocation may go on writing, into nothing."""
+    assert os.path.exists("/proc/self/fd")
+    ((_, _, text),) = guest(
+        "print([os.readlink(f'/proc/self/fd/{n}').split(':')[0] for n in (1, 2)])"
+    )
+
+    assert text == b"['pipe', 'pipe']\n"

@@ -1,0 +1,989 @@
+"""The pool on fake sandboxes: real sockets and frames, no processes. Whatever a guest does, its
+caller is told, and nobody else notices.
+"""
+
+import asyncio
+import errno
+import gc
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dayfly.protocol import (
+    PROTOCOL,
+    Failed,
+    Hello,
+    Invoke,
+    Loaded,
+    Log,
+    Result,
+    encode,
+)
+from dayfly_pool import autoscale
+from dayfly_pool.config import Config
+from dayfly_pool.driver import Exit
+from dayfly_pool.errors import (
+    Draining,
+    FunctionNotFound,
+    NoCapacity,
+    PlatformError,
+    QueueFull,
+    SandboxStartFailed,
+)
+from dayfly_pool.models import (
+    BASE,
+    Environment,
+    Failure,
+    Function,
+    Invocation,
+    InvocationId,
+    Limits,
+    Mold,
+    Outcome,
+    SandboxId,
+    Success,
+)
+from dayfly_pool.pool import Pool, _Call
+from dayfly_pool.testing import Ended, FakeDriver, FakeGuest, function
+
+ENVIRONMENT = Environment(digest=BASE)
+GREET, SHOUT = function("greet"), function("shout")
+SOON_S = 5.0
+"""What must happen happens at once; this is for a machine that is very busy."""
+
+numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed to start is tried again after a hundredth of a second, not half of one."""
+    monkeypatch.setattr(autoscale, "BACKOFF_FIRST_S", 0.01)
+
+
+async def hello(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+    return b"hello " + body
+
+
+async def shout(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+    return body.upper()
+
+
+async def hang(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+    await asyncio.Event().wait()
+
+
+class Gate:
+    """A behaviour that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._changed = asyncio.Condition()
+        self._opened = asyncio.Event()
+
+    async def __call__(self, guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        async with self._changed:
+            self.running += 1
+            self._changed.notify_all()
+        await self._opened.wait()
+        return guest.sandbox.encode()
+
+    async def reached(self, number: int = 1) -> None:
+        """Wait until *number* invocations are inside."""
+        async with asyncio.timeout(SOON_S), self._changed:
+            await self._changed.wait_for(lambda: self.running >= number)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+@asynccontextmanager
+async def running(driver: FakeDriver, *functions: Function, **changed: Any) -> AsyncIterator[Pool]:
+    """A pool in which *functions* are deployed."""
+    settings = {
+        "data": Path("/nowhere"),
+        "generic_min": 0,
+        "generic_max": 0,
+        "sandboxes_max": 8,
+        "starts_max": 8,
+        "tick_s": 0.01,
+        "grace_s": 0.05,
+    }
+    pool = Pool(Config(**settings | changed), driver)
+    async with asyncio.timeout(30), pool.running():
+        for each in functions:
+            pool.deploy(each, ENVIRONMENT)
+        yield pool
+
+
+def invocation(each: Function, body: bytes = b"", **changed: Any) -> Invocation:
+    return Invocation(InvocationId(f"i{next(numbers)}"), each.id, body, **changed)
+
+
+async def call(pool: Pool, each: Function, body: bytes = b"", **changed: Any) -> Outcome:
+    async with asyncio.timeout(SOON_S):
+        return await pool.invoke(invocation(each, body, **changed))
+
+
+async def succeed(pool: Pool, each: Function, body: bytes = b"") -> bytes:
+    outcome = await call(pool, each, body)
+    assert isinstance(outcome, Success), outcome
+    return outcome.body
+
+
+async def fail(pool: Pool, each: Function, **changed: Any) -> Failure:
+    outcome = await call(pool, each, **changed)
+    assert isinstance(outcome, Failure), outcome
+    return outcome
+
+
+async def eventually(question: Callable[[], object]) -> None:
+    """Give the loop its turns until *question* is true."""
+    async with asyncio.timeout(SOON_S):
+        while not question():  # noqa: ASYNC110 - what changes knows nothing of tests
+            await asyncio.sleep(0.001)
+
+
+def log_of(pool: Pool, each: Function) -> list[tuple[str, str, str]]:
+    return [(line.invocation, line.stream, line.text) for line in pool.logs.tail(each.id, 1000)]
+
+
+# ---- the usual ----------------------------------------------------------------------------------
+
+
+async def test_the_first_call_creates_and_the_second_is_warm():
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, GREET) as pool:
+        first = await call(pool, GREET, b"Ada")
+        second = await call(pool, GREET, b"Bob")
+
+        assert isinstance(first, Success)
+        assert isinstance(second, Success)
+        assert (first.body, second.body) == (b"hello Ada", b"hello Bob")
+        assert (first.timing.start, second.timing.start) == ("created", "warm")
+        assert first.timing.create_s is not None
+        assert first.timing.specialize_s is not None
+        assert second.timing.create_s is None
+        assert repr(pool.state) == "<PoolState [1 idle | 0 waiting]>"
+
+
+async def test_a_kept_generic_sandbox_makes_the_first_call_a_pool_hit():
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, GREET) as pool:
+        pool.keep_generic(Mold(BASE), ENVIRONMENT, 1)
+        await eventually(lambda: pool.state.phases() and "1 generic" in repr(pool.state))
+        outcome = await call(pool, GREET)
+
+        assert outcome.timing.start == "generic"
+
+
+async def test_an_http_invocation_has_status_and_headers():
+    async def teapot(guest: FakeGuest, request: Invoke, body: bytes) -> Result:
+        assert request.http == {"method": "GET"}
+        return Result(handler_s=0.5, status=418, headers=[["x-a", "1"]])
+
+    async with running(FakeDriver({"main:greet": teapot}), GREET) as pool:
+        outcome = await call(pool, GREET, http={"method": "GET"})
+
+        assert isinstance(outcome, Success)
+        assert (outcome.status, outcome.headers) == (418, [["x-a", "1"]])
+        assert outcome.timing.handler_s == 0.5
+
+
+async def test_what_a_handler_raises_is_the_callers_failure_and_the_sandbox_lives():
+    async def broken(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        raise ValueError("no")
+
+    driver = FakeDriver({"main:greet": broken})
+    async with running(driver, GREET) as pool:
+        failure = await fail(pool, GREET)
+
+        assert (failure.kind, failure.message) == ("Raised", "ValueError: no")
+        assert len(driver.guests) == 1
+
+
+async def test_a_function_that_is_not_there_is_not_found():
+    async with running(FakeDriver()) as pool:
+        with pytest.raises(FunctionNotFound):
+            await call(pool, GREET)
+        assert pool.under_way == 0
+
+
+async def test_concurrent_calls_share_what_is_made_for_them():
+    """Single flight: ten first calls of a function with maxScale 3 make three sandboxes."""
+    gate = Gate()
+    each = function("greet", max_scale=3)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool, asyncio.TaskGroup() as tasks:
+        calls = [tasks.create_task(succeed(pool, each)) for _ in range(10)]
+        await gate.reached(3)
+        assert len(driver.created) == 3
+        gate.open()
+    assert {task.result() for task in calls} == {b"sb-1", b"sb-2", b"sb-3"}
+
+
+async def test_a_sandbox_takes_as_many_at_once_as_its_function_declares():
+    gate = Gate()
+    each = function("greet", concurrency=4)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool, asyncio.TaskGroup() as tasks:
+        for _ in range(4):
+            tasks.create_task(succeed(pool, each))
+        await gate.reached(4)
+        assert driver.created == ["sb-1"]
+        gate.open()
+
+
+async def test_a_sandbox_gets_the_limits_of_its_function():
+    limits = Limits(memory_mb=512)
+    each = function("greet", limits=limits)
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, each) as pool:
+        await succeed(pool, each)
+
+        assert driver.guests["sb-1"].limits == limits
+
+
+# ---- guests that die ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exit_", "kind", "message"),
+    [
+        (Exit(-9), "Crashed", "the sandbox was killed by signal 9"),
+        (Exit(139), "Crashed", "the sandbox was killed by signal 11"),
+        (Exit(3), "Crashed", "the sandbox exited with code 3"),
+        (Exit(0), "Crashed", "the sandbox exited with code 0"),
+        (Exit(-9, oom_kills=1, peak_bytes=300 << 20), "OutOfMemory",
+         "killed by the kernel at its memory limit (peak 300 MiB)"),
+    ],
+)  # fmt: skip
+async def test_a_crash_tells_its_caller_the_cause(exit_: Exit, kind: str, message: str):
+    """And the next call finds another sandbox."""
+
+    async def crash(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        if body:
+            return body
+        raise Ended(exit_)
+
+    driver = FakeDriver({"main:greet": crash})
+    async with running(driver, GREET) as pool:
+        failure = await fail(pool, GREET)
+
+        assert (failure.kind, failure.message) == (kind, message)
+        assert await succeed(pool, GREET, b"again") == b"again"
+        assert driver.destroyed == ["sb-1"]
+
+
+async def test_a_crash_is_told_to_all_in_the_same_sandbox_and_to_nobody_else():
+    gate, other = Gate(), Gate()
+
+    async def crash(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        if body == b"crash":
+            raise Ended
+        return await gate(guest, request, body)
+
+    shared = function("greet", concurrency=3, max_scale=1)
+    driver = FakeDriver({"main:greet": crash, "main:shout": other})
+    async with running(driver, shared, SHOUT) as pool, asyncio.TaskGroup() as tasks:
+        unharmed = tasks.create_task(succeed(pool, SHOUT))
+        beside = [tasks.create_task(fail(pool, shared)) for _ in range(2)]
+        await gate.reached(2)
+        await other.reached()
+        crashed = await fail(pool, shared, body=b"crash")
+        other.open()
+
+        assert crashed.kind == "Crashed"
+        assert [(await task).kind for task in beside] == ["Crashed", "Crashed"]
+        assert await unharmed
+
+
+class Obscure(FakeDriver):
+    """It takes a while until it can say how a sandbox ended."""
+
+    told = asyncio.Event()
+
+    async def exited(self, sandbox: SandboxId) -> Exit:
+        await self.told.wait()
+        return await super().exited(sandbox)
+
+
+async def test_an_invocation_that_reached_no_guest_is_not_the_functions_failure():
+    """The idle sandbox that was chosen is dead, which the pool learns a moment later."""
+    driver = Obscure({"main:greet": hello})
+    driver.told = asyncio.Event()
+    async with running(driver, GREET) as pool:
+        await succeed(pool, GREET)
+        await driver.guests["sb-1"].end(Exit(-9))
+        await eventually(lambda: pool._boxes["sb-1"].sandbox._is_over)
+        assert repr(pool.state) == "<PoolState [1 idle | 0 waiting]>"
+        calling = asyncio.create_task(call(pool, GREET, b"x"))
+        await asyncio.sleep(0)
+        driver.told.set()
+        outcome = await calling
+
+        assert isinstance(outcome, Success), outcome
+
+
+async def test_an_idle_sandbox_that_dies_is_replaced_without_anybody_noticing():
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, GREET) as pool:
+        await succeed(pool, GREET)
+        await driver.guests["sb-1"].end(Exit(-9))
+        await eventually(lambda: "empty" in repr(pool.state))
+
+        assert await succeed(pool, GREET, b"x") == b"hello x"
+
+
+# ---- guests that lie ----------------------------------------------------------------------------
+
+
+def result(number: int) -> bytes:
+    return encode(Result(handler_s=0.0), number, b"forged")
+
+
+LOADED = Loaded(slots=1, import_s=0, lockdown_s=0, cap_eff=0, no_new_privs=1, seccomp=2, landlock=0)
+LIES = {
+    "noise": b"\xff" * 64,
+    "a length of 4 GiB": b"\xff\xff\xff\xff" + bytes(12),
+    "an answer to another invocation": result(2),
+    "an answer to one that was long ago": result(0),
+    "an answer to one that cannot be": result(2**64 - 1),
+    "two answers": result(1) * 2,
+    "hello again": encode(Hello(protocol=PROTOCOL, python="3", preload_failures=[])),
+    "loaded again": encode(LOADED),
+    "loaded as an answer": encode(LOADED, 1),
+    "a message for guests": encode(Invoke(id="x", remaining_s=1), 1),
+    "a time that cannot be": encode(Result(handler_s=float("nan")), 1),
+    "a failure of ours": encode(Failed(kind="TimedOut", message="", traceback=""), 1),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+async def test_a_guest_that_breaks_the_protocol_ends_alone(lie: bytes):
+    """Its caller is told, it is destroyed, and a call beside it goes on undisturbed."""
+
+    async def violate(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        await guest.send(lie)
+
+    gate = Gate()
+    driver = FakeDriver({"main:greet": violate, "main:shout": gate})
+    async with running(driver, GREET, SHOUT) as pool, asyncio.TaskGroup() as tasks:
+        beside = tasks.create_task(succeed(pool, SHOUT))
+        await gate.reached()
+        outcome = await call(pool, GREET)
+        await eventually(lambda: "sb-2" in driver.destroyed)
+        gate.open()
+
+        assert isinstance(outcome, Failure) or outcome.body == b"forged"  # it was its own answer
+        if isinstance(outcome, Failure):
+            assert outcome.kind == "ProtocolViolation"
+        assert await beside == b"sb-1"
+
+
+async def test_an_answer_for_another_sandboxs_invocation_is_not_taken():
+    """Numbers count in each connection: nobody can answer for a neighbour."""
+    victim = Gate()
+
+    async def forge(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        for number in range(2, 50):
+            await guest.send(result(number))
+
+    driver = FakeDriver({"main:greet": forge, "main:shout": victim})
+    async with running(driver, GREET, SHOUT) as pool, asyncio.TaskGroup() as tasks:
+        calls = [tasks.create_task(succeed(pool, SHOUT)) for _ in range(3)]
+        await victim.reached(3)
+        assert (await fail(pool, GREET)).kind == "ProtocolViolation"
+        victim.open()
+    assert b"forged" not in [task.result() for task in calls]
+
+
+async def test_a_guest_that_floods_the_log_ends():
+    async def flood(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        frame = encode(Log(stream="stdout"), 1)
+        while True:
+            await guest.send(frame * 1000)
+
+    async with running(FakeDriver({"main:greet": flood}), GREET) as pool:
+        assert (await fail(pool, GREET)).kind == "ProtocolViolation"
+
+
+async def test_a_guest_that_does_not_confirm_its_lock_down_never_runs_user_code():
+    """The kernel's word: capabilities, no_new_privs, seccomp."""
+    ran = False
+
+    async def run(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        nonlocal ran
+        ran = True
+        return b""
+
+    driver = FakeDriver({"main:greet": run}, isolated=False)
+    async with running(driver, GREET) as pool:
+        driver.isolated = True
+        driver.guests.clear()
+        original = driver.on_load
+
+        async def claim_nothing(guest: FakeGuest) -> None:
+            await original(guest)
+            await guest.say(
+                Loaded(
+                    slots=1,
+                    import_s=0,
+                    lockdown_s=0,
+                    cap_eff=1,
+                    no_new_privs=1,
+                    seccomp=2,
+                    landlock=0,
+                )
+            )
+
+        driver.on_load = claim_nothing
+        failure = await fail(pool, GREET)
+
+        assert failure.kind == "InitCrashed"
+        assert "lock-down" in failure.message
+        assert not ran
+
+
+@pytest.mark.parametrize("slots", [0, -1, 3, 10**9])
+async def test_a_guest_cannot_take_more_places_than_its_function_declares(slots: int):
+    async def claim(guest: FakeGuest) -> None:
+        await guest.say(Loaded.of(LOADED.__dict__ | {"slots": slots}))
+
+    driver = FakeDriver({"main:greet": hello}, on_load=claim)
+    async with running(driver, function("greet", concurrency=2)) as pool:
+        assert (await fail(pool, GREET)).kind == "ProtocolViolation"
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+async def test_the_deadline_is_told_when_it_is_reached():
+    """And the sandbox ends with all its processes: nobody knows what it is still doing."""
+    each = function("greet", timeout_seconds=0.05)
+    driver = FakeDriver({"main:greet": hang})
+    async with running(driver, each) as pool:
+        failure = await fail(pool, each)
+        await eventually(lambda: driver.destroyed)
+
+        assert failure.kind == "TimedOut"
+        assert 0.05 <= failure.timing.handler_s < 1
+        assert repr(pool.state) == "<PoolState [empty | 0 waiting]>"
+
+
+async def test_a_guest_that_ignores_the_end_of_its_time_is_killed_after_the_grace():
+    async def stubborn(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        guest.ignores_terminate = True
+        await guest.terminated.wait()
+        await asyncio.Event().wait()
+
+    each = function("greet", timeout_seconds=0.02)
+    driver = FakeDriver({"main:greet": stubborn})
+    async with running(driver, each, grace_s=0.02) as pool:
+        assert (await fail(pool, each)).kind == "TimedOut"
+        guest = driver.guests["sb-1"]
+        await eventually(lambda: driver.destroyed)
+
+        assert guest.terminated.is_set()
+        assert guest.ended.result() == Exit(-9)
+
+
+async def test_those_beside_one_that_ran_out_of_time_are_told_why():
+    started = asyncio.Event()
+
+    async def both(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    each = function("greet", timeout_seconds=0.1, concurrency=2, max_scale=1)
+    async with running(FakeDriver({"main:greet": both}), each) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(fail(pool, each))
+            await started.wait()
+            await asyncio.sleep(0.02)  # the second shall have more time left than the first
+            second = tasks.create_task(fail(pool, each))
+
+        assert first.result().kind == "TimedOut"
+        assert second.result().kind == "Crashed"
+        assert "another invocation in the same sandbox" in second.result().message
+
+
+async def test_an_invocation_that_finds_no_sandbox_in_time_is_told():
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    async with running(FakeDriver({"main:greet": gate}), each) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(succeed(pool, each))
+            await gate.reached()
+            with pytest.raises(NoCapacity, match=r"none for default/greet in 0\.05 s"):
+                await call(pool, each, queue_s_max=0.05)
+            gate.open()
+
+        assert (pool.under_way, pool.state.waiting) == (0, 0)
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+async def test_a_full_queue_refuses_at_once():
+    gate = Gate()
+    each = function("greet", max_scale=1, queue_max=1)
+    async with running(FakeDriver({"main:greet": gate}), each) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(succeed(pool, each))
+            await gate.reached()
+            tasks.create_task(succeed(pool, each))
+            await eventually(lambda: pool.state.waiting == 1)
+            with pytest.raises(QueueFull, match="1 invocations of default/greet are waiting"):
+                await call(pool, each)
+            gate.open()
+        assert pool.under_way == 0
+
+
+async def test_a_full_pool_refuses_whatever_the_function():
+    gate = Gate()
+    driver = FakeDriver({"main:greet": gate, "main:shout": shout})
+    async with running(driver, GREET, SHOUT, invocations_max=1) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(succeed(pool, GREET))
+            await gate.reached()
+            with pytest.raises(QueueFull, match="in this pool"):
+                await call(pool, SHOUT)
+            gate.open()
+        assert await succeed(pool, SHOUT, b"a") == b"A"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"http": {"x": "y" * 70_000}},
+        {"http": {"x": object()}},
+        {"body": b"x" * (7 << 20)},
+    ],
+    ids=["meta", "type", "body"],
+)
+async def test_a_request_that_no_frame_can_hold_is_its_own_callers_problem(bad: dict[str, Any]):
+    """The sandbox, and whoever else is there, does not notice."""
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, GREET) as pool:
+        failure = await fail(pool, GREET, **bad)
+
+        assert failure.kind == "BadRequest"
+        assert await succeed(pool, GREET, b"x") == b"hello x"
+        assert driver.created == ["sb-1"]
+
+
+# ---- callers that go away -----------------------------------------------------------------------
+
+
+async def test_a_caller_that_is_cancelled_while_it_waits_leaves_nothing():
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool, asyncio.TaskGroup() as tasks:
+        tasks.create_task(succeed(pool, each))
+        await gate.reached()
+        impatient = tasks.create_task(call(pool, each))
+        await eventually(lambda: pool.state.waiting == 1)
+        impatient.cancel()
+        await eventually(impatient.done)
+
+        assert (pool.under_way, pool.state.waiting) == (1, 0)
+        gate.open()
+
+
+async def test_a_caller_that_went_away_is_not_kept_in_memory_until_its_time_is_up():
+    """Its body may be 6 MiB, and clients that hang up come by the thousand."""
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool, asyncio.TaskGroup() as tasks:
+        tasks.create_task(succeed(pool, each))
+        await gate.reached()
+        left = invocation(each, b"much")
+        impatient = asyncio.create_task(pool.invoke(left))
+        await eventually(lambda: pool.state.waiting == 1)
+        impatient.cancel()
+        await eventually(impatient.done)
+        del impatient
+        gc.collect()
+        calls = [thing for thing in gc.get_objects() if isinstance(thing, _Call)]
+        gate.open()
+
+        assert left.id not in [each.invocation.id for each in calls]
+
+
+async def test_a_caller_that_is_cancelled_while_it_runs_gives_its_place_back():
+    """The handler runs on to its end; then the same sandbox takes the next."""
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool:
+        impatient = asyncio.create_task(call(pool, each))
+        await gate.reached()
+        impatient.cancel()
+        await eventually(impatient.done)
+        assert pool.under_way == 0
+        assert repr(pool.state) == "<PoolState [1 busy | 0 waiting]>"
+        gate.open()
+
+        assert await succeed(pool, each) == b"sb-1"
+
+
+async def test_a_caller_that_is_cancelled_does_not_lift_the_deadline():
+    """Nobody waits for it any more, and still it may not run for ever."""
+    each = function("greet", timeout_seconds=0.05)
+    started = asyncio.Event()
+
+    async def forever(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": forever})
+    async with running(driver, each) as pool:
+        impatient = asyncio.create_task(call(pool, each))
+        await started.wait()
+        impatient.cancel()
+
+        await eventually(lambda: driver.destroyed == ["sb-1"])
+
+
+# ---- deploying and removing ---------------------------------------------------------------------
+
+
+async def test_a_deploy_lets_what_runs_end_and_what_comes_run_the_new_version():
+    gate = Gate()
+    new = function("greet", version="2", handler="main:shout")
+    driver = FakeDriver({"main:greet": gate, "main:shout": shout})
+    async with running(driver, GREET) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            old = tasks.create_task(succeed(pool, GREET))
+            await gate.reached()
+            pool.deploy(new, ENVIRONMENT)
+
+            assert await succeed(pool, new, b"new") == b"NEW"
+            gate.open()
+        assert old.result() == b"sb-1"
+        await eventually(lambda: driver.destroyed == ["sb-1"])
+
+
+async def test_a_removed_function_refuses_who_waits_and_lets_end_who_runs():
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            runs = tasks.create_task(succeed(pool, each))
+            await gate.reached()
+            waits = tasks.create_task(refused(pool, each))
+            await eventually(lambda: pool.state.waiting == 1)
+            pool.remove(each.id)
+            gate.open()
+        assert runs.result() == b"sb-1"
+        assert isinstance(waits.result(), FunctionNotFound)
+        await eventually(lambda: not driver.guests)
+
+
+async def refused(pool: Pool, each: Function) -> PlatformError:
+    with pytest.raises(PlatformError) as raised:
+        await call(pool, each)
+    return raised.value
+
+
+# ---- starts that fail ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [SandboxStartFailed("no user namespaces"), OSError(errno.EMFILE, "too many open files")],
+    ids=["refused", "out of descriptors"],
+)
+async def test_a_driver_that_cannot_start_does_not_take_the_pool_down(refusal: Exception):
+    """More failures than may start at once; when it can again, the same caller is served."""
+    driver = FakeDriver({"main:greet": hello})
+    driver.refusal = refusal
+    async with running(driver, GREET, starts_max=1) as pool, asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(succeed(pool, GREET, b"x"))
+        await eventually(lambda: pool.state.molds[GREET.mold].failures == 1)
+        driver.refusal = None
+
+        assert await waiting == b"hello x"
+
+
+@pytest.mark.parametrize("how", ["crash", "noise", "other protocol", "hang"])
+async def test_a_guest_that_does_not_come_up_is_tried_again(how: str):
+    async def misbehave(guest: FakeGuest) -> None:
+        if guest.sandbox != "sb-1":
+            return
+        match how:
+            case "crash":
+                raise Ended(Exit(1))
+            case "noise":
+                await guest.send(b"Fatal Python error: out of luck....")
+            case "other protocol":
+                await guest.say(Hello(protocol=99, python="3", preload_failures=[]))
+            case "hang":
+                await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": hello}, on_start=misbehave)
+    async with running(driver, GREET, start_timeout_s=0.1) as pool:
+        assert await succeed(pool, GREET, b"x") == b"hello x"
+        assert driver.destroyed == ["sb-1"]
+
+
+async def test_who_gets_no_sandbox_is_told_why_none_starts():
+    driver = FakeDriver()
+    driver.refusal = SandboxStartFailed("no user namespaces")
+    async with running(driver, GREET) as pool:
+        with pytest.raises(NoCapacity, match="the last start failed: no user namespaces"):
+            await call(pool, GREET, queue_s_max=0.05)
+
+
+# ---- functions that do not load -----------------------------------------------------------------
+
+
+async def test_a_function_that_cannot_be_imported_says_so_to_everyone_who_waits():
+    async def no(guest: FakeGuest) -> None:
+        raise ImportError("No module named 'nothere'")
+
+    driver = FakeDriver({"main:greet": hello}, on_load=no)
+    each = function("greet", max_scale=1)
+    async with running(driver, each) as pool:
+        failures = await asyncio.gather(*(fail(pool, each) for _ in range(3)))
+
+        assert {f.kind for f in failures} == {"ImportFailed"}
+        assert driver.created == ["sb-1"]
+        again = await fail(pool, each)
+        assert again.kind == "ImportFailed"
+        assert driver.created == ["sb-1"]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("crash", "InitCrashed", "killed by signal 11"),
+        ("memory", "OutOfMemory", "memory limit"),
+        ("noise", "ProtocolViolation", "broke the protocol"),
+        ("hang", "InitTimedOut", "longer than 0.1 s"),
+        ("result", "ProtocolViolation", "unasked Result"),
+    ],
+)
+async def test_an_import_that_ends_the_sandbox_is_told_as_such(how: str, kind: str, message: str):
+    """At once, and not tried again for ever: the module that crashes once will crash again."""
+
+    async def misbehave(guest: FakeGuest) -> None:
+        match how:
+            case "crash":
+                raise Ended(Exit(-11))
+            case "memory":
+                raise Ended(Exit(-9, oom_kills=1))
+            case "noise":
+                await guest.send(b"\xff" * 16)
+            case "hang":
+                await asyncio.Event().wait()
+            case "result":
+                await guest.send(result(1))
+
+    driver = FakeDriver({"main:greet": hello}, on_load=misbehave)
+    async with running(driver, GREET, init_timeout_s=0.1) as pool:
+        failure = await fail(pool, GREET)
+        await eventually(lambda: driver.destroyed == ["sb-1"])
+
+        assert failure.kind == kind
+        assert message in failure.message
+        assert driver.created == ["sb-1"]
+
+
+async def test_the_corrected_version_runs_at_once():
+    fixed = function("greet", version="2", handler="main:shout")
+    driver = FakeDriver({"main:shout": shout})
+    async with running(driver, GREET) as pool:
+        assert (await fail(pool, GREET)).kind == "HandlerMissing"
+        pool.deploy(fixed, ENVIRONMENT)
+
+        assert await succeed(pool, fixed, b"a") == b"A"
+
+
+# ---- logs ---------------------------------------------------------------------------------------
+
+
+async def test_lines_are_told_with_the_invocation_that_wrote_them():
+    async def talk(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        number = int(body)
+        await guest.log("out\n", number)
+        await guest.log("one\n\ntwo\n", number, "stderr")
+        await guest.log("background\n", 0)
+        await guest.log("of another\n", number + 7)
+        await guest.send(encode(Log(stream="stdout"), number, b"\x1b[2J \xff\n"))
+        return b""
+
+    async with running(FakeDriver({"main:greet": talk}), GREET) as pool:
+        for number in (b"1", b"2"):
+            await succeed(pool, GREET, number)
+        last = f"i{next(numbers) - 1}"
+
+        assert log_of(pool, GREET)[-6:] == [
+            (last, "stdout", "out"),
+            (last, "stderr", "one"),
+            (last, "stderr", "two"),
+            ("", "stdout", "background"),
+            ("", "stdout", "of another"),
+            (last, "stdout", "\\x1b[2J \ufffd"),
+        ]
+
+
+async def test_a_failure_is_explained_in_the_functions_log():
+    """Also what the caller is not told: the traceback."""
+
+    async def broken(guest: FakeGuest, request: Invoke, body: bytes) -> Failed:
+        return Failed(kind="Raised", message="ValueError: no", traceback="Traceback:\n  line 1")
+
+    async with running(FakeDriver({"main:greet": broken}), GREET) as pool:
+        await fail(pool, GREET)
+        lines = [(stream, text) for _, stream, text in log_of(pool, GREET)]
+
+        assert lines == [
+            ("platform", "Raised: ValueError: no"),
+            ("platform", "  Traceback:"),
+            ("platform", "    line 1"),
+        ]
+
+
+async def test_dropped_output_is_said():
+    async def drop(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        await guest.say(Log(stream="stdout", dropped=5), 1)
+        return b""
+
+    async with running(FakeDriver({"main:greet": drop}), GREET) as pool:
+        await succeed(pool, GREET)
+
+        assert log_of(pool, GREET)[-1][1:] == ("platform", "5 bytes of output dropped")
+
+
+async def test_a_generic_sandbox_cannot_write_to_any_log():
+    async def chatter(guest: FakeGuest) -> None:
+        await guest.log("I am nobody\n")
+
+    driver = FakeDriver({"main:greet": hello}, on_start=chatter)
+    async with running(driver, GREET) as pool:
+        await succeed(pool, GREET)
+
+        assert log_of(pool, GREET) == []
+
+
+# ---- the end ------------------------------------------------------------------------------------
+
+
+async def test_a_drained_pool_has_answered_everyone():
+    gate = Gate()
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, GREET) as pool, asyncio.TaskGroup() as tasks:
+        accepted = tasks.create_task(succeed(pool, GREET))
+        await gate.reached()
+        assert not await pool.drain(0.01)
+        draining = tasks.create_task(pool.drain(SOON_S))
+        gate.open()
+
+        assert await draining
+        assert await accepted == b"sb-1"
+
+
+async def test_the_end_of_the_pool_ends_every_sandbox_and_tells_every_caller():
+    gate = Gate()
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, GREET) as pool:
+        pool.keep_generic(Mold(BASE), ENVIRONMENT, 2)
+        caller = asyncio.create_task(call(pool, GREET))
+        await gate.reached()
+    outcome = await caller
+
+    assert isinstance(outcome, Failure)
+    assert (outcome.kind, outcome.message) == ("Crashed", "the sandbox was destroyed")
+    assert (driver.guests, driver.is_open) == ({}, False)
+    with pytest.raises(Draining):
+        await pool.invoke(invocation(GREET))
+
+
+async def test_the_end_of_the_pool_is_told_to_those_who_wait():
+    """They were accepted and cannot be served any more: another server can."""
+    gate = Gate()
+    each = function("greet", max_scale=1)
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, each) as pool:
+        running_ = asyncio.create_task(call(pool, each))
+        await gate.reached()
+        waiting = asyncio.create_task(pool.invoke(invocation(each)))
+        await eventually(lambda: pool.state.waiting == 1)
+    await running_
+    async with asyncio.timeout(0.2):
+        with pytest.raises(Draining):
+            await waiting
+
+
+async def test_the_end_of_the_pool_does_not_wait_for_guests_that_start():
+    """A start may take half a minute; the end of the server may not."""
+
+    async def slow(guest: FakeGuest) -> None:
+        await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": hello}, on_start=slow)
+    async with running(driver, GREET) as pool:
+        pool.keep_generic(Mold(BASE), ENVIRONMENT, 3)
+        await eventually(lambda: len(driver.created) == 3)
+
+    assert driver.guests == {}
+
+
+async def test_an_error_in_the_callers_block_ends_the_pool_as_well():
+    driver = FakeDriver({"main:greet": hello})
+
+    async def stumble() -> None:
+        async with running(driver, GREET) as pool:
+            await succeed(pool, GREET)
+            raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await stumble()
+    assert raised.group_contains(ZeroDivisionError)
+    assert (driver.guests, driver.is_open) == ({}, False)
+
+
+# ---- what stays ---------------------------------------------------------------------------------
+
+
+async def test_an_environment_that_no_function_uses_any_more_keeps_no_sandbox_ready():
+    """Each build of an environment is another one: the old ones' sandboxes would add up."""
+    old = Environment(digest="1" * 64, generic_min=1)
+    new = Environment(digest="2" * 64, generic_min=1)
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver) as pool:
+        pool.deploy(function("greet", environment=old.digest), old)
+        await eventually(lambda: "1 generic" in repr(pool.state))
+        pool.deploy(function("greet", version="2", environment=new.digest), new)
+        await eventually(lambda: len(driver.created) == 2)
+        async with asyncio.timeout(0.2):
+            await eventually(lambda: driver.destroyed == ["sb-1"])
+
+
+async def test_a_removed_function_leaves_no_lines_behind():
+    """Also those that come late, from its last sandbox."""
+    gate = Gate()
+
+    async def talk(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        answer = await gate(guest, request, body)
+        await guest.log("late\n", 1)
+        return answer
+
+    driver = FakeDriver({"main:greet": talk})
+    async with running(driver, GREET) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(succeed(pool, GREET))
+            await gate.reached()
+            pool.remove(GREET.id)
+            gate.open()
+        await eventually(lambda: not driver.guests)
+
+        assert log_of(pool, GREET) == []

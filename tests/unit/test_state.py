@@ -1,0 +1,817 @@
+"""PoolState as a conversation: facts in, commands out, and the state as it reads in between."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import pytest
+
+from dayfly_pool.errors import FunctionNotFound, QueueFull
+from dayfly_pool.models import Failure, Function, InvocationId, Mold, SandboxId
+from dayfly_pool.state import (
+    NEXT,
+    Assign,
+    Command,
+    Create,
+    Destroy,
+    Phase,
+    PoolState,
+    Refuse,
+    SandboxRecord,
+    Specialize,
+)
+from dayfly_pool.testing import function
+
+BASE = Mold("base")
+OTHER = Mold("other")
+GREET, SHOUT = function("greet"), function("shout")
+GREET_2 = function("greet", version="2")
+I1, I2, I3, I4, I5 = (InvocationId(f"i{n}") for n in range(1, 6))
+S1, S2, S3, S4, S5 = (SandboxId(f"sb-{n}") for n in range(1, 6))
+BROKEN = Failure("ImportFailed", "no module named nothere")
+
+
+def pool(*, generic_max: int = 0, sandboxes_max: int = 8, starts_max: int = 8) -> PoolState:
+    """With *generic_max* 0 nothing is refilled but what `add_mold` asks for."""
+    return PoolState(generic_max=generic_max, sandboxes_max=sandboxes_max, starts_max=starts_max)
+
+
+def create(sandbox: SandboxId, mold: Mold = BASE) -> Create:
+    """A start that somebody waits for."""
+    return Create(sandbox, mold, claimed=True)
+
+
+def refill(sandbox: SandboxId, mold: Mold = BASE) -> Create:
+    """A start that nobody waits for yet."""
+    return Create(sandbox, mold, claimed=False)
+
+
+def deployed(*functions: Function, **limits: int) -> PoolState:
+    state = pool(**limits)
+    for each in functions:
+        state.deploy(each, 0)
+    return state
+
+
+def play(state: PoolState, commands: Iterable[Command], now: float) -> None:
+    """Carry out *commands*, and what follows from them, all successful: nothing is left to do."""
+    todo = list(commands)
+    while todo:
+        match todo.pop(0):
+            case Create(sandbox):
+                todo += state.ready(sandbox, now)
+            case Specialize(sandbox):
+                todo += state.loaded(sandbox, 1, now)
+            case Assign() | Destroy() | Refuse():
+                pass
+
+
+def make_busy(state: PoolState, each: Function, *invocations: InvocationId, now: float = 0) -> None:
+    """*invocations* are running, each in a sandbox of its own where there is none free."""
+    for invocation in invocations:
+        play(state, state.submit(invocation, each.id, now), now)
+
+
+def warm(state: PoolState, each: Function, number: int = 1, now: float = 0) -> list[SandboxId]:
+    """*number* idle sandboxes that hold the function; the last in the list was used last."""
+    names = [InvocationId(f"warm-{each.id}-{n}") for n in range(number)]
+    make_busy(state, each, *names, now=now)
+    boxes = [box.id for n in names for box in state.sandboxes.values() if n in box.running]
+    for box, name in zip(boxes, names, strict=True):
+        state.finished(box, name, 0.01, now)
+    return boxes
+
+
+def starts(commands: Iterable[Command]) -> int:
+    return sum(isinstance(command, Create) for command in commands)
+
+
+# ---- one invocation -----------------------------------------------------------------------------
+
+
+def test_the_first_call_of_all_creates_specializes_and_runs():
+    """Nothing is there: a pool miss, told as `created`."""
+    state = deployed(GREET)
+
+    assert repr(state) == "<PoolState [empty | 0 waiting]>"
+    assert state.submit(I1, GREET.id, 1.0) == [create(S1)]
+    assert repr(state) == "<PoolState [1 starting | 1 waiting]>"
+    assert state.ready(S1, 1.1)[:1] == [Specialize(S1, GREET)]
+    assert state.loaded(S1, 1, 1.2) == [Assign(S1, I1, "created")]
+    assert state.sandboxes[S1].running == {I1}
+    assert state.finished(S1, I1, 0.01, 1.3) == []
+    assert state.sandboxes[S1].phase.value == "idle"
+    assert state.misses == 1
+
+
+def test_a_generic_sandbox_answers_a_claim_at_once_and_is_replaced():
+    """A pool hit: the claim does not wait, and the refill starts as soon as one is taken."""
+    state = deployed(GREET)
+    play(state, state.add_mold(BASE, 1, 0), 0)
+
+    assert repr(state) == "<PoolState [1 generic | 0 waiting]>"
+    assert state.submit(I1, GREET.id, 1) == [Specialize(S1, GREET), refill(S2)]
+    assert repr(state) == "<PoolState [1 starting, 1 loading | 1 waiting]>"
+    assert state.loaded(S1, 1, 1) == [Assign(S1, I1, "generic")]
+    assert state.ready(S2, 1) == []
+    assert repr(state) == "<PoolState [1 generic, 1 busy | 0 waiting]>"
+    assert state.misses == 0
+
+
+def test_a_warm_sandbox_is_preferred_to_a_generic_one():
+    """A sandbox that already holds the function wins over specializing another."""
+    state = deployed(GREET)
+    play(state, state.add_mold(BASE, 1, 0), 0)
+    (box,) = warm(state, GREET)
+
+    assert state.submit(I1, GREET.id, 1) == [Assign(box, I1, "warm")]
+
+
+def test_of_the_warm_the_one_used_last_comes_first():
+    """The others grow old and can be reaped; a rotating choice would keep them all alive."""
+    state = deployed(GREET)
+    first, second = warm(state, GREET, 2)
+
+    assert state.submit(I1, GREET.id, 1) == [Assign(second, I1, "warm")]
+    assert state.submit(I2, GREET.id, 1) == [Assign(first, I2, "warm")]
+
+
+def test_a_sandbox_that_was_loaded_for_nobody_starts_its_first_invocation_warm():
+    """Only an invocation that waited for a start is told of it."""
+    eager = function("greet", min_scale=1)
+    state = pool()
+    play(state, state.deploy(eager, 0), 0)
+
+    assert [type(c) for c in state.tick(0)] == []
+    assert state.submit(I1, eager.id, 60) == [Assign(S1, I1, "warm")]
+
+
+def test_an_unknown_function_is_refused_and_nothing_kept():
+    state = pool()
+
+    with pytest.raises(FunctionNotFound):
+        state.submit(I1, GREET.id, 0)
+    assert repr(state) == "<PoolState [empty | 0 waiting]>"
+
+
+def test_a_full_queue_refuses_the_next_and_keeps_nothing_of_it():
+    """Queues are bounded: queueMax wait, whoever comes then is told at once."""
+    small = function("greet", queue_max=2, max_scale=1)
+    state = deployed(small)
+    for invocation in (I1, I2):
+        state.submit(invocation, small.id, 0)
+
+    with pytest.raises(QueueFull):
+        state.submit(I3, small.id, 0)
+    assert state.waiting == 2
+    assert not state.abandon(I3)
+
+
+# ---- several at once ----------------------------------------------------------------------------
+
+
+def test_whichever_is_free_first_takes_the_head_of_the_queue():
+    """Late binding: the sandbox that is being made for an invocation may come too late for it."""
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+    assert state.submit(I2, GREET.id, 1) == [create(S2)]
+    assert state.ready(S2, 1)[0] == Specialize(S2, GREET)
+
+    assert state.finished(S1, I1, 0.01, 2) == [Assign(S1, I2, "warm")]
+    assert state.loaded(S2, 1, 3) == []
+    assert state.submit(I3, GREET.id, 4) == [Assign(S2, I3, "warm")]
+
+
+def test_the_new_sandbox_takes_the_head_when_it_is_first():
+    """The other side of late binding."""
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+    state.submit(I2, GREET.id, 1)
+    state.submit(I3, GREET.id, 1)
+    state.ready(S2, 1)
+
+    assert state.loaded(S2, 1, 2) == [Assign(S2, I2, "created")]
+    assert state.finished(S1, I1, 0.01, 3) == [Assign(S1, I3, "warm")]
+
+
+@pytest.mark.parametrize(("calls", "max_scale", "made"), [(1, 9, 1), (5, 9, 5), (50, 3, 3)])
+def test_first_calls_at_the_same_moment_make_no_more_sandboxes_than_calls(
+    calls: int, max_scale: int, made: int
+):
+    """Single flight: never more than min(calls, maxScale) are started or specialized."""
+    each = function("greet", max_scale=max_scale)
+    state = deployed(each, sandboxes_max=100, starts_max=100)
+    commands: list[Command] = []
+    for number in range(calls):
+        commands += state.submit(InvocationId(f"{number}"), each.id, 0)
+
+    assert starts(commands) == made
+    play(state, commands, 0)
+    assert len(state.functions[each.id].sandboxes) == made
+
+
+def test_calls_that_share_a_sandbox_make_one_together():
+    """Ten calls of a function with concurrency 10 need one sandbox, not ten."""
+    shared = function("greet", concurrency=10)
+    state = deployed(shared)
+    commands = [c for n in range(10) for c in state.submit(InvocationId(str(n)), shared.id, 0)]
+
+    assert commands == [create(S1)]
+
+
+def test_claims_are_answered_in_the_order_they_were_made():
+    """Whichever sandbox gets ready first goes to the function that has waited longest."""
+    state = deployed(GREET, SHOUT)
+    state.submit(I1, GREET.id, 0)
+    state.submit(I2, SHOUT.id, 0)
+
+    assert state.ready(S2, 1)[0] == Specialize(S2, GREET)
+    assert state.ready(S1, 1)[0] == Specialize(S1, SHOUT)
+
+
+def test_a_claim_that_nobody_needs_any_more_evicts_nothing():
+    """In a full pool the warm sandbox took the invocation: it must not end for it later."""
+    state = deployed(GREET, sandboxes_max=1)
+    make_busy(state, GREET, I1)
+    assert state.submit(I2, GREET.id, 1) == []
+    assert state.finished(S1, I1, 0.01, 1) == [Assign(S1, I2, "warm")]
+
+    assert state.finished(S1, I2, 0.01, 2) == []
+    assert state.tick(3) == []
+
+
+def test_a_claim_that_nobody_needs_any_more_leaves_the_sandbox_generic():
+    """The warm sandbox was faster: no function is loaded for nobody."""
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+    assert state.submit(I2, GREET.id, 1) == [create(S2)]
+    assert state.finished(S1, I1, 0.01, 1) == [Assign(S1, I2, "warm")]
+
+    assert state.ready(S2, 1) == []
+    assert repr(state) == "<PoolState [1 generic, 1 busy | 0 waiting]>"
+
+
+def test_a_further_start_is_not_made_when_the_busy_ones_are_faster():
+    """50 ms to start one against 1 ms until the next is free: waiting is the faster way."""
+    state = deployed(GREET)
+    warm(state, GREET)
+    state.functions[GREET.id].handler_s = 0.001
+    state.molds[BASE].start_s = 0.05
+    make_busy(state, GREET, I1, now=1)
+
+    assert state.submit(I2, GREET.id, 1) == []
+    assert starts(state.tick(1.02)) == 0
+    assert starts(state.tick(1.2)) == 1  # it waited longer than a start takes: the estimate is off
+
+
+def test_starts_at_once_are_limited_and_what_is_waited_for_comes_first():
+    """Each start slows the others, so the refill waits for the claims."""
+    state = deployed(GREET, starts_max=2)
+    assert starts(state.add_mold(BASE, 4, 0)) == 2
+    state.add_mold(OTHER, 4, 0)
+    for invocation in (I1, I2, I3):
+        assert state.submit(invocation, GREET.id, 0) == []
+
+    assert state.ready(S1, 1) == [Specialize(S1, GREET), create(S3)]
+    assert state.ready(S2, 1) == [Specialize(S2, GREET), refill(S4)]
+    assert state.ready(S3, 1) == [Specialize(S3, GREET), refill(S5)]
+
+
+def test_a_waiting_invocation_of_one_mold_starts_before_the_refill_of_another():
+    """The order of declaration is no rank."""
+    foreign = function("greet", environment="other")
+    state = deployed(foreign, starts_max=1)
+    state.add_mold(BASE, 3, 0)
+    state.submit(I1, foreign.id, 0)
+
+    assert state.ready(S1, 1) == [create(S2, OTHER)]
+
+
+def test_more_arrivals_keep_more_generic_sandboxes():
+    """Little's law: what arrives during one start finds one ready."""
+    state = deployed(GREET, generic_max=8, sandboxes_max=99, starts_max=99)
+    state.molds[BASE].start_s = 1.0
+    for number in range(38):  # 3.8 a second over the window of 10 s
+        state.submit(InvocationId(str(number)), GREET.id, 1)
+    waited_for = [box.id for box in state.sandboxes.values()][:38]
+    for box in waited_for:
+        state.ready(box, 1)
+
+    assert repr(state) == "<PoolState [4 starting, 38 loading | 38 waiting]>"
+
+
+# ---- the limit of sandboxes ---------------------------------------------------------------------
+
+
+def test_at_the_limit_the_longest_idle_is_evicted():
+    state = deployed(GREET, SHOUT, sandboxes_max=2)
+    warm(state, GREET, now=1)
+    warm(state, SHOUT, now=2)
+    third = function("third")
+    state.deploy(third, 3)
+
+    assert state.submit(I1, third.id, 3) == [Destroy(S1, "evicted"), create(S3)]
+    assert len(state.sandboxes) == 2
+
+
+def test_at_the_limit_a_generic_sandbox_of_another_mold_makes_room():
+    foreign = function("greet", environment="other")
+    state = deployed(foreign, sandboxes_max=1, generic_max=1)
+    play(state, state.add_mold(BASE, 1, 0), 0)
+
+    assert state.submit(I1, foreign.id, 1) == [Destroy(S1, "evicted"), create(S2, OTHER)]
+
+
+def test_at_the_limit_with_every_sandbox_busy_the_invocation_waits_for_one():
+    """Nothing is evicted while it works; what finishes first makes room, and at once."""
+    state = deployed(GREET, SHOUT, sandboxes_max=1)
+    make_busy(state, GREET, I1)
+
+    assert state.submit(I2, SHOUT.id, 1) == []
+    assert state.finished(S1, I1, 0.01, 2) == [Destroy(S1, "evicted"), create(S2)]
+
+
+def test_a_refill_never_evicts():
+    """Only a waiting invocation is worth a warm sandbox."""
+    state = deployed(GREET, sandboxes_max=1)
+    warm(state, GREET)
+
+    assert state.add_mold(BASE, 4, 1) == []
+    assert state.tick(1) == []
+
+
+def test_a_minimum_that_does_not_fit_evicts_nothing():
+    """Two functions that want to stay warm in a pool of one would evict each other for ever."""
+    first, second = function("first", min_scale=1), function("second", min_scale=1)
+    state = pool(sandboxes_max=1)
+    play(state, state.deploy(first, 0), 0)
+    play(state, state.deploy(second, 0), 0)
+
+    assert state.tick(1) == []
+    assert list(state.functions[first.id].sandboxes) == [S1]
+
+
+def test_a_waiting_invocation_evicts_even_what_minscale_keeps():
+    """A minimum is a wish, a waiting invocation is somebody; it must not wait for ever."""
+    kept = function("kept", min_scale=1, keep_alive_seconds=10)
+    state = pool(sandboxes_max=1)
+    play(state, state.deploy(kept, 0), 0)
+    assert state.tick(60) == []
+    state.deploy(GREET, 60)
+
+    assert state.submit(I1, GREET.id, 60) == [Destroy(S1, "evicted"), create(S2)]
+
+
+# ---- declarations -------------------------------------------------------------------------------
+
+
+def test_a_new_version_ends_idle_sandboxes_now_and_busy_ones_after_their_invocation():
+    """From the moment `deploy` returns nothing starts on the old version."""
+    state = deployed(GREET)
+    warm(state, GREET, 2)
+    assert state.submit(I1, GREET.id, 1) == [Assign(S2, I1, "warm")]
+
+    assert state.deploy(GREET_2, 2) == [Destroy(S1, "updated")]
+    assert state.submit(I2, GREET.id, 2) == [create(S3)]
+    assert state.finished(S2, I1, 0.01, 3) == [Destroy(S2, "updated")]
+    assert state.ready(S3, 3)[0] == Specialize(S3, GREET_2)
+
+
+def test_a_sandbox_that_loads_an_old_version_ends_when_it_is_loaded():
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    state.ready(S1, 1)
+    assert starts(state.deploy(GREET_2, 2)) == 1
+
+    assert state.loaded(S1, 1, 3) == [Destroy(S1, "updated")]
+    assert state.ready(S2, 3)[0] == Specialize(S2, GREET_2)
+
+
+def test_waiting_invocations_run_the_new_version():
+    """They were accepted, and nobody promised them the old one."""
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    commands = state.deploy(GREET_2, 1)
+
+    assert commands == []  # the start that is under way does as well
+    assert state.ready(S1, 2)[0] == Specialize(S1, GREET_2)
+    assert state.loaded(S1, 1, 3) == [Assign(S1, I1, "created")]
+
+
+def test_a_new_version_in_another_environment_starts_there():
+    moved = function("greet", version="2", environment="other")
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+
+    assert state.deploy(moved, 1) == [create(S2, OTHER)]
+    assert state.ready(S1, 2) == []
+    assert state.ready(S2, 2)[0] == Specialize(S2, moved)
+
+
+def test_a_removed_function_refuses_what_waits_and_lets_end_what_runs():
+    state = deployed(GREET)
+    warm(state, GREET, 2)
+    state.submit(I1, GREET.id, 1)
+    state.submit(I2, GREET.id, 1)
+    state.submit(I3, GREET.id, 1)
+
+    assert state.remove(GREET.id, 2) == [Refuse(I3, None)]
+    assert state.waiting == 0
+    assert state.finished(S1, I2, 0.01, 3) == [Destroy(S1, "updated")]
+    with pytest.raises(FunctionNotFound):
+        state.submit(I4, GREET.id, 3)
+
+
+def test_removing_ends_what_is_idle():
+    state = deployed(GREET)
+    (box,) = warm(state, GREET)
+
+    assert state.remove(GREET.id, 1) == [Destroy(box, "removed")]
+    assert state.remove(GREET.id, 1) == []
+
+
+def test_nothing_is_started_for_a_function_that_is_gone():
+    """Its claims go with it, also when the sandboxes that they wait for do not start."""
+    state = deployed(GREET, starts_max=1)
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, GREET.id, 0)
+    state.remove(GREET.id, 1)
+
+    assert starts(state.died(S1, 2)) == 0
+    assert starts(state.tick(60)) == 0
+    assert state.molds == {}
+
+
+def test_deploying_again_and_again_starts_nothing_twice():
+    """Whoever waits needs one sandbox, however often the function changes meanwhile."""
+    state = deployed(GREET)
+    commands = state.submit(I1, GREET.id, 0)
+    for version in range(2, 10):
+        commands += state.deploy(function("greet", version=str(version)), version)
+
+    assert starts(commands) == 1
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def test_a_function_that_does_not_load_tells_everyone_who_waits():
+    """And is then left alone for half a second; until then the answer is the same, at once."""
+    state = deployed(GREET)
+    for invocation in (I1, I2):
+        state.submit(invocation, GREET.id, 0)
+    state.ready(S1, 1)
+
+    commands = state.load_failed(S1, BROKEN, 2)
+
+    assert commands == [Refuse(I1, BROKEN), Refuse(I2, BROKEN), Destroy(S1, "failed")]
+    assert state.submit(I3, GREET.id, 2.4) == [Refuse(I3, BROKEN)]
+    assert repr(state) == "<PoolState [1 starting | 0 waiting]>"
+
+
+def test_a_broken_function_is_tried_again_after_a_backoff_that_doubles():
+    """0.5 s, 1, 2, 4, ...: an import that fails costs less and less."""
+    state = deployed(GREET)
+    now, waits = 0.0, []
+    for _ in range(4):
+        play_until_loading(state, state.submit(I1, GREET.id, now), now)
+        (box,) = state.functions[GREET.id].sandboxes
+        state.load_failed(box, BROKEN, now)
+        waits.append(state.functions[GREET.id].broken_until - now)
+        assert state.submit(I2, GREET.id, now + waits[-1] - 0.01) == [Refuse(I2, BROKEN)]
+        now += waits[-1]
+
+    assert waits == [0.5, 1.0, 2.0, 4.0]
+
+
+def play_until_loading(state: PoolState, commands: list[Command], now: float) -> None:
+    for command in commands:
+        if isinstance(command, Create):
+            state.ready(command.sandbox, now)
+
+
+def test_the_next_version_of_a_broken_function_is_tried_at_once():
+    """The fix is not punished for the fault."""
+    state = deployed(GREET)
+    play_until_loading(state, state.submit(I1, GREET.id, 0), 0)
+    state.load_failed(S1, BROKEN, 0)
+    state.deploy(GREET_2, 0)
+
+    assert starts(state.submit(I2, GREET.id, 0)) == 1
+
+
+def test_a_broken_function_with_a_minimum_is_not_tried_in_a_loop():
+    eager = function("greet", min_scale=1)
+    state = pool()
+    play_until_loading(state, state.deploy(eager, 0), 0)
+    state.load_failed(S1, BROKEN, 0)
+
+    assert state.tick(0.4) == []
+    assert starts(state.tick(0.6)) == 1
+
+
+def test_a_sandbox_that_dies_while_starting_is_replaced_after_a_backoff():
+    """A mold that cannot start costs one try now and then, not all of the machine."""
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+
+    assert state.died(S1, 1) == [Destroy(S1, "failed")]
+    assert starts(state.tick(1.4)) == 0
+    assert state.tick(1.6) == [create(S2)]
+    assert state.died(S2, 2) == [Destroy(S2, "failed")]
+    assert starts(state.tick(2.9)) == 0
+    assert starts(state.tick(3.1)) == 1
+    assert state.waiting == 1
+
+
+def test_starts_that_fail_together_count_as_one_failure():
+    """One bad moment of the machine must not cost the longest backoff."""
+    state = deployed(GREET)
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, GREET.id, 0)
+    for sandbox in (S1, S2, S3):
+        state.died(sandbox, 1)
+
+    assert starts(state.tick(1.6)) == 3
+
+
+def test_one_mold_that_cannot_start_does_not_stop_the_others():
+    foreign = function("foreign", environment="other")
+    state = deployed(foreign, GREET, starts_max=1)
+    state.submit(I1, foreign.id, 0)
+    state.died(S1, 1)
+
+    assert state.submit(I2, GREET.id, 1) == [create(S2)]
+
+
+def test_a_start_that_works_ends_the_backoff():
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    state.died(S1, 1)
+    state.tick(2)
+    state.ready(S2, 2)
+
+    assert state.molds[BASE].failures == 0
+
+
+def test_a_generic_sandbox_that_dies_is_replaced():
+    state = deployed(GREET)
+    play(state, state.add_mold(BASE, 1, 0), 0)
+
+    assert state.died(S1, 1) == [Destroy(S1, "failed"), refill(S2)]
+
+
+def test_a_sandbox_that_dies_while_loading_makes_the_function_claim_another():
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    state.ready(S1, 1)
+
+    assert state.died(S1, 2) == [Destroy(S1, "failed"), create(S2)]
+    assert state.waiting == 1
+
+
+def test_a_sandbox_that_dies_busy_takes_only_its_own_invocations_with_it():
+    """Those are told by the connection; what waits gets another sandbox."""
+    each = function("greet", max_scale=1)
+    state = deployed(each)
+    make_busy(state, each, I1)
+    assert state.submit(I2, each.id, 1) == []
+
+    commands = state.died(S1, 2)
+
+    assert commands[:2] == [Destroy(S1, "failed"), create(S2)]
+    assert state.finished(S1, I1, 0.01, 3) == []
+
+
+def test_a_sandbox_that_dies_idle_is_forgotten():
+    state = deployed(GREET)
+    (box,) = warm(state, GREET)
+
+    assert state.died(box, 1) == [Destroy(box, "failed")]
+    assert state.died(box, 1) == []
+    assert repr(state) == "<PoolState [empty | 0 waiting]>"
+
+
+def test_late_facts_about_a_dead_sandbox_change_nothing():
+    """Answers may cross with the death that was already told."""
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    state.died(S1, 0)
+
+    assert state.ready(S1, 1) == []
+    assert state.loaded(S1, 1, 1) == []
+    assert state.load_failed(S1, BROKEN, 1) == []
+    assert state.finished(S1, I1, 0.01, 1) == []
+    assert state.waiting == 1
+
+
+def test_an_invocation_that_was_not_running_there_cannot_finish_there():
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+
+    assert state.finished(S1, I2, 0.01, 1) == []
+    assert state.sandboxes[S1].running == {I1}
+
+
+# ---- several invocations in one sandbox ---------------------------------------------------------
+
+
+def shared_pool(slots: int, **spec: int) -> tuple[PoolState, Function]:
+    """A function of which one sandbox takes several invocations; one is running in S1."""
+    shared = function("greet", concurrency=slots, **spec)
+    state = deployed(shared)
+    state.submit(I1, shared.id, 0)
+    state.ready(S1, 0)
+    state.loaded(S1, slots, 0)
+    return state, shared
+
+
+def test_a_sandbox_with_free_places_takes_more():
+    state, shared = shared_pool(3, max_scale=1)
+
+    assert state.submit(I2, shared.id, 1) == [Assign(S1, I2, "warm")]
+    assert state.submit(I3, shared.id, 1) == [Assign(S1, I3, "warm")]
+    assert state.submit(I4, shared.id, 1) == []
+    assert state.finished(S1, I2, 0.01, 2) == [Assign(S1, I4, "warm")]
+
+
+def test_a_sandbox_is_idle_when_its_last_invocation_has_ended():
+    state, shared = shared_pool(2)
+    state.submit(I2, shared.id, 1)
+    state.finished(S1, I1, 0.01, 2)
+
+    assert state.sandboxes[S1].phase.value == "busy"
+    state.finished(S1, I2, 0.01, 3)
+    assert state.sandboxes[S1].phase.value == "idle"
+    assert not state.functions[shared.id].open
+
+
+def test_a_busy_sandbox_with_a_place_is_preferred_to_an_idle_one():
+    """Work is packed, so that whole sandboxes fall idle."""
+    state, shared = shared_pool(2)
+    state.submit(I2, shared.id, 1)
+    play(state, state.submit(I3, shared.id, 1), 1)
+    state.finished(S1, I1, 0.01, 2)
+    state.finished(S1, I2, 0.01, 2)
+    state.sandboxes[S2].slots = 2
+    state.functions[shared.id].open[S2] = state.sandboxes[S2]
+
+    assert state.submit(I4, shared.id, 3) == [Assign(S2, I4, "warm")]
+
+
+def test_a_guest_that_takes_one_at_a_time_is_believed():
+    """A plain function deployed with concurrency 10 still gets a sandbox for each call."""
+    shared = function("greet", concurrency=10)
+    state = deployed(shared)
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, shared.id, 0)
+    state.ready(S1, 0)
+    commands = state.loaded(S1, 1, 0)
+
+    assert commands[0] == Assign(S1, I1, "created")
+    assert len(state.sandboxes) == 3
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+def test_idle_sandboxes_are_reaped_in_order_until_none_is_left():
+    """Scale to zero: nothing of an unused function stays."""
+    each = function("greet", keep_alive_seconds=10)
+    state = deployed(each)
+    make_busy(state, each, I1, I2)
+    state.finished(S1, I1, 0.01, 5)
+    state.finished(S2, I2, 0.01, 7)
+
+    assert state.tick(14.9) == []
+    assert state.tick(15.0) == [Destroy(S1, "reaped")]
+    assert state.tick(17.0) == [Destroy(S2, "reaped")]
+    assert repr(state) == "<PoolState [empty | 0 waiting]>"
+
+
+def test_a_sandbox_that_worked_again_starts_its_keep_alive_anew():
+    each = function("greet", keep_alive_seconds=10)
+    state = deployed(each)
+    warm(state, each, now=0)
+    state.submit(I1, each.id, 9)
+    state.finished(S1, I1, 0.01, 9.5)
+
+    assert state.tick(19) == []
+    assert state.tick(19.5) == [Destroy(S1, "reaped")]
+
+
+def test_functions_keep_their_own_times():
+    short, long = function("short", keep_alive_seconds=1), function("long")
+    state = deployed(long, short)
+    warm(state, long)
+    warm(state, short)
+
+    assert state.tick(30) == [Destroy(S2, "reaped")]
+
+
+def test_the_minimum_is_kept_however_long_it_is_idle():
+    each = function("greet", min_scale=1, keep_alive_seconds=10)
+    state = pool()
+    play(state, state.deploy(each, 0), 0)
+    make_busy(state, each, I1, I2, now=1)
+    boxes = list(state.functions[each.id].sandboxes)
+    for box, invocation in zip(boxes, (I1, I2), strict=True):
+        state.finished(box, invocation, 0.01, 1)
+
+    assert state.tick(100) == [Destroy(boxes[0], "reaped")]
+    assert state.tick(1000) == []
+
+
+def test_the_minimum_is_made_at_once_and_again_when_one_dies():
+    eager = function("greet", min_scale=2)
+    state = pool()
+    commands = state.deploy(eager, 0)
+    assert starts(commands) == 2
+    play(state, commands, 0)
+    assert len(state.functions[eager.id].idle) == 2
+    state.died(S1, 1)
+
+    play(state, state.tick(1), 1)
+
+    assert len(state.functions[eager.id].idle) == 2
+
+
+def test_surplus_generic_sandboxes_end_one_at_a_time():
+    """Demand comes back in waves: the pool shrinks slower than it grows."""
+    state = deployed(GREET)
+    play(state, state.add_mold(BASE, 3, 0), 0)
+    state.add_mold(BASE, 1, 1)
+
+    assert state.tick(1) == [Destroy(S1, "surplus")]
+    assert state.tick(2) == [Destroy(S2, "surplus")]
+    assert state.tick(3) == []
+
+
+def test_a_mold_that_nobody_uses_is_forgotten():
+    state = deployed(GREET)
+    warm(state, GREET)
+    state.remove(GREET.id, 1)
+    for now in range(100, 110):
+        state.tick(now)
+
+    assert state.molds == {}
+    assert state.sandboxes == {}
+
+
+# ---- the table of a life ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", Phase)
+@pytest.mark.parametrize("after", Phase)
+def test_only_the_moves_of_the_table_are_made(before: Phase, after: Phase):
+    """An illegal one is our own defect, so it is an assertion; the dead stay dead."""
+    state, box = pool(), SandboxRecord(S1, BASE, 0, phase=before)
+    expected = nullcontext() if after in NEXT[before] else pytest.raises(AssertionError)
+
+    with expected:
+        state._move(box, after)
+    assert box.phase is (after if after in NEXT[before] else before)
+    assert NEXT[Phase.DEAD] == frozenset()
+
+
+# ---- callers that go away -----------------------------------------------------------------------
+
+
+def test_an_abandoned_invocation_is_never_assigned():
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+
+    assert state.abandon(I1)
+    assert not state.abandon(I1)
+    assert state.ready(S1, 1) == []
+    assert repr(state) == "<PoolState [1 generic | 0 waiting]>"
+
+
+def test_nothing_is_started_for_callers_that_went_away():
+    """Their claims go with the last of them, before a sandbox is made or evicted for nobody."""
+    state = deployed(GREET, starts_max=1)
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, GREET.id, 0)
+    for invocation in (I1, I2, I3):
+        state.abandon(invocation)
+
+    assert state.ready(S1, 1) == []
+    assert starts(state.tick(2)) == 0
+
+
+def test_an_invocation_that_runs_cannot_be_abandoned():
+    """Its place is free when its sandbox says so, not when its caller loses patience."""
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+
+    assert not state.abandon(I1)
+    assert state.sandboxes[S1].running == {I1}
+
+
+def test_those_behind_an_abandoned_invocation_move_up():
+    state = deployed(GREET)
+    make_busy(state, GREET, I1)
+    state.submit(I2, GREET.id, 1)
+    state.submit(I3, GREET.id, 1)
+    state.abandon(I2)
+
+    assert state.finished(S1, I1, 0.01, 2) == [Assign(S1, I3, "warm")]
