@@ -258,8 +258,8 @@ class Server:
             self.wait()
             raise AssertionError("the server does not end:\n" + "\n".join(self.log[-30:])) from None
         assert code == 0, self.log[-30:]
-        assert not eventually_none(self.remains)
-        assert not self.errors()
+        assert not (left := eventually_none(self.remains)), left
+        assert not self.errors(), "\n".join(self.errors())
 
     # ---- the two planes -----------------------------------------------------------------------
 

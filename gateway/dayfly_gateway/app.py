@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from aiohttp import HttpVersion11, web
@@ -18,6 +19,7 @@ from dayfly_pool.models import Invocation, InvocationId, Outcome, Success
 from dayfly_pool.service import Service
 
 log = logging.getLogger("dayfly.gateway")
+IDS_AT_ONCE: Final = 256
 REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}\Z")
 
 
@@ -45,13 +47,24 @@ class _Written(web.StreamResponse):
         return True
 
 
+WRITTEN: Final = _Written()
+
+
+def _invocation_ids() -> Iterator[InvocationId]:
+    """Ids that nobody can guess. Random bytes are fetched for many at once: it is a system call."""
+    while True:
+        several = os.urandom(16 * IDS_AT_ONCE).hex()
+        for at in range(0, len(several), 32):
+            yield InvocationId(several[at : at + 32])
+
+
 class DataPlane:
     """Serves the functions. `routes` is replaced when declarations change."""
 
     def __init__(self, service: Service, config: GatewayConfig) -> None:
         self._service = service
         self._config = config
-        self._open = 0
+        self._ids = _invocation_ids()
         self.routes = Routes()
         self.is_draining = False
 
@@ -65,7 +78,7 @@ class DataPlane:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error has its problem document."""
-        id_ = InvocationId(os.urandom(16).hex())
+        id_ = next(self._ids)
         request_id = request.headers.get("X-Request-Id", "")
         if not REQUEST_ID.match(request_id):
             request_id = id_
@@ -117,7 +130,7 @@ class DataPlane:
         if data is None:
             return None
         protocol.transport.write(data)
-        return _Written()
+        return WRITTEN
 
     async def _write(self, request: web.BaseRequest, answer: web.Response) -> web.StreamResponse:
         """Send the answer within the time limit; a client that does not read is cut off."""

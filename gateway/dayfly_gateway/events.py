@@ -78,11 +78,13 @@ def http_meta(request: web.BaseRequest, match: Match, trusted: Networks) -> dict
         headers.append([name, value])
     if size > HEADER_BYTES_MAX or len(headers) > HEADERS_MAX:
         raise HeadersTooLarge(f"{len(headers)} headers, {size} bytes")
+    url = request.rel_url
+    query = url.raw_query_string
     return {
         "method": request.method,
         "path": match.path,
-        "query": request.rel_url.raw_query_string,
-        "pairs": [[name, value] for name, value in request.rel_url.query.items()],
+        "query": query,
+        "pairs": [[name, value] for name, value in url.query.items()] if query else [],
         "headers": headers,
         "source": _client(peer, headers, trusted) if is_trusted else peer,
         "protocol": f"HTTP/{request.version.major}.{request.version.minor}",
@@ -119,13 +121,13 @@ def parse_networks(texts: Sequence[str]) -> Networks:
 
 def server_timing(timing: Timing) -> str:
     """The Server-Timing header, in milliseconds."""
-    parts = [f"queue;dur={timing.queue_s * 1000:.3f}"]
+    start = ""
     if timing.create_s is not None:
-        parts.append(f"create;dur={timing.create_s * 1000:.3f}")
+        start = f" create;dur={timing.create_s * 1000:.3f},"
     if timing.specialize_s is not None:
-        parts.append(f"specialize;dur={timing.specialize_s * 1000:.3f}")
-    parts.append(f"handler;dur={timing.handler_s * 1000:.3f}")
-    return ", ".join(parts)
+        start += f" specialize;dur={timing.specialize_s * 1000:.3f},"
+    queue, handler = timing.queue_s * 1000, timing.handler_s * 1000
+    return f"queue;dur={queue:.3f},{start} handler;dur={handler:.3f}"
 
 
 def response(outcome: Outcome, invocation: str) -> web.Response:
@@ -197,15 +199,22 @@ def wire_bytes(success: Success, invocation: str, request_id: str) -> bytes | No
     status, body = success.status, success.body
     if status in (204, 205, 304) or len(body) > DIRECT_BYTES_MAX or _refusal(success):
         return None
-    ours = _ours(invocation, success.timing) | {"X-Request-Id": request_id}
-    lines = [f"{name}: {value}\r\n" for name, value in ours.items()]
-    for name, value in success.headers:
-        lower = name.lower()
-        if lower not in _HOP_BY_HOP and not lower.startswith("dayfly-"):
-            lines.append(f"{name}: {value}\r\n")
-    reason = _REASONS.get(status, "")
-    head = f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}"
-    return f"{head}Content-Length: {len(body)}\r\nDate: {_date()}\r\n\r\n".encode() + body
+    theirs = "".join([_line(name, value) for name, value in success.headers])
+    timing = success.timing
+    head = (
+        f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n"
+        f"Dayfly-Invocation: {invocation}\r\nDayfly-Start: {timing.start}\r\n"
+        f"Server-Timing: {server_timing(timing)}\r\nServer: Dayfly\r\n"
+        f"X-Request-Id: {request_id}\r\n{theirs}"
+        f"Content-Length: {len(body)}\r\nDate: {_date()}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _line(name: str, value: str) -> str:
+    """The header as it is sent; nothing for one that is not the function's to set."""
+    lower = name.lower()
+    return "" if lower in _HOP_BY_HOP or lower.startswith("dayfly-") else f"{name}: {value}\r\n"
 
 
 _last_date = (0, "")

@@ -1,6 +1,7 @@
 """One server process: the service and its two HTTP planes, from start to drained end."""
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import resource
@@ -34,6 +35,9 @@ DESCRIPTORS_KEPT: Final = 256
 
 CONNECTIONS_MIN: Final = 64
 LOOP_LOOK_S, LOOP_STALL_S = 0.25, 2.0
+LINGER_S: Final = 2.0
+"""How long the end waits for clients that keep their connections: a request of theirs may be on
+its way, and is answered, with the word that the connection closes."""
 
 
 class PortTaken(PlatformError):
@@ -49,6 +53,7 @@ class _HttpServer(web.Server):
     def __init__(self, handler: Handler, most: int, **options: Any) -> None:
         super().__init__(handler, **options)
         self._most, self._now = most, 0
+        self._emptied = asyncio.Event()
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -59,6 +64,14 @@ class _HttpServer(web.Server):
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
         self._now -= 1
+        if self._now == 0:
+            self._emptied.set()
+
+    async def empty(self) -> None:
+        """Return when no connection is open."""
+        while self._now:
+            self._emptied.clear()
+            await self._emptied.wait()
 
 
 class Server:
@@ -88,9 +101,11 @@ class Server:
                 auto_decompress=False,
                 shutdown_timeout=2.0,
             )
+            server = self._data_server()
+            runner = web.ServerRunner(server, shutdown_timeout=2.0)
             async with (
                 self._listening(admin, self._gateway.admin),
-                self._listening(self._data_runner(), self._gateway.http) as data,
+                self._listening(runner, self._gateway.http) as data,
             ):
                 async with asyncio.TaskGroup() as tasks:
                     watching = tasks.create_task(self._watch_the_loop(), name="watch-loop")
@@ -98,7 +113,7 @@ class Server:
                     await self._stopping.wait()
                     ready.cancel()
                     watching.cancel()
-                await self._drain(data)
+                await self._drain(data, server)
 
     def _stop(self) -> None:
         if self._stopping.is_set():
@@ -115,18 +130,18 @@ class Server:
                 await asyncio.sleep(LOOP_LOOK_S)
                 self.service.pool.metrics.loop_lag_s = lag_s = loop.time() - expected
                 if lag_s > LOOP_STALL_S:
-                    log.error("the event loop stood still", extra={"took_s": lag_s})
+                    log.warning("the event loop stood still", extra={"took_s": lag_s})
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     def _is_ready(self) -> bool:
         return not self._stopping.is_set()
 
-    def _data_runner(self) -> web.ServerRunner:
+    def _data_server(self) -> _HttpServer:
         gateway = self._gateway
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = descriptors - self.service.config.sandboxes_max - DESCRIPTORS_KEPT
-        server = _HttpServer(
+        return _HttpServer(
             self._data.handle,
             min(gateway.connections_max, max(room, CONNECTIONS_MIN)),
             access_log=None,
@@ -134,7 +149,6 @@ class Server:
             lingering_time=1.0,
             auto_decompress=False,  # the body is the function's; and a bomb stays small
         )
-        return web.ServerRunner(server, shutdown_timeout=2.0)
 
     @asynccontextmanager
     async def _listening(
@@ -151,16 +165,22 @@ class Server:
         finally:
             await runner.cleanup()
 
-    async def _drain(self, data: web.TCPSite) -> None:
+    async def _drain(self, data: web.TCPSite, server: _HttpServer) -> None:
         """Stop accepting, answer what was accepted, close connections as they fall idle."""
         log.info("draining", extra={"under_way": self.service.pool.under_way})
         self._data.is_draining = True
         await data.stop()
         async with asyncio.TaskGroup() as tasks:
-            draining = tasks.create_task(self.service.pool.drain(self._gateway.drain_s_max))
+            draining = tasks.create_task(self._answer_all(server))
             hurrying = tasks.create_task(self._hurrying.wait())
             await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
             hurrying.cancel()
         if under_way := self.service.pool.under_way:
             log.warning("not all ended in time", extra={"under_way": under_way})
+
+    async def _answer_all(self, server: _HttpServer) -> None:
+        await self.service.pool.drain(self._gateway.drain_s_max)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await server.empty()

@@ -11,6 +11,7 @@ from typing import Any, Final, assert_never
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
 from dayfly_pool import state
 from dayfly_pool.config import Config
+from dayfly_pool.deadlines import Deadlines
 from dayfly_pool.driver import Driver
 from dayfly_pool.errors import (
     Draining,
@@ -49,12 +50,12 @@ TRACEBACK_LINES_MAX: Final = 200
 class _Call:
     """One invocation on its way: who waits for it, since when, where it runs."""
 
-    __slots__ = ("assigned_at", "future", "invocation", "submitted_at", "timer", "timing")
+    __slots__ = ("assigned_at", "box", "future", "invocation", "submitted_at", "timing")
 
     def __init__(self, invocation: Invocation, future: asyncio.Future[Outcome], now: float) -> None:
         self.invocation, self.future, self.submitted_at = invocation, future, now
         self.assigned_at = 0.0
-        self.timer: asyncio.TimerHandle | None = None
+        self.box: _Box
         self.timing = Timing()
 
 
@@ -90,6 +91,8 @@ class Pool:
         self._loop: asyncio.AbstractEventLoop
         self._is_draining = False
         self._last_start_error = ""
+        self._waiting: Deadlines[_Call] = Deadlines(self._give_up)
+        self._running: Deadlines[_Call] = Deadlines(self._time_out)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Pool"]:
@@ -151,29 +154,26 @@ class Pool:
 
     async def invoke(self, invocation: Invocation) -> Outcome:
         """Run *invocation* to its outcome. Raises `PlatformError` when it could not be run."""
+        id_ = invocation.id
         try:
-            return await self._invoke(invocation)
+            if self._is_draining:
+                raise Draining
+            if len(self._calls) >= self.config.invocations_max:
+                raise QueueFull(f"{len(self._calls)} invocations are under way in this pool")
+            now = time.monotonic()
+            call = self._calls[id_] = _Call(invocation, self._loop.create_future(), now)
+            try:
+                self._carry_out(self.state.submit(id_, invocation.function, now))
+                if not call.assigned_at and not call.future.done():
+                    self._waiting.add(call, invocation.queue_s_max, now)
+                return await call.future
+            finally:
+                del self._calls[id_]
+                if self.state.abandon(id_):
+                    self._waiting.remove(call, invocation.queue_s_max)
         except PlatformError as error:
             self.metrics.refused(type(error))
             raise
-
-    async def _invoke(self, invocation: Invocation) -> Outcome:
-        if self._is_draining:
-            raise Draining
-        if len(self._calls) >= self.config.invocations_max:
-            raise QueueFull(f"{len(self._calls)} invocations are under way in this pool")
-        now = time.monotonic()
-        call = _Call(invocation, self._loop.create_future(), now)
-        self._calls[invocation.id] = call
-        try:
-            self._carry_out(self.state.submit(invocation.id, invocation.function, now))
-            if call.timer is None and not call.future.done():
-                call.timer = self._loop.call_later(invocation.queue_s_max, self._give_up, call)
-            return await call.future
-        finally:
-            del self._calls[invocation.id]
-            if self.state.abandon(invocation.id) and call.timer is not None:
-                call.timer.cancel()
 
     def _give_up(self, call: _Call) -> None:
         """No sandbox in time."""
@@ -191,10 +191,11 @@ class Pool:
             return
         function = box.function
         assert function is not None
-        if call.timer is not None:
-            call.timer.cancel()
+        invocation = call.invocation
+        self._waiting.remove(call, invocation.queue_s_max)
         now = time.monotonic()
         call.assigned_at = now
+        call.box = box
         timing = call.timing
         timing.start = command.start
         waited = now - call.submitted_at
@@ -206,17 +207,19 @@ class Pool:
             waited -= timing.create_s
         timing.queue_s = max(0.0, waited)
         timeout_s = function.spec.timeout_seconds
-        call.timer = self._loop.call_later(timeout_s, self._time_out, call, box)
-        request = Invoke(
-            id=call.invocation.id,
-            remaining_s=timeout_s,
-            http=call.invocation.http,
-            trace=call.invocation.trace,
+        self._running.add(call, timeout_s, now)
+        request = Invoke.of(
+            {
+                "id": invocation.id,
+                "remaining_s": timeout_s,
+                "http": invocation.http,
+                "trace": invocation.trace,
+            }
         )
         number = box.sandbox.number + 1
         box.calls[number] = call
-        answer = partial(self._answered, call, box, number)
-        box.sandbox.invoke(request, call.invocation.body, answer)
+        answer = partial(self._answered, call, function, number)
+        box.sandbox.invoke(request, invocation.body, answer)
 
     def _assign_again(self, call: _Call, box: _Box) -> None:
         """The sandbox died idle, and the state does not know yet: not the caller's fault."""
@@ -229,11 +232,11 @@ class Pool:
                 call.future.set_exception(error)
 
     def _answered(
-        self, call: _Call, box: _Box, number: int, message: Message | Lost, body: bytes
+        self, call: _Call, function: Function, number: int, message: Message | Lost, body: bytes
     ) -> None:
         """The guest answered, or is lost; the place in it is free again."""
-        if call.timer is not None:
-            call.timer.cancel()
+        self._running.remove(call, function.spec.timeout_seconds)
+        box = call.box
         box.calls.pop(number, None)
         timing = call.timing
         outcome: Outcome
@@ -278,8 +281,9 @@ class Pool:
         line = LogLine(time.time(), function, sandbox, invocation, "platform", clean(text))
         self.logs.write(line)
 
-    def _time_out(self, call: _Call, box: _Box) -> None:
+    def _time_out(self, call: _Call) -> None:
         """The deadline: the caller is told now, the sandbox ends with all its processes."""
+        box = call.box
         limit_s = time.monotonic() - call.assigned_at
         call.timing.handler_s = limit_s
         failure = Failure("TimedOut", f"still running after {limit_s:.3g} s", "", call.timing)
@@ -315,8 +319,7 @@ class Pool:
         call = self._calls.get(command.invocation)
         if call is None or call.future.done():
             return
-        if call.timer is not None:
-            call.timer.cancel()
+        self._waiting.remove(call, call.invocation.queue_s_max)
         if command.failure is None:
             call.future.set_exception(FunctionNotFound("it was deleted"))
         else:

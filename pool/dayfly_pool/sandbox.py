@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, cast
 
 from dayfly.protocol import (
@@ -39,6 +39,11 @@ LOG_FRAMES_BURST, LOG_FRAMES_PER_S_MAX = 20_000, 4000
 LOG_LINES_BURST, LOG_LINES_PER_S_MAX, LOG_LINES_KEPT = 10_000, 5000, 10
 """Lines over this are dropped, but for the last ones of a frame: they would hold up everybody."""
 
+TIMES: Final[Mapping[type, tuple[str, ...]]] = {
+    Loaded: ("import_s", "lockdown_s"),
+    Result: ("handler_s",),
+    Failed: ("handler_s",),
+}
 TIME_S_MAX: Final = 1e6
 RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", "BadResponse", "OutOfMemory"})
 LOADING_FAILURES: Final = frozenset({"HandlerMissing", "SyntaxError", "ImportFailed"})
@@ -305,9 +310,10 @@ def _distrust(message: Message, *, is_loading: bool) -> None:
     kinds = LOADING_FAILURES if is_loading else RUNNING_FAILURES
     if isinstance(message, Failed) and message.kind not in kinds:
         raise ProtocolError(f"failure kind {message.kind[:40]!r}")
-    times = [value for name, value in message.__dict__.items() if name.endswith("_s")]
-    if not all(0 <= value < TIME_S_MAX for value in times):
-        raise ProtocolError("a time that cannot be")
+    values = message.__dict__
+    for name in TIMES.get(type(message), ()):
+        if not 0 <= values[name] < TIME_S_MAX:
+            raise ProtocolError("a time that cannot be")
 
 
 def _load(function: Function, environment: Environment, timeout_s: float) -> Load:

@@ -23,6 +23,8 @@ from enum import Enum
 from itertools import count
 from typing import Final, Literal
 
+from msgspec import Struct
+
 from dayfly_pool import autoscale
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
@@ -42,6 +44,8 @@ class Phase(Enum):
     BUSY = "busy"
     DEAD = "dead"
 
+    __hash__ = object.__hash__  # Enum's own is a Python function, too slow for every move
+
 
 NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
     Phase.STARTING: frozenset({Phase.GENERIC, Phase.DEAD}),
@@ -53,8 +57,7 @@ NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
+class Create(Struct, frozen=True):
     """Start a generic sandbox; *claimed* when somebody is waiting for one."""
 
     sandbox: SandboxId
@@ -62,16 +65,14 @@ class Create:
     claimed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Specialize:
+class Specialize(Struct, frozen=True):
     """Load *function* into a generic sandbox."""
 
     sandbox: SandboxId
     function: Function
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(Struct, frozen=True):
     """Run the invocation there."""
 
     sandbox: SandboxId
@@ -79,16 +80,14 @@ class Assign:
     start: StartKind
 
 
-@dataclass(frozen=True, slots=True)
-class Destroy:
+class Destroy(Struct, frozen=True):
     """End a sandbox: reaped, evicted, updated, removed, surplus, failed."""
 
     sandbox: SandboxId
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(Struct, frozen=True):
     """The invocation will not run: its function cannot be loaded, or is gone."""
 
     invocation: InvocationId
@@ -237,6 +236,8 @@ class PoolState:
             raise FunctionNotFound(f"no function {id_!r}")
         if record.failure and now < record.broken_until and not record.sandboxes:
             return [Refuse(invocation, record.failure)]
+        if not (record.queue or record.claims) and (box := self._free(record)):
+            return [Assign(box.id, invocation, self._occupy(box, record, invocation))]
         if len(record.queue) >= record.function.spec.queue_max:
             raise QueueFull(f"{len(record.queue)} invocations of {id_} are waiting")
         record.queue[invocation] = now

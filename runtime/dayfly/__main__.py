@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import sys
 import time
 
@@ -223,7 +224,9 @@ class Guest:
             task.cancel()
 
     def _frames(self) -> Any:
-        while data := self._channel.socket.recv(RECEIVE_BYTES):
+        readable = select.poll()
+        readable.register(SOCKET, select.POLLIN)
+        while readable.poll() and (data := self._channel.socket.recv(RECEIVE_BYTES)):
             yield from self._reader.feed(data)
         raise SystemExit(0)
 

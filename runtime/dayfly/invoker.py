@@ -114,7 +114,7 @@ def answer(value: Any, request: Invoke, handler_s: float) -> Answer:
             body = json_bytes(value)
         else:
             status, headers, body = http_response(value)
-        size = sum(len(text.encode()) for pair in headers for text in pair)
+        size = sum([len(name.encode()) + len(text.encode()) for name, text in headers])
     except (TypeError, ValueError, RecursionError, binascii.Error) as error:
         why = said(error).partition(": ")[2]
         return _bad(f"the handler returned something that cannot be sent: {why}", handler_s)
@@ -123,7 +123,7 @@ def answer(value: Any, request: Invoke, handler_s: float) -> Answer:
     if len(headers) > HEADERS_MAX or size > HEADER_BYTES_MAX:
         limits = f"limits {HEADERS_MAX} and {HEADER_BYTES_MAX}"
         return _bad(f"{len(headers)} headers with {size} bytes, {limits}", handler_s)
-    return Result(handler_s=handler_s, status=status, headers=headers), body
+    return Result.of({"handler_s": handler_s, "status": status, "headers": headers}), body
 
 
 def json_bytes(value: Any) -> bytes:

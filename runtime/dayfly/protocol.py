@@ -26,6 +26,7 @@ HEADER = struct.Struct("!IBBHQ")
 BODY_BYTES_MAX = 6 * 1024 * 1024
 META_BYTES_MAX = 0xFFFF
 _NESTED = (dict, list)
+_PACKER = msgpack.Packer(unicode_errors="replace")  # one, for making it costs more than packing
 ITEMS_MAX = 4096
 DEPTH_MAX = 8
 
@@ -155,7 +156,7 @@ def encode(message: Message, invocation: int = 0, body: bytes = b"") -> bytes:
 
     Raises `ProtocolError` when it would break a limit.
     """
-    meta = msgpack.packb(message.__dict__, unicode_errors="replace")
+    meta = _PACKER.pack(message.__dict__)
     if len(meta) > META_BYTES_MAX:
         raise ProtocolError(f"meta of {len(meta)} bytes, limit {META_BYTES_MAX}")
     if len(body) > BODY_BYTES_MAX:
@@ -167,8 +168,7 @@ def encode(message: Message, invocation: int = 0, body: bytes = b"") -> bytes:
 def decode(frame: Frame, *, is_trusted: bool = False) -> Message:
     """The message in *frame*, every field present and of its type; else `ProtocolError`.
 
-    What is inside a list or map is looked at only when the sender is not trusted: guests trust
-    the pool, never the other way round.
+    A trusted sender's fields are not looked at: guests trust the pool, never the other way round.
     """
     kind = KINDS.get(frame.kind)
     if kind is None:
@@ -177,16 +177,20 @@ def decode(frame: Frame, *, is_trusted: bool = False) -> Message:
         meta = msgpack.unpackb(frame.meta, max_array_len=ITEMS_MAX, max_map_len=ITEMS_MAX)
     except Exception as error:  # msgpack raises a dozen kinds; all mean the same here
         raise ProtocolError(f"meta is not msgpack: {error!r}") from error
-    if type(meta) is not dict or len(meta) != len(kind.__annotations__):
-        raise ProtocolError(f"{kind.__name__} needs exactly {', '.join(kind.__annotations__)}")
-    for name, accepted in _SCHEMAS[kind]:
-        value = meta.get(name, decode)
-        kind_of_value = type(value)
-        if kind_of_value not in accepted or (
-            not is_trusted and kind_of_value in _NESTED and not _is_shallow(value, DEPTH_MAX)
-        ):
-            raise ProtocolError(f"{kind.__name__}.{name} is missing or not of its type")
+    if not is_trusted:
+        _check(kind, meta)
     return kind.of(meta)
+
+
+def _check(kind: type[Message], meta: object) -> None:
+    schema = _SCHEMAS[kind]
+    if type(meta) is not dict or len(meta) != len(schema):
+        raise ProtocolError(f"{kind.__name__} needs exactly {', '.join(kind.__annotations__)}")
+    for name, accepted in schema:
+        value = meta.get(name, _check)
+        found = type(value)
+        if found not in accepted or (found in _NESTED and not _is_shallow(value, DEPTH_MAX)):
+            raise ProtocolError(f"{kind.__name__}.{name} is missing or not of its type")
 
 
 def _is_shallow(value: object, depth: int) -> bool:
@@ -215,8 +219,11 @@ class FrameReader:
 
     def feed(self, data: bytes) -> "Iterator[Frame]":
         """Every frame completed by *data*. Raises `ProtocolError` as soon as a header is wrong."""
-        buffer = self._buffer
-        buffer += data
+        rest = self._buffer
+        buffer: bytes | bytearray = data  # mostly whole frames, which need not be copied first
+        if rest:
+            rest += data
+            buffer = rest
         at = 0
         try:
             while len(buffer) - at >= HEADER.size:
@@ -230,4 +237,7 @@ class FrameReader:
                 middle, at = start + meta_len, start + size
                 yield Frame(kind, invocation, bytes(buffer[start:middle]), bytes(buffer[middle:at]))
         finally:
-            del buffer[:at]
+            if buffer is rest:
+                del rest[:at]
+            else:
+                rest += buffer[at:]
