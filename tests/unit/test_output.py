@@ -78,8 +78,8 @@ def wire() -> Iterator[Wire]:
     wire.close()
 
 
-def guest(source: str) -> Told:
-    """What the pool hears of a guest that runs *source* for invocation 7."""
+def heard_of(source: str) -> list[tuple[int, Log, bytes]]:
+    """What the pool hears of a guest that runs *source* for invocation 7, frame by frame."""
     pool, theirs = socket.socketpair()
     boot = f"import os; os.dup2({theirs.fileno()}, 3); "
     script = boot + GUEST.format(textwrap.dedent(source))
@@ -94,12 +94,20 @@ def guest(source: str) -> Told:
                 chunks.append(data)
         _, error = child.communicate(timeout=20)
     assert child.returncode == 0, error.decode()
-    told: dict[tuple[int, str], bytes] = {}
+    told = []
     for frame in FrameReader().feed(b"".join(chunks)):
         message = decode(frame)
         assert isinstance(message, Log)
-        key = frame.invocation, message.stream
-        told[key] = told.get(key, b"") + frame.body
+        told.append((frame.invocation, message, frame.body))
+    return told
+
+
+def guest(source: str) -> Told:
+    """The same, put together by invocation and stream."""
+    told: dict[tuple[int, str], bytes] = {}
+    for number, message, body in heard_of(source):
+        key = number, message.stream
+        told[key] = told.get(key, b"") + body
     return [(number, stream, text) for (number, stream), text in sorted(told.items())]
 
 
@@ -298,11 +306,12 @@ def test_a_thread_that_belongs_to_no_invocation_is_told_with_number_0():
     assert guest(source) == [(0, "stdout", b"background\n")]
 
 
-def test_much_output_of_a_child_is_told_whole():
-    """Half a megabyte through a pipe that a thread empties."""
-    ((number, stream, text),) = guest("os.system('head -c 500000 /dev/zero')")
+def test_of_much_output_of_a_child_every_byte_is_told_or_counted():
+    """Half a megabyte through a pipe that a thread empties, as fast as the pool reads."""
+    heard = heard_of("os.system('head -c 500000 /dev/zero')")
 
-    assert (number, stream, len(text)) == (7, "stdout", 500_000)
+    assert {(number, message.stream) for number, message, _ in heard} == {(7, "stdout")}
+    assert sum(len(body) + message.dropped for _, message, body in heard) == 500_000
 
 
 def test_text_that_is_not_unicode_is_escaped():
