@@ -1,6 +1,7 @@
 """What every driver promises, asked of each: the fake one, plain processes, isolated sandboxes."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -65,6 +66,20 @@ def breed(event, context):
     for _ in range(3):
         subprocess.Popen(["sleep", "{MARK}"])
     return len(mine())
+
+def bequeath(event, context):
+    # a child that knows no parent and no SIGTERM keeps the connection
+    ready, unready = os.pipe()
+    if os.fork() == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.set_inheritable(3, True)
+            os.execvp("sleep", ["sleep", "{MARK}"])
+        os._exit(0)
+    os.close(unready)
+    os.read(ready, 1)
+    os.write(3, b"last words")
+    os._exit(5)
 
 def end(event, context):
     children = [subprocess.Popen(["sleep", "{MARK}"]) for _ in range(2)]
@@ -131,6 +146,11 @@ async def fake_breed(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
     return b"1"
 
 
+async def fake_bequeath(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+    await guest.send(b"last words")
+    raise Ended(Exit(5))
+
+
 FAKES = {
     "main:greet": fake_greet,
     "main:leave": fake_leave,
@@ -139,6 +159,7 @@ FAKES = {
     "main:defy": fake_defy,
     "main:breed": fake_breed,
     "main:end": fake_end,
+    "main:bequeath": fake_bequeath,
 }
 M = TypeVar("M", bound=Message)
 
@@ -162,14 +183,14 @@ class Guest:
                 assert data, f"the guest is gone, and has not said {kind.__name__}"
                 self._heard += [(decode(f), f.body) for f in self._reader.feed(data)]
 
-    async def at_end(self) -> None:
-        """Wait until the guest has closed the connection."""
+    async def at_end(self) -> bytes:
+        """Wait until the connection has ended; what came before that."""
+        heard = b""
         async with asyncio.timeout(SOON_S):
-            try:
-                while await asyncio.get_running_loop().sock_recv(self._socket, 65536):
-                    pass
-            except ConnectionResetError:
-                pass
+            with contextlib.suppress(ConnectionResetError):
+                while data := await asyncio.get_running_loop().sock_recv(self._socket, 65536):
+                    heard += data
+        return heard
 
     async def say(self, message: Message, number: int = 0, body: bytes = b"") -> None:
         frame = encode(message, number, body)
@@ -454,6 +475,21 @@ async def test_exited_tells_the_signal_that_killed_it(
     await guest.start(int(number))
 
     assert (await within(SOON_S, driver.exited(S1))).code in (-number, 128 + number)
+
+
+async def test_the_connection_ends_with_the_guest_whoever_keeps_a_copy_of_it(
+    driver: Driver, create: Any
+):
+    """Nobody waits for a child of the dead; what the guest said before is heard all the same."""
+    guest = await create(S1, "bequeath")
+    await guest.start(None)
+    exit_ = await within(SOON_S, driver.exited(S1))
+    heard = await guest.at_end()
+    await within(SOON_S, driver.destroy(S1))
+
+    assert exit_.code == 5
+    assert heard == b"last words"
+    assert sleepers() == []
 
 
 async def test_exited_waits_for_the_end_and_tells_everybody(driver: Driver, create: Any):

@@ -31,6 +31,7 @@ class ProcessDriver:
         self._guest = Path()
         self._python = os.path.realpath(sys.executable)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._exits: dict[str, asyncio.Task[Exit]] = {}
 
     async def open(self) -> None:
         """Nothing of an earlier server can be found again; its guests ended with its sockets."""
@@ -61,13 +62,15 @@ class ProcessDriver:
         command[-2] = f"import os; os.dup2({number}, 3); " + command[-2]
         try:
             with theirs:
-                self._processes[sandbox] = await asyncio.create_subprocess_exec(
+                process = await asyncio.create_subprocess_exec(
                     *command, env={}, pass_fds=[number], stdin=-3, start_new_session=True
                 )
         except OSError as error:
             ours.close()
             raise SandboxStartFailed(str(error)) from error
         ours.setblocking(False)
+        self._processes[sandbox] = process
+        self._exits[sandbox] = asyncio.create_task(_watch(process, ours), name=f"watch-{sandbox}")
         return ours
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:
@@ -85,14 +88,16 @@ class ProcessDriver:
             return Exit(0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        code = await process.wait()
+        exit_ = await self.exited(sandbox)
         self._processes.pop(sandbox, None)
-        return Exit(code)
+        self._exits.pop(sandbox, None)
+        return exit_
 
     async def exited(self, sandbox: SandboxId) -> Exit:
         """How it ended, as soon as it has."""
-        process = self._processes.get(sandbox)
-        return Exit(await process.wait() if process is not None else 0)
+        if sandbox not in self._exits:
+            return Exit(0)
+        return await asyncio.shield(self._exits[sandbox])
 
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """Resident memory, where /proc tells it; else 0."""
@@ -104,3 +109,14 @@ class ProcessDriver:
         except OSError:
             return 0
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _watch(process: asyncio.subprocess.Process, ours: socket.socket) -> Exit:
+    """How it ended. Its connection ends with it, though a child of it may keep a copy.
+
+    What it said before that can still be read. *ours* is the pool's now, which may have closed it.
+    """
+    exit_ = Exit(await process.wait())
+    with contextlib.suppress(OSError):
+        ours.shutdown(socket.SHUT_RDWR)
+    return exit_
