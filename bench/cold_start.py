@@ -47,7 +47,7 @@ def main(rounds: int) -> None:
             times.setdefault("bwrap python", []).append(harness.start_bwrap_python())
             for label, server, name, start in (
                 # first, because what the others took is being refilled afterwards
-                ("pool miss", empty, "small", "created"),
+                ("pool miss", empty, "small", "forked"),
                 ("cold, small", warm, "small", "generic"),
                 ("cold, numpy + pandas", warm, "heavy", "generic"),
             ):

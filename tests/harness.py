@@ -353,6 +353,11 @@ class Server:
 
     # ---- what the kernel says -----------------------------------------------------------------
 
+    def has_zygote(self, namespace: str) -> bool:
+        """Whether one of the namespace's is ready."""
+        zygotes = self.pool()["zygotes"]
+        return any(z["namespace"] == namespace and z["isReady"] for z in zygotes)
+
     def processes(self, sandbox: str) -> list[int]:
         """Every process in the sandbox, by its control group."""
         for folder in cgroup_folders(self.pid):
@@ -362,9 +367,9 @@ class Server:
         return []
 
     def guests(self, sandbox: str) -> list[int]:
-        """The processes in it that are not bwrap's own."""
-        pids = self.processes(sandbox)
-        return [pid for pid in pids if status(pid).get("Name", "bwrap") != "bwrap"]
+        """The processes in it that are not there to keep it."""
+        names = {pid: status(pid).get("Name", "gone") for pid in self.processes(sandbox)}
+        return [pid for pid, name in names.items() if name not in ("bwrap", "dayfly-init", "gone")]
 
 
 def eventually_none(question: Callable[[], Sequence[T]], within_s: float = 15.0) -> Sequence[T]:

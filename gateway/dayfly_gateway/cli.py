@@ -102,6 +102,21 @@ def _data_folder() -> Path:
     help="Holds anybody's code: nothing of it runs before the lock-down. Repeatable.",
 )
 @click.option(
+    "--exec-namespace",
+    "exec_namespaces",
+    metavar="NS",
+    multiple=True,
+    help="Its sandboxes are started, never forked. Repeatable.",
+)
+@click.option(
+    "--prewarm",
+    type=click.Choice(["fork", "exec"]),
+    default="fork",
+    help="Fork sandboxes from zygotes where that is allowed, or start each.",
+)
+@click.option("--zygote-forks-max", type=int, show_default="5000", help="Then it is replaced...")
+@click.option("--zygote-minutes-max", type=float, show_default="60", help="...and at this age.")
+@click.option(
     "--trusted-proxy",
     "trusted_proxies",
     metavar="CIDR",

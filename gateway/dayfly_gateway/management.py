@@ -318,4 +318,17 @@ def pool_view(service: Service) -> dict[str, Any]:
             }
             for box in pool.state.sandboxes.values()
         ],
+        "zygotes": [
+            {
+                "id": zygote.id,
+                "namespace": zygote.mold.namespace,
+                "environment": zygote.mold.environment[:12],
+                "network": zygote.mold.network,
+                "isReady": zygote.is_ready,
+                "forSeconds": round(now - zygote.since, 3),
+                "forks": zygote.forks,
+                "memoryBytes": pool.memory_bytes(zygote.id),
+            }
+            for zygote in pool.state.zygotes.values()
+        ],
     }

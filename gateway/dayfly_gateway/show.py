@@ -250,7 +250,7 @@ def summary(pool: Mapping[str, Any]) -> str:
 
 
 def sandbox_rows(pool: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row a sandbox, those that work first."""
+    """A row a sandbox, those that work first; then the zygotes."""
     boxes = sorted(pool["sandboxes"], key=lambda b: (_ORDER.get(b["phase"], 9), b["forSeconds"]))
     return [
         (
@@ -263,13 +263,24 @@ def sandbox_rows(pool: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{box['function']} v{box['version']}" if box["function"] else "-",
         )
         for box in boxes
+    ] + [
+        (
+            zygote["id"],
+            "zygote" if zygote["isReady"] else "warming",
+            f"{zygote['forSeconds']:.1f} s",
+            "-",
+            f"{zygote['memoryBytes'] / (1 << 20):.1f} MiB" if zygote["memoryBytes"] else "-",
+            f"{zygote['environment']}/{zygote['network']}",
+            f"{zygote['namespace']}, {zygote['forks']} forks",
+        )
+        for zygote in pool["zygotes"]
     ]
 
 
 def top_once(pool: Mapping[str, Any]) -> None:
     """The pool, printed."""
     click.echo(summary(pool))
-    if pool["sandboxes"]:
+    if pool["sandboxes"] or pool["zygotes"]:
         table(TOP_HEADERS, sandbox_rows(pool))
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from msgspec import Struct
 
@@ -22,11 +22,14 @@ from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, PlatformError
 
 log = logging.getLogger("dayfly.up")
+T = TypeVar("T")
 
 DEFAULTS: Final = Config(data=Path())
 GENERIC_MIN: Final = DEFAULTS.generic_min
 GENERIC_MAX: Final = DEFAULTS.generic_max
 SANDBOXES_MAX: Final = DEFAULTS.sandboxes_max
+ZYGOTE_FORKS_MAX: Final = DEFAULTS.zygote_forks_max
+ZYGOTE_MINUTES_MAX: Final = DEFAULTS.zygote_s_max / 60
 GC_THRESHOLD: Final = 20_000
 """New objects between two collections; reference counts free nearly all of a request's."""
 
@@ -43,6 +46,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     generic_max: int | None
     sandboxes_max: int | None
     foreign_namespaces: tuple[str, ...]
+    exec_namespaces: tuple[str, ...]
+    prewarm: str
+    zygote_forks_max: int | None
+    zygote_minutes_max: float | None
     trusted_proxies: tuple[str, ...]
 
 
@@ -69,7 +76,15 @@ def _pool_config(settings: Settings) -> Config:
         generic_max=generic_max,
         sandboxes_max=most,
         foreign_namespaces=settings.foreign_namespaces,
+        exec_namespaces=settings.exec_namespaces,
+        prewarm="exec" if settings.prewarm == "exec" else "fork",
+        zygote_forks_max=_given(settings.zygote_forks_max, ZYGOTE_FORKS_MAX),
+        zygote_s_max=_given(settings.zygote_minutes_max, ZYGOTE_MINUTES_MAX) * 60,
     )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def _gateway_config(settings: Settings) -> GatewayConfig:

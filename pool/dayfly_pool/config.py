@@ -18,6 +18,16 @@ class Config(Struct, frozen=True, kw_only=True):
     starts_max: int = max(2, os.cpu_count() or 2)
     """Sandboxes that may be starting at the same moment: more only makes each of them slower."""
 
+    prewarm: Literal["fork", "exec"] = "fork"
+    """Whether sandboxes are forked from zygotes where that is allowed, or all started."""
+
+    zygote_forks_max: int = 5000
+    zygote_s_max: float = 3600.0
+    """A zygote that has forked this often, or is this old, is replaced by a fresh one."""
+
+    zygote_idle_s: float = 600.0
+    """A zygote that was not needed for this long is let go."""
+
     start_timeout_s: float = 30.0
     init_timeout_s: float = 10.0
     grace_s: float = 2.0
@@ -31,6 +41,9 @@ class Config(Struct, frozen=True, kw_only=True):
     foreign_namespaces: tuple[str, ...] = ()
     """Namespaces that hold anybody's code: nothing of theirs runs before the lock-down."""
 
+    exec_namespaces: tuple[str, ...] = ()
+    """Namespaces whose sandboxes are started, each by itself."""
+
     uid_first: int = 3_000_000
     """As root, sandbox number n runs as the host uid *uid_first* + n."""
 
@@ -40,5 +53,6 @@ class Config(Struct, frozen=True, kw_only=True):
         if self.starts_max < 1 or self.sandboxes_max < 1:
             raise ValueError("starts-max and sandboxes-max must be at least 1")
         positive = (self.start_timeout_s, self.init_timeout_s, self.grace_s, self.tick_s)
-        if min(positive) <= 0:
+        zygotes = (self.zygote_s_max, self.zygote_idle_s, self.zygote_forks_max)
+        if min(*positive, *zygotes) <= 0:
             raise ValueError("times must be above 0")

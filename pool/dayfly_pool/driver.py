@@ -40,15 +40,26 @@ class Driver(Protocol):
     never raises for a sandbox that is gone, and returns when every process of it is dead.
     `exited` returns how the sandbox ended, once it has. `open` destroys what an earlier server
     on the same machine left behind.
+
+    A driver that `can_fork` also makes zygotes: `warm` returns when one is ready, `create` with
+    *zygote* has it fork, and `retire` lets it end after the last of its sandboxes. Whoever
+    destroys a zygote destroys its sandboxes. `exited` and `destroy` take zygotes as well.
     """
 
     isolated: bool
+    can_fork: bool
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
     async def create(
-        self, sandbox: SandboxId, mold: Mold, environment: Environment
+        self,
+        sandbox: SandboxId,
+        mold: Mold,
+        environment: Environment,
+        zygote: SandboxId | None = None,
     ) -> socket.socket: ...
+    async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None: ...
+    async def retire(self, zygote: SandboxId) -> None: ...
     def limit(self, sandbox: SandboxId, limits: Limits) -> None: ...
     async def terminate(self, sandbox: SandboxId) -> None: ...
     async def destroy(self, sandbox: SandboxId) -> Exit: ...

@@ -125,6 +125,13 @@ class SandboxStartFailed(PlatformError):
     retry_after_s = 5
 
 
+class ZygoteUnfit(SandboxStartFailed):
+    """Nothing can be forked from a process that has these modules in it.
+
+    Sandboxes of this environment are started instead; it costs each of them what a start costs.
+    """
+
+
 class PackageDamaged(PlatformError):
     """The stored package is not what its digest says.
 

@@ -22,6 +22,7 @@ InvocationId = NewType("InvocationId", str)
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
 Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Network = Literal["none", "host"]
+Isolation = Literal["fork", "exec"]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 ENV_BYTES_MAX: Final = 32 * 1024
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -67,6 +68,7 @@ class FunctionSpec(Model, frozen=True):
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     queue_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
     network: Network = "none"
+    isolation: Isolation = "fork"
     limits: Limits = Limits()
     routes: tuple[Route, ...] = ()
 
@@ -135,13 +137,18 @@ class Environment(Model, frozen=True):
 
 
 class Mold(Struct, frozen=True):
-    """What a generic sandbox is made of; only functions of the same mold can be loaded into it."""
+    """What a generic sandbox is made of; only functions of the same mold can be loaded into it.
+
+    With a *namespace* its sandboxes may be forked from one another's zygote, and are that tenant's
+    alone; without, each is started by itself and becomes a tenant's with its first function.
+    """
 
     environment: str
     network: Network = "none"
+    namespace: str = ""
 
     def __str__(self) -> str:
-        return f"{self.environment[:12]}/{self.network}"
+        return f"{self.environment[:12]}/{self.network}/{self.namespace or '*'}"
 
 
 class Function(Struct, frozen=True):

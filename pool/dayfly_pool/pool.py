@@ -20,6 +20,7 @@ from dayfly_pool.errors import (
     PlatformError,
     QueueFull,
     SandboxStartFailed,
+    ZygoteUnfit,
 )
 from dayfly_pool.logs import Logs, clean
 from dayfly_pool.metrics import Metrics
@@ -80,6 +81,9 @@ class Pool:
             generic_max=config.generic_max,
             sandboxes_max=config.sandboxes_max,
             starts_max=config.starts_max,
+            zygotes=state.ZygoteLimits(
+                config.zygote_forks_max, config.zygote_s_max, config.zygote_idle_s
+            ),
         )
         self.metrics = Metrics(self.state)
         self.logs = Logs()
@@ -87,6 +91,7 @@ class Pool:
         self._environments: dict[str, Environment] = {}
         self._boxes: dict[SandboxId, _Box] = {}
         self._calls: dict[InvocationId, _Call] = {}
+        self._zygotes: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup
         self._loop: asyncio.AbstractEventLoop
         self._is_draining = False
@@ -109,6 +114,8 @@ class Pool:
                     self._is_draining = True
                     ticking.cancel()
                     self._turn_away()
+                    for zygote in self._zygotes:
+                        zygote.cancel()
                     for box in list(self._boxes.values()):
                         tasks.create_task(self._destroy(box, "closed"))
         finally:
@@ -305,6 +312,10 @@ class Pool:
                     self._assign(command)
                 case state.Create():
                     self._spawn(self._create(command))
+                case state.Warm():
+                    self._spawn_zygote(command)
+                case state.Retire(zygote=id_):
+                    self._spawn(self._driver.retire(id_))
                 case state.Specialize():
                     self._spawn(self._specialize(command))
                 case state.Destroy(sandbox=id_, reason=reason):
@@ -329,7 +340,7 @@ class Pool:
             told = Failure(failure.kind, failure.message, failure.traceback, call.timing)
             self._settle(call, "", told)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> object:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         try:
             return self._tasks.create_task(guarded := _guarded(work))
         except RuntimeError:  # the pool has ended: the driver's close sees to the rest
@@ -349,7 +360,8 @@ class Pool:
         started = time.monotonic()
         environment = self._environments[command.mold.environment]
         try:
-            await sandbox.start(command.mold, environment, self.config.start_timeout_s)
+            timeout_s = self.config.start_timeout_s
+            await sandbox.start(command.mold, environment, timeout_s, command.zygote)
         except SandboxStartFailed as error:
             self._last_start_error = error.detail
             log.warning("sandbox did not start", extra={"sandbox": id_, "why": error.detail})
@@ -358,6 +370,31 @@ class Pool:
         box.create_s = time.monotonic() - started
         log.info("sandbox ready", extra={"sandbox": id_, "took_s": box.create_s})
         self._carry_out(self.state.ready(id_, time.monotonic()))
+
+    def _spawn_zygote(self, command: state.Warm) -> None:
+        task = self._spawn(self._warm(command))
+        if task is not None:
+            self._zygotes.add(task)
+            task.add_done_callback(self._zygotes.discard)
+
+    async def _warm(self, command: state.Warm) -> None:
+        """A zygote's life: warmed, at work, gone."""
+        zygote, is_unfit = command.zygote, False
+        environment = self._environments[command.mold.environment]
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self.config.start_timeout_s):
+                await self._driver.warm(zygote, command.mold, environment)
+            log.info("zygote ready", extra={"zygote": zygote, "took_s": time.monotonic() - started})
+            self._carry_out(self.state.warmed(zygote, time.monotonic()))
+            await self._driver.exited(zygote)
+        except (SandboxStartFailed, TimeoutError) as error:
+            is_unfit = isinstance(error, ZygoteUnfit)
+            log.warning("no zygote", extra={"mold": str(command.mold), "why": str(error)})
+        finally:
+            await self._driver.destroy(zygote)
+        log.info("zygote gone", extra={"zygote": zygote})
+        self._carry_out(self.state.chilled(zygote, time.monotonic(), is_unfit=is_unfit))
 
     async def _specialize(self, command: state.Specialize) -> None:
         function = command.function

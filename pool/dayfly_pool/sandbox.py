@@ -113,13 +113,22 @@ class Sandbox:
         self._log_at = 0.0
         self._log_frames, self._log_lines = float(LOG_FRAMES_BURST), float(LOG_LINES_BURST)
 
-    async def start(self, mold: Mold, environment: Environment, timeout_s: float) -> Hello:
-        """Create it and wait until it is generic. Raises `SandboxStartFailed`."""
+    async def start(
+        self,
+        mold: Mold,
+        environment: Environment,
+        timeout_s: float,
+        zygote: SandboxId | None = None,
+    ) -> Hello:
+        """Create it, or have *zygote* fork it, and wait until it is generic.
+
+        Raises `SandboxStartFailed`.
+        """
         loop = asyncio.get_running_loop()
         hello = self._expect_setup()
         try:
             async with asyncio.timeout(timeout_s):
-                end: socket.socket = await self._driver.create(self.id, mold, environment)
+                end: socket.socket = await self._driver.create(self.id, mold, environment, zygote)
                 connection = _Connection(self._take, self._end)
                 self._connection = connection
                 await loop.create_unix_connection(lambda: connection, sock=end)

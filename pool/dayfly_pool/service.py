@@ -31,7 +31,9 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionManifest,
+    Isolation,
     Mold,
+    Network,
     function_id,
 )
 from dayfly_pool.packages import PackageStore
@@ -64,6 +66,7 @@ class Service:
         config = self.config
         with _owned(config.data):
             driver = drivers.load(config.driver, config.data, config.uid_first)
+            self._can_fork = driver.can_fork and config.prewarm == "fork"
             self.packages = await asyncio.to_thread(PackageStore, config.data / "packages")
             self._builds = await asyncio.to_thread(EnvironmentStore, config.data / "environments")
             self._declarations = Declarations(config.data / "dayfly.sqlite")
@@ -77,7 +80,8 @@ class Service:
                 await self._declarations.close()
 
     async def _restore(self) -> None:
-        self.pool.keep_generic(Mold(BASE), BASE_ENVIRONMENT, self.config.generic_min)
+        mold = self._mold(BASE_ENVIRONMENT, DEFAULT_NAMESPACE, "none", "fork")
+        self.pool.keep_generic(mold, BASE_ENVIRONMENT, self.config.generic_min)
         for environment in await self._declarations.environments():
             self.environments[environment.namespace, environment.name] = environment
         for stored in await self._declarations.functions():
@@ -151,9 +155,23 @@ class Service:
     def _deploy(self, stored: StoredFunction) -> None:
         namespace = stored.id.partition("/")[0]
         environment = self._environment(namespace, stored.spec.environment)
-        mold = Mold(environment.digest, stored.spec.network)
+        spec = stored.spec
+        mold = self._mold(environment, namespace, spec.network, spec.isolation)
         function = Function(stored.id, str(stored.version), stored.spec, mold)
         self.pool.deploy(function, environment)
+
+    def _mold(
+        self, environment: Environment, namespace: str, network: Network, isolation: Isolation
+    ) -> Mold:
+        """What its sandboxes are made of: forked where the operator and the function allow it."""
+        may_fork = (
+            self._can_fork
+            and isolation == "fork"
+            and environment.early
+            and namespace not in self.config.foreign_namespaces
+            and namespace not in self.config.exec_namespaces
+        )
+        return Mold(environment.digest, network, namespace if may_fork else "")
 
     async def delete(self, id_: FunctionId) -> None:
         """Forget a function. Raises `FunctionNotFound`."""

@@ -10,12 +10,15 @@ the state at once, and returns the commands that others carry out. The cases, fo
 * Whichever sandbox is free first takes the head of the queue. A claim that nobody needs any more
   is taken back at once; the sandbox that was started for it stays generic.
 * Generic sandboxes are refilled as soon as one is taken. What somebody waits for starts first.
+* Where a mold's zygote is ready, it forks them. A refill waits for a zygote that is being warmed;
+  what somebody waits for does not, and is started.
 * At the limit of sandboxes, a claim evicts the sandbox that has been idle longest.
 * A new version empties the old one: idle sandboxes end now, busy ones after their invocation.
 
 Everything is indexed by function, mold and phase; nothing scans.
 """
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +32,7 @@ from dayfly_pool import autoscale
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
 
-StartKind = Literal["warm", "generic", "created"]
+StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
 DEFAULT_SPECIALIZE_S: Final = 0.005
 
@@ -58,11 +61,25 @@ NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
 
 
 class Create(Struct, frozen=True):
-    """Start a generic sandbox; *claimed* when somebody is waiting for one."""
+    """Start a generic sandbox, or have *zygote* fork it; *claimed* when somebody waits for one."""
 
     sandbox: SandboxId
     mold: Mold
     claimed: bool
+    zygote: SandboxId | None = None
+
+
+class Warm(Struct, frozen=True):
+    """Start a zygote."""
+
+    zygote: SandboxId
+    mold: Mold
+
+
+class Retire(Struct, frozen=True):
+    """Let a zygote end after the last of its sandboxes."""
+
+    zygote: SandboxId
 
 
 class Specialize(Struct, frozen=True):
@@ -94,7 +111,7 @@ class Refuse(Struct, frozen=True):
     failure: Failure | None
 
 
-Command = Create | Specialize | Assign | Destroy | Refuse
+Command = Create | Warm | Retire | Specialize | Assign | Destroy | Refuse
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +127,7 @@ class SandboxRecord:
     running: set[InvocationId] = field(default_factory=set)
     start: StartKind = "created"
     stale: bool = False
+    zygote: SandboxId | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +157,17 @@ class FunctionRecord:
 
 
 @dataclass(slots=True, eq=False)
+class ZygoteRecord:
+    """One zygote."""
+
+    id: SandboxId
+    mold: Mold
+    since: float
+    forks: int = 0
+    is_ready: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class MoldRecord:
     """The generic sandboxes of one mold, and the functions that wait for one."""
 
@@ -153,14 +182,40 @@ class MoldRecord:
     start_s: float | None = None
     failures: int = 0
     retry_at: float = 0.0
+    zygote: ZygoteRecord | None = None
+    warming: ZygoteRecord | None = None
+    """The first one, or the successor of `zygote`, while it is not ready."""
+
+    used_at: float = 0.0
+    zygote_failures: int = 0
+    zygote_retry_at: float = 0.0
+
+
+class ZygoteLimits(Struct, frozen=True):
+    """When a zygote is replaced, and when one that nobody needs is let go."""
+
+    forks: int = 5000
+    age_s: float = 3600.0
+    idle_s: float = 600.0
 
 
 class PoolState:
     """All that one pool knows of its sandboxes, functions and waiting invocations."""
 
-    def __init__(self, *, generic_max: int, sandboxes_max: int, starts_max: int) -> None:
+    def __init__(
+        self,
+        *,
+        generic_max: int,
+        sandboxes_max: int,
+        starts_max: int,
+        zygotes: ZygoteLimits | None = None,
+    ) -> None:
         self.generic_max = generic_max
         self.sandboxes_max, self.starts_max = sandboxes_max, starts_max
+        self.zygote_limits = zygotes or ZygoteLimits()
+        self.zygotes: dict[SandboxId, ZygoteRecord] = {}
+        """Those that fork, or will."""
+
         self.sandboxes: dict[SandboxId, SandboxRecord] = {}
         self.functions: dict[FunctionId, FunctionRecord] = {}
         self.molds: dict[Mold, MoldRecord] = {}
@@ -199,6 +254,7 @@ class PoolState:
         """
         record = self.molds.setdefault(mold, MoldRecord(mold, least))
         record.least, record.pinned = least, pinned and least > 0
+        record.used_at = now
         return self._start_where_needed(now)
 
     def deploy(self, function: Function, now: float) -> list[Command]:
@@ -291,7 +347,38 @@ class PoolState:
         self._move(box, Phase.GENERIC)
         box.since = now
         mold.generic[box.id] = box
-        return self._answer_claims(mold, now, "created") + self._start_where_needed(now)
+        start: StartKind = "created" if box.zygote is None else "forked"
+        return self._answer_claims(mold, now, start) + self._start_where_needed(now)
+
+    def warmed(self, zygote: SandboxId, now: float) -> list[Command]:
+        """A zygote is ready to fork, in place of the one before it."""
+        record = self.zygotes.get(zygote)
+        if record is None:
+            return [Retire(zygote)]
+        mold = self.molds[record.mold]
+        commands: list[Command] = []
+        if mold.zygote is not None:
+            del self.zygotes[mold.zygote.id]
+            commands.append(Retire(mold.zygote.id))
+        record.is_ready, record.since = True, now
+        mold.zygote, mold.warming = record, None
+        mold.zygote_failures = 0
+        return commands + self._start_where_needed(now)
+
+    def chilled(self, zygote: SandboxId, now: float, *, is_unfit: bool = False) -> list[Command]:
+        """A zygote could not be warmed, or is gone; *is_unfit*: another one would not do either."""
+        record = self.zygotes.pop(zygote, None)
+        if record is None:
+            return []
+        mold = self.molds[record.mold]
+        if mold.zygote is record:
+            mold.zygote = None
+        if mold.warming is record:
+            mold.warming = None
+        mold.zygote_failures += 1
+        pause_s = math.inf if is_unfit else autoscale.backoff_s(mold.zygote_failures)
+        mold.zygote_retry_at = now + pause_s
+        return self._start_where_needed(now)
 
     def loaded(self, sandbox: SandboxId, slots: int, now: float) -> list[Command]:
         """The function is in it."""
@@ -333,12 +420,10 @@ class PoolState:
         box = self.sandboxes.get(sandbox)
         if box is None:
             return []
+        commands: list[Command] = []
         if box.phase is Phase.STARTING:
-            mold = self.molds[box.mold]
-            if now >= mold.retry_at:  # those that were started together count once
-                mold.failures += 1
-                mold.retry_at = now + autoscale.backoff_s(mold.failures)
-        commands: list[Command] = [self._destroy(box, "failed")]
+            commands += self._start_failed(box, now)
+        commands.append(self._destroy(box, "failed"))
         if box.function is not None and not box.stale:
             commands += self._dispatch(self.functions[box.function.id], now)
         return commands + self._start_where_needed(now)
@@ -457,8 +542,12 @@ class PoolState:
     def _start_where_needed(self, now: float) -> list[Command]:
         """Start generic sandboxes: first what somebody waits for, then what is to be kept."""
         commands: list[Command] = []
+        for mold in self.molds.values():
+            commands += self._keep_zygote(mold, now)
         for only_claimed in (True, False):
             for mold in self.molds.values():
+                if not only_claimed and mold.warming and not (mold.zygote or mold.zygote_failures):
+                    continue  # forking what is kept ready costs less, and nobody waits for it
                 claimed = len(mold.claims)
                 wanted = claimed if only_claimed else claimed + self._target(mold, now)
                 have = mold.starting + (0 if only_claimed else len(mold.generic))
@@ -490,7 +579,45 @@ class PoolState:
         self.sandboxes[box.id] = box
         mold.starting += 1
         self._starting += 1
-        return Create(box.id, mold.mold, claimed)
+        mold.used_at = now
+        if mold.zygote is not None:
+            mold.zygote.forks += 1
+            box.zygote = mold.zygote.id
+        return Create(box.id, mold.mold, claimed, box.zygote)
+
+    def _keep_zygote(self, mold: MoldRecord, now: float) -> list[Command]:
+        """Have one while it is of use, and a fresh one in time."""
+        if not mold.mold.namespace:
+            return []
+        limits, current = self.zygote_limits, mold.zygote
+        is_needed = bool(mold.functions or mold.pinned or mold.claims)
+        if not is_needed or now - mold.used_at >= limits.idle_s:
+            return self._let_go(current) if current else []
+        is_worn = current and (current.forks >= limits.forks or now - current.since >= limits.age_s)
+        if mold.warming or now < mold.zygote_retry_at or (current and not is_worn):
+            return []
+        zygote = ZygoteRecord(SandboxId(f"sb-z{next(self._numbers)}"), mold.mold, now)
+        self.zygotes[zygote.id] = mold.warming = zygote
+        return [Warm(zygote.id, mold.mold)]
+
+    def _let_go(self, zygote: ZygoteRecord) -> list[Command]:
+        del self.zygotes[zygote.id]
+        self.molds[zygote.mold].zygote = None
+        return [Retire(zygote.id)]
+
+    def _start_failed(self, box: SandboxRecord, now: float) -> list[Command]:
+        """Leave alone for a while what failed: the zygote, if one was asked, else the mold."""
+        mold = self.molds[box.mold]
+        if box.zygote is not None:
+            if mold.zygote is None or mold.zygote.id != box.zygote:
+                return []  # the first of its sandboxes that failed has told
+            mold.zygote_failures += 1
+            mold.zygote_retry_at = now + autoscale.backoff_s(mold.zygote_failures)
+            return self._let_go(mold.zygote)
+        if now >= mold.retry_at:  # those that were started together count once
+            mold.failures += 1
+            mold.retry_at = now + autoscale.backoff_s(mold.failures)
+        return []
 
     def _victim(self, claimant: MoldRecord) -> SandboxRecord | None:
         """The one idle longest, else a generic one of another mold, else one of a minScale."""
@@ -520,7 +647,8 @@ class PoolState:
         """End one surplus generic sandbox at a time; forget a mold that nobody uses."""
         if len(mold.generic) > self._target(mold, now):
             return [self._destroy(next(iter(mold.generic.values())), "surplus")]
-        if not (mold.functions or mold.pinned or mold.starting or mold.generic or mold.claims):
+        is_used = mold.functions or mold.pinned or mold.claims
+        if not (is_used or mold.starting or mold.generic or mold.zygote or mold.warming):
             del self.molds[mold.mold]
         return []
 

@@ -51,12 +51,20 @@ Hook = Callable[["FakeGuest"], Awaitable[None]]
 
 
 def function(
-    name: str = "greet", *, version: str = "1", environment: str = BASE, **spec: Any
+    name: str = "greet",
+    *,
+    version: str = "1",
+    environment: str = BASE,
+    namespace: str = "",
+    **spec: Any,
 ) -> Function:
-    """One version of the function default/*name*; *spec* are fields of `FunctionSpec`."""
+    """One version of the function default/*name*; *spec* are fields of `FunctionSpec`.
+
+    With *namespace* its sandboxes may be forked.
+    """
     declared = FunctionSpec(**{"handler": f"main:{name}", "package": DIGEST} | spec)
     id_ = function_id("default", name)
-    return Function(id_, version, declared, Mold(environment, declared.network))
+    return Function(id_, version, declared, Mold(environment, declared.network, namespace))
 
 
 class Ended(Exception):
@@ -208,14 +216,25 @@ class FakeDriver:
         on_load: Hook | None = None,
     ) -> None:
         self.isolated = isolated
+        self.can_fork = True
         self.functions = dict(functions or {})
         self.on_start, self.on_load = on_start or _nothing, on_load or _nothing
         self.refusal: Exception | None = None
         """What `create` raises while it is set."""
 
+        self.chill: Exception | None = None
+        """What `warm` raises while it is set."""
+
         self.is_open = False
         self.guests: dict[SandboxId, FakeGuest] = {}
         """Those that were created and not destroyed yet."""
+
+        self.zygotes: dict[SandboxId, asyncio.Future[Exit]] = {}
+        """Those that were warmed and are not gone yet."""
+
+        self.retired: set[SandboxId] = set()
+        self.forked: dict[SandboxId, SandboxId] = {}
+        """The zygote of every sandbox that was forked."""
 
         self.created: list[SandboxId] = []
         self.destroyed: list[SandboxId] = []
@@ -231,19 +250,44 @@ class FakeDriver:
         self.is_open = False
 
     async def create(
-        self, sandbox: SandboxId, mold: Mold, environment: Environment
+        self,
+        sandbox: SandboxId,
+        mold: Mold,
+        environment: Environment,
+        zygote: SandboxId | None = None,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`, or what `refusal` holds."""
         if self.refusal is not None:
             raise self.refusal
         if not self.is_open:
             raise SandboxStartFailed("the driver is closed")
+        if zygote is not None:
+            if zygote not in self.zygotes or zygote in self.retired:
+                raise SandboxStartFailed(f"{zygote} is gone")
+            self.forked[sandbox] = zygote
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
         self.guests[sandbox] = FakeGuest(self, sandbox, mold, theirs)
         self.created.append(sandbox)
         return ours
+
+    async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
+        """Have a zygote; raises what `chill` holds."""
+        if self.chill is not None:
+            raise self.chill
+        self.zygotes[zygote] = asyncio.get_running_loop().create_future()
+
+    async def retire(self, zygote: SandboxId) -> None:
+        """It forks no more, and is gone with the last of its sandboxes."""
+        self.retired.add(zygote)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        needed = {self.forked[guest] for guest in self.guests if guest in self.forked}
+        for zygote in self.retired - needed:
+            if zygote in self.zygotes and not self.zygotes[zygote].done():
+                self.zygotes[zygote].set_result(Exit(0))
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:
         """Remember what was asked for."""
@@ -260,18 +304,26 @@ class FakeDriver:
 
     async def destroy(self, sandbox: SandboxId) -> Exit:
         """End the guest's task, and with it all that it does."""
+        if ended := self.zygotes.pop(sandbox, None):
+            for guest_id in [g for g, zygote in self.forked.items() if zygote == sandbox]:
+                await self.destroy(guest_id)
+            if not ended.done():
+                ended.set_result(KILLED)
+            return ended.result()
         guest = self.guests.get(sandbox)
         if guest is None:
             return Exit(0)
         await guest.end(KILLED)
         if self.guests.pop(sandbox, None) is not None:
             self.destroyed.append(sandbox)
+        self._let_go()
         return guest.ended.result()
 
     async def exited(self, sandbox: SandboxId) -> Exit:
         """How it ended, as soon as it has."""
         guest = self.guests.get(sandbox)
-        return await asyncio.shield(guest.ended) if guest is not None else Exit(0)
+        ended = self.zygotes.get(sandbox) or (guest.ended if guest is not None else None)
+        return await asyncio.shield(ended) if ended is not None else Exit(0)
 
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """Nothing, to a good approximation."""

@@ -53,13 +53,18 @@ class Settings(Record):
     preload: list[str]
     late: list[str]
     limit_memory: bool
+    zygote: bool
+    has_network: bool
 
 
 class Guest:
-    """One sandbox seen from inside: generic until `Load`, then one function until its end."""
+    """One sandbox seen from inside: generic until `Load`, then one function until its end.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    *failures* are the modules that could not be preloaded.
+    """
+
+    def __init__(self, settings: Settings, failures: list[str]) -> None:
+        self._settings, self._failures = settings, failures
         self._channel = output.Channel(SOCKET)
         self._output = output.Output(self._channel)
         self._reader = FrameReader()
@@ -96,10 +101,6 @@ class Guest:
 
     def _become_generic(self) -> None:
         settings = self._settings
-        _yield_to_the_server()
-        os.closerange(SOCKET + 1, 1024)
-        sys.path.extend(settings.libraries)
-        failures = _preload_single_threaded(settings.preload)
         if settings.isolated:
             from dayfly import lockdown
 
@@ -113,7 +114,7 @@ class Guest:
         hello = Hello(
             protocol=PROTOCOL,
             python=".".join(map(str, sys.version_info[:3])),
-            preload_failures=failures,
+            preload_failures=self._failures,
         )
         self._channel.send(encode(hello))
 
@@ -162,8 +163,8 @@ class Guest:
 
         memory = load.memory_mb << 20 if self._settings.limit_memory else None
         lockdown.mount_code(load.digest, load.tmp_mb)
-        lockdown.limit(processes=load.processes, open_files=load.open_files, memory_bytes=memory)
-        lockdown.lock_down(self._prepared)
+        lockdown.limit(open_files=load.open_files, memory_bytes=memory)
+        lockdown.lock_down(self._prepared, load.processes)
         rights = lockdown.rights()
         if rights != lockdown.LOCKED:
             raise SystemExit(f"the lock-down did not hold: {rights}")
@@ -231,6 +232,14 @@ class Guest:
         raise SystemExit(0)
 
 
+def warm_up(settings: Settings) -> list[str]:
+    """All that every sandbox of the environment has in common; the preloads that failed."""
+    _yield_to_the_server()
+    os.closerange(SOCKET + 1, 1024)
+    sys.path.extend(settings.libraries)
+    return _preload_single_threaded(settings.preload)
+
+
 def _yield_to_the_server() -> None:
     """SCHED_BATCH: a guest that wakes up does not preempt the server that woke it."""
     if hasattr(os, "SCHED_BATCH"):
@@ -284,7 +293,12 @@ def main() -> None:
     gc.disable()  # nothing of the start-up is garbage
     settings = Settings(**json.loads(sys.argv.pop()))
     try:
-        Guest(settings).run()
+        failures = warm_up(settings)
+        if settings.zygote:
+            from dayfly import zygote
+
+            zygote.serve(has_network=settings.has_network)  # returns in every forked sandbox
+        Guest(settings, failures).run()
     except BrokenPipeError:
         os._exit(0)  # the pool went away: nobody is left to tell
 

@@ -26,7 +26,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096,
 MS_PRIVATE = 1 << 18
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 SECCOMP_SET_MODE_FILTER = 1
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
@@ -40,7 +40,8 @@ _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights kno
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> int:
+def check(result: int, what: str) -> int:
+    """*result* of a call of libc's; raises OSError with errno when it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -50,18 +51,28 @@ def _check(result: int, what: str) -> int:
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """mount(2); raises OSError that names the target."""
     packed = [v.encode() if v is not None else None for v in (source, target, kind, options)]
-    _check(_libc.mount(packed[0], packed[1], packed[2], flags, packed[3]), f"mount {target}")
+    check(_libc.mount(packed[0], packed[1], packed[2], flags, packed[3]), f"mount {target}")
 
 
 def unshare(flags: int) -> None:
     """unshare(2)."""
-    _check(_libc.unshare(flags), "unshare")
+    check(_libc.unshare(flags), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """setns(2)."""
+    check(_libc.setns(descriptor, kind), "setns")
+
+
+def rename(name: str) -> None:
+    """Call this process *name* (at most 15 characters) where processes are listed."""
+    check(_libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0), "prctl name")
 
 
 def prctl(option: int, *args: int) -> int:
     """prctl(2)."""
     longs = [ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]]
-    return _check(_libc.prctl(option, *longs), f"prctl {option}")
+    return check(_libc.prctl(option, *longs), f"prctl {option}")
 
 
 def landlock_abi() -> int:
@@ -93,7 +104,7 @@ def _ruleset(abi: int) -> int:
     scoped = 0b11 if abi >= 6 else 0  # abstract Unix sockets and signals stay inside
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     attributes = struct.pack("=QQQ", rights, 0, scoped)[:size]
-    ruleset = _check(_libc.syscall(SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
+    ruleset = check(_libc.syscall(SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     write_device = _READ | _WRITE | (1 << 15 if abi >= 5 else 0) | (1 << 14 if abi >= 3 else 0)
     paths = {"/": _READ, "/tmp": rights, "/dev/shm": rights}
     paths |= {f"/dev/{name}": write_device & ~0b1000 for name in _DEVICES}
@@ -101,7 +112,7 @@ def _ruleset(abi: int) -> int:
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", allowed, beneath)
         added = _libc.syscall(SYS_LANDLOCK_ADD, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
-        _check(added, f"landlock {path}")
+        check(added, f"landlock {path}")
         os.close(beneath)
     return ruleset
 
@@ -120,56 +131,70 @@ def mount_code(digest: str, tmp_mb: int) -> None:
     mount("", "/dev/shm", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
 
 
-def limit(*, processes: int, open_files: int, memory_bytes: int | None) -> None:
+def limit(*, open_files: int, memory_bytes: int | None) -> None:
     """Set this process's resource limits for good; *memory_bytes* only where no cgroup holds it."""
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: open_files,
-        # ours are pid 1, the guest and its thread; the count is this sandbox's alone, because bwrap
-        # made it a user namespace
-        resource.RLIMIT_NPROC: processes + 3,
         resource.RLIMIT_MEMLOCK: 1 << 20,
     }
     if memory_bytes is not None:
         limits[resource.RLIMIT_DATA] = memory_bytes
+    _set_limits(limits)
+
+
+def _set_limits(limits: dict[int, int]) -> None:
     for which, wanted in limits.items():
         hard = resource.getrlimit(which)[1]
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(which, (value, value))
 
 
-def lock_down(prepared: Prepared) -> None:
-    """Give away every right, for good. What runs next may be anybody's code."""
+def lock_down(prepared: Prepared, processes: int) -> None:
+    """Give away every right, for good. What runs next may be anybody's code.
+
+    *processes* is how many it may have besides the guest and its thread.
+    """
     _become_nobody()
+    # now, and not before: the kernel counts a user namespace's processes against the limit that its
+    # maker had, and that of a forked sandbox's would count its siblings too
+    _set_limits({resource.RLIMIT_NPROC: processes + 2})
+    drop_rights()
+    if prepared.landlock is not None:
+        restricted = _libc.syscall(SYS_LANDLOCK_RESTRICT, prepared.landlock, 0)
+        check(restricted, "landlock restrict")
+        os.close(prepared.landlock)
+    _install(prepared.seccomp)
+
+
+def drop_rights() -> None:
+    """No capabilities, now or ever."""
     for capability in range(64):
         if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # one past the last capability of this kernel
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    _check(_libc.capset(header, none), "capset")
+    check(_libc.capset(header, none), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if prepared.landlock is not None:
-        restricted = _libc.syscall(SYS_LANDLOCK_RESTRICT, prepared.landlock, 0)
-        _check(restricted, "landlock restrict")
-        os.close(prepared.landlock)
-    _install(prepared.seccomp)
 
 
 def _become_nobody() -> None:
     """A user namespace of our own in which no further one can be made."""
     uid, gid = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER)
-    for path, text in (
-        ("/proc/self/setgroups", "deny"),
-        ("/proc/self/uid_map", f"{USER} {uid} 1"),
-        ("/proc/self/gid_map", f"{USER} {gid} 1"),
-        ("/proc/sys/user/max_user_namespaces", "0"),
-    ):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+    write("/proc/self/setgroups", b"deny")
+    write("/proc/self/uid_map", f"{USER} {uid} 1".encode())
+    write("/proc/self/gid_map", f"{USER} {gid} 1".encode())
+    write("/proc/sys/user/max_user_namespaces", b"0")
+
+
+def write(path: str, data: bytes) -> None:
+    """Write to one of the kernel's files, in one call."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def _install(filter_: bytes) -> None:
@@ -179,7 +204,7 @@ def _install(filter_: bytes) -> None:
     program = Program(len(filter_) // 8, filter_)
     number = SYS_SECCOMP[MACHINE]
     done = _libc.syscall(number, SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(program))
-    _check(done, "seccomp")
+    check(done, "seccomp")
 
 
 class Rights(Record):

@@ -1,8 +1,9 @@
 """Nothing crosses from one function to another: not state, not leftovers, not randomness."""
 
 from collections import Counter
+from typing import Any
 
-from tests.harness import Server, together
+from tests.harness import Server, eventually, together
 
 
 def test_what_one_function_leaves_no_other_finds(server: Server):
@@ -33,17 +34,49 @@ def test_a_sandbox_is_one_function_for_all_its_life(server: Server):
     assert set(counts.values()) == {1}
 
 
-def test_no_two_sandboxes_share_a_random_stream_or_a_memory_layout(server: Server):
-    """Twelve fingerprints of twelve sandboxes: all different in each."""
-    names = [server.deploy("fingerprint", f"finger-{i}") for i in range(12)]
+LAYOUT = {"hash", "canary", "heap", "stack", "libc", "object"}
+"""What the sandboxes of one zygote have in common: its address space and its hash secret."""
 
-    prints = [reply.json() for reply in together(12, lambda i: server.invoke(names[i]))]
 
-    assert {trait: len({p[trait] for p in prints}) for trait in prints[0]} == dict.fromkeys(
-        prints[0], 12
-    )
+def distinct(server: Server, number: int, **spec: Any) -> Counter[str]:
+    """How many different values each trait has in that many sandboxes of one namespace."""
+    names = [server.deploy("fingerprint", f"finger-{i}", **spec) for i in range(number)]
+    prints = [r.json() for r in together(number, lambda i: server.invoke(names[i]))]
     for name in names:
         server.delete(name)
+    return Counter({trait: len({p[trait] for p in prints}) for trait in prints[0]})
+
+
+def test_no_two_started_sandboxes_share_a_random_stream_or_a_memory_layout(server: Server):
+    """Twelve fingerprints of twelve sandboxes: all different in each."""
+    assert set(distinct(server, 12, isolation="exec").values()) == {12}
+
+
+def test_forked_sandboxes_share_a_memory_layout_and_no_random_stream(server: Server):
+    """What SPECIFICATION.md lists as shared within a tenant, and nothing else."""
+    found = distinct(server, 60)
+
+    assert {trait for trait, number in found.items() if number < 60} <= LAYOUT
+    assert all(number == 60 for trait, number in found.items() if trait not in LAYOUT)
+
+
+def test_two_tenants_share_nothing_though_both_fork(server: Server):
+    """Each namespace has zygotes of its own: no value of one's is ever the other's."""
+    prints: dict[str, list[dict[str, Any]]] = {}
+    for namespace in ("north", "south"):
+        for i in range(6):
+            server.deploy("fingerprint", f"finger-{i}", namespace=namespace)
+        eventually(lambda namespace=namespace: server.has_zygote(namespace))
+        prints[namespace] = [
+            server.invoke(f"finger-{i}", namespace=namespace).json() for i in range(6)
+        ]
+    for trait in prints["north"][0]:
+        north, south = ({p[trait] for p in prints[name]} for name in ("north", "south"))
+
+        assert not north & south, trait
+    for namespace in prints:
+        for i in range(6):
+            server.ask("DELETE", f"/namespaces/{namespace}/functions/finger-{i}")
 
 
 def test_a_new_version_starts_with_nothing_of_the_old(server: Server):

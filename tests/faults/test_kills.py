@@ -44,10 +44,19 @@ class Callers:
         return self._replies
 
 
-@pytest.mark.parametrize("victim", ["guest", "pid 1", "bwrap", "all"])
-def test_a_killed_sandbox_is_told_at_once_with_its_cause(server: Server, victim: str):
+@pytest.mark.parametrize(
+    ("isolation", "victim"),
+    [
+        *(("exec", victim) for victim in ("guest", "pid 1", "bwrap", "all")),
+        *(("fork", victim) for victim in ("guest", "pid 1", "all")),
+    ],
+)
+def test_a_killed_sandbox_is_told_at_once_with_its_cause(
+    server: Server, isolation: str, victim: str
+):
     """Not at the timeout: the caller knows within a second, and the next call is served."""
-    name = server.deploy("wait", f"victim-{victim.replace(' ', '-')}")
+    name = f"victim-{isolation}-{victim.replace(' ', '-')}"
+    server.deploy("wait", name, isolation=isolation)
     caller = Callers(server, name, 1)
     (box,) = server.sandboxes(name)
     pids = sorted(server.processes(box["id"]), key=lambda pid: len(family(pid)))
@@ -59,7 +68,7 @@ def test_a_killed_sandbox_is_told_at_once_with_its_cause(server: Server, victim:
     (reply,) = caller.replies()
     took_s = time.monotonic() - at
 
-    assert len(pids) == 3
+    assert len(pids) == {"exec": 3, "fork": 2}[isolation]
     assert (reply.status, reply.json()["title"]) == (502, "Crashed")
     assert took_s < 1
     assert server.invoke(name, {"seconds": 0}).status == 200

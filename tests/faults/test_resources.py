@@ -229,7 +229,8 @@ def test_nothing_of_a_dead_sandbox_stays(server: Server):
     server.call(name)
 
     def leftovers() -> list[str]:
-        alive = {box["id"] for box in server.pool()["sandboxes"]}
+        pool = server.pool()
+        alive = {each["id"] for each in (*pool["sandboxes"], *pool["zygotes"])}
         kept = [set(os.listdir(folder)) for folder in cgroup_folders(server.pid)]
         return sorted({n for names in kept for n in names if n.startswith("sb-")} - alive)
 

@@ -68,6 +68,18 @@ POOL = {
         }
         for id_, phase, function in [("sb-1", "generic", None), ("sb-2", "busy", "default/greet")]
     ],
+    "zygotes": [
+        {
+            "id": "sb-z3",
+            "namespace": "default",
+            "environment": "base",
+            "network": "none",
+            "isReady": True,
+            "forSeconds": 9.0,
+            "forks": 7,
+            "memoryBytes": 8 << 20,
+        }
+    ],
 }
 LINE = {
     "time": 0.0,
@@ -603,8 +615,8 @@ def test_looks_are_shown_to_people_and_to_scripts(
 
 
 def test_top_shows_what_works_first() -> None:
-    """A busy sandbox stands above a generic one."""
-    assert [row[0] for row in show.sandbox_rows(POOL)] == ["sb-2", "sb-1"]
+    """A busy sandbox stands above a generic one, and the zygotes below all."""
+    assert [row[0] for row in show.sandbox_rows(POOL)] == ["sb-2", "sb-1", "sb-z3"]
 
 
 def test_a_followed_log_says_when_it_ends(admin: AdminServer) -> None:
@@ -680,6 +692,10 @@ def settings(**given: Any) -> up.Settings:
         "generic_max": None,
         "sandboxes_max": None,
         "foreign_namespaces": (),
+        "exec_namespaces": (),
+        "prewarm": "fork",
+        "zygote_forks_max": None,
+        "zygote_minutes_max": None,
         "trusted_proxies": (),
     }
     return up.Settings(**(defaults | given))

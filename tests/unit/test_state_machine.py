@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -27,12 +28,17 @@ from dayfly_pool.state import (
     Phase,
     PoolState,
     Refuse,
+    Retire,
     Specialize,
+    Warm,
+    ZygoteLimits,
 )
 from dayfly_pool.testing import function
 
 NAMES = ("ant", "bee", "cat")
-MOLDS = ("base", "other")
+MOLDS: Final = {"base": "", "other": "own"}
+"""Environments, and the namespaces that may fork in them."""
+
 SETTLED_AFTER_TICKS = 100
 SPECS = st.fixed_dictionaries(
     {
@@ -67,7 +73,11 @@ class Machine(RuleBasedStateMachine):
             generic_max=min(generic_max, sandboxes_max),
             sandboxes_max=sandboxes_max,
             starts_max=starts_max,
+            zygotes=ZygoteLimits(forks=3, age_s=200.0, idle_s=50.0),
         )
+        self.zygotes: dict[SandboxId, bool] = {}
+        """Those that live, and whether they are ready."""
+
         self.now, self.numbers, self.versions = 0.0, count(1), count(1)
         self.alive: dict[SandboxId, Live] = {}
         self.gone: list[SandboxId] = []
@@ -82,7 +92,14 @@ class Machine(RuleBasedStateMachine):
     def carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
-                case Create(sandbox, mold):
+                case Warm(zygote, mold):
+                    assert mold.namespace, "nothing may be forked there"
+                    assert zygote not in self.zygotes
+                    self.zygotes[zygote] = False
+                case Retire(zygote):
+                    self.zygotes.pop(zygote, None)
+                case Create(sandbox, mold, _, zygote):
+                    assert zygote is None or self.zygotes[zygote], "it cannot fork"
                     assert sandbox not in self.alive
                     assert sandbox not in self.gone, "a sandbox's name is never used again"
                     self.alive[sandbox] = Live(mold)
@@ -122,11 +139,11 @@ class Machine(RuleBasedStateMachine):
 
     # ---- facts ----------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(NAMES), mold=st.sampled_from(MOLDS), spec=SPECS)
+    @rule(name=st.sampled_from(NAMES), mold=st.sampled_from(sorted(MOLDS)), spec=SPECS)
     def deploy(self, name: str, mold: str, spec: dict[str, int]) -> None:
         spec["min_scale"] = min(spec["min_scale"], spec["max_scale"])
         version = str(next(self.versions))
-        each = function(name, version=version, environment=mold, **spec)
+        each = function(name, version=version, environment=mold, namespace=MOLDS[mold], **spec)
         self.deployed[each.id] = each
         self.carry_out(self.state.deploy(each, self.now))
 
@@ -137,9 +154,28 @@ class Machine(RuleBasedStateMachine):
         self.deployed.pop(id_, None)
         assert id_ not in self.waiting.values()
 
-    @rule(mold=st.sampled_from(MOLDS), least=st.integers(0, 2))
+    @rule(mold=st.sampled_from(sorted(MOLDS)), least=st.integers(0, 2))
     def add_mold(self, mold: str, least: int) -> None:
-        self.carry_out(self.state.add_mold(Mold(mold), least, self.now))
+        each = Mold(mold, "none", MOLDS[mold])
+        self.carry_out(self.state.add_mold(each, least, self.now))
+
+    @precondition(lambda self: not all(self.zygotes.values()))
+    @rule(data=st.data())
+    def warmed(self, data: st.DataObject) -> None:
+        cold = [zygote for zygote, is_ready in self.zygotes.items() if not is_ready]
+        self.get_warm(data.draw(st.sampled_from(cold)))
+
+    def get_warm(self, zygote: SandboxId) -> None:
+        self.zygotes[zygote] = True
+        self.carry_out(self.state.warmed(zygote, self.now))
+
+    @precondition(lambda self: self.zygotes)
+    @rule(data=st.data(), is_unfit=st.booleans())
+    def chilled(self, data: st.DataObject, is_unfit: bool) -> None:
+        zygote = data.draw(st.sampled_from(list(self.zygotes)))
+        del self.zygotes[zygote]
+        self.carry_out(self.state.chilled(zygote, self.now, is_unfit=is_unfit))
+        assert self.state.chilled(zygote, self.now) == []
 
     @rule(name=st.sampled_from(NAMES), number=st.integers(1, 4))
     def submit(self, name: str, number: int) -> None:
@@ -177,7 +213,7 @@ class Machine(RuleBasedStateMachine):
         live = self.alive[sandbox]
         assert live.function is not None
         live.phase, live.slots = Phase.IDLE, min(slots, live.function.spec.concurrency)
-        self.carry_out(self.state.loaded(sandbox, slots, self.now))
+        self.carry_out(self.state.loaded(sandbox, live.slots, self.now))
 
     @precondition(lambda self: self.in_phase(Phase.LOADING))
     @rule(data=st.data())
@@ -296,6 +332,18 @@ class Machine(RuleBasedStateMachine):
         assert sorted(idle) == sorted(i for r in state.functions.values() for i in r.idle)
 
     @invariant()
+    def a_mold_has_a_zygote_and_a_successor_at_most(self) -> None:
+        known = {}
+        for record in self.state.molds.values():
+            if record.zygote is not None:
+                known[record.zygote.id] = True
+            if record.warming is not None:
+                known[record.warming.id] = False
+
+        assert known == self.zygotes
+        assert known.keys() == self.state.zygotes.keys()
+
+    @invariant()
     def nobody_waits_beside_a_free_place(self) -> None:
         for record in self.state.functions.values():
             assert not (record.queue and (record.idle or record.open))
@@ -311,7 +359,7 @@ class Machine(RuleBasedStateMachine):
         for id_ in list(self.deployed):
             self.remove(id_.partition("/")[2])
         for mold in list(self.state.molds):
-            self.add_mold(mold.environment, 0)
+            self.carry_out(self.state.add_mold(mold, 0, self.now))
         self.settle()
         state = self.state
 
@@ -324,6 +372,8 @@ class Machine(RuleBasedStateMachine):
         quiet = 0
         for _ in range(SETTLED_AFTER_TICKS):
             before = len(self.gone), len(self.alive), len(self.answered)
+            for zygote in [z for z, is_ready in self.zygotes.items() if not is_ready]:
+                self.get_warm(zygote)
             for sandbox in self.in_phase(Phase.STARTING):
                 if sandbox in self.alive:
                     self.get_ready(sandbox)

@@ -107,8 +107,10 @@ def command(
     *,
     isolated: bool,
     limit_memory: bool,
+    zygote: bool = False,
+    has_network: bool = False,
 ) -> list[str]:
-    """The guest's command line; nothing in it is secret, user code may read it."""
+    """The guest's, or a zygote's, command line; nothing in it is secret, user code may read it."""
     settings = {
         "isolated": isolated,
         "seccomp": f"{root}/{SECCOMP}",
@@ -117,6 +119,8 @@ def command(
         "preload": list(environment.preload) if environment.early else [],
         "late": [],
         "limit_memory": limit_memory,
+        "zygote": zygote,
+        "has_network": has_network,
     }
     boot = BOOT.format(root=root)
     return [python, "-I", "-S", "-X", "utf8", "-c", boot, json.dumps(settings)]

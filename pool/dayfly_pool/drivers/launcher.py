@@ -1,4 +1,6 @@
-"""The launcher: a small process that starts bwrap for the linux driver and buries what it started.
+"""The launcher: a small process that starts sandboxes for the linux driver and buries them.
+
+It starts them with bwrap, or has a zygote (itself started with bwrap) fork them.
 
 A process of its own, because forking the server would copy its page tables for every sandbox, and
 because as root the sandboxes are started from a private mount namespace in which their sources are
@@ -22,23 +24,47 @@ from dayfly_pool.drivers import cgroups
 
 CONTROL: Final = 3
 DATAGRAM_BYTES_MAX: Final = 128 * 1024
+DESCRIPTORS_MAX: Final = 1 << 20
 PRIVATE: Final = "/mnt"
-OOM_SCORE_ADJ: Final = "500"
+OOM_SCORE_ADJ: Final = {False: "500", True: "400"}
+"""Of a sandbox and of a zygote: the kernel kills the sandboxes first."""
+
 GUEST_SOCKET, GUEST_ARGUMENTS = 3, 4
 
 
 class _Child(NamedTuple):
+    """What bwrap was started for."""
+
     sandbox: str
     folders: list[str]
 
 
+class _Forked(NamedTuple):
+    """A sandbox that a zygote forked: *pid* is its pid 1, as we see it, and *pidfd* the same."""
+
+    zygote: str
+    folders: list[str]
+    pid: int
+    pidfd: int
+
+
 class Launcher:
-    """Serves create, terminate and kill; reports created, refused and exited."""
+    """Serves create, fork, retire, terminate and kill.
+
+    Reports created, refused and exited, and of zygotes ready and unfit.
+    """
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._children: dict[int, _Child] = {}
         self._pids: dict[str, int] = {}
+        self._zygotes: dict[str, socket.socket] = {}
+        self._asked: dict[str, tuple[str, list[str]]] = {}
+        """(zygote, groups) of the sandboxes that are being forked."""
+
+        self._forked: dict[str, _Forked] = {}
+        self._codes: dict[str, int] = {}
+        self._selector = selectors.DefaultSelector()
         self._unburied: list[list[str]] = []
         self._null = os.open("/dev/null", os.O_RDWR)
 
@@ -51,19 +77,17 @@ class Launcher:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for ignored in (signal.SIGINT, signal.SIGTERM):
             signal.signal(ignored, signal.SIG_IGN)  # the server decides when to end
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(wakened, selectors.EVENT_READ)
+        self._selector.register(self._control, selectors.EVENT_READ, self._serve)
+        self._selector.register(wakened, selectors.EVENT_READ, lambda: bool(wakened.recv(4096)))
         while True:
-            for key, _ in selector.select(0.05 if self._unburied else None):
-                if key.fileobj is wakened:
-                    wakened.recv(4096)
-                elif not self._serve():
+            for key, _ in self._selector.select(0.05 if self._unburied else None):
+                if not key.data():
                     self._end()
                     return
             self._reap()
 
     def _serve(self) -> bool:
+        """One request of the server's; False when it has closed the connection."""
         data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM_BYTES_MAX, 1)
         if not data:
             return False
@@ -71,6 +95,12 @@ class Launcher:
         match request["do"]:
             case "create":
                 self._create(request, descriptors[0])
+            case "zygote":
+                self._create_zygote(request)
+            case "fork":
+                self._fork(request, descriptors[0])
+            case "retire":
+                self._retire(request["sandbox"])
             case "terminate":
                 self._signal(request["sandbox"], signal.SIGTERM, depth=2)
             case "kill":
@@ -98,6 +128,97 @@ class Launcher:
         self._pids[sandbox] = pid
         self._tell({"say": "created", "sandbox": sandbox, "pid": pid})
 
+    def _create_zygote(self, request: dict[str, Any]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        zygote = request["sandbox"]
+        self._zygotes[zygote] = ours
+        self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(zygote) or True)
+        self._create(request, theirs.detach())
+
+    def _fork(self, request: dict[str, Any], guest: int) -> None:
+        """Have a zygote fork; the answer comes to `_hear`."""
+        sandbox, zygote, folders = request["sandbox"], request["zygote"], request["folders"]
+        descriptors = [guest]
+        try:
+            if zygote not in self._zygotes:
+                raise OSError(f"{zygote} is gone")
+            cgroups.create(folders)
+            descriptors += cgroups.entries(folders)
+            ask = json.dumps({"do": "fork", "sandbox": sandbox}).encode()
+            socket.send_fds(self._zygotes[zygote], [ask], descriptors)
+        except OSError as error:
+            cgroups.remove(folders)
+            self._tell({"say": "refused", "sandbox": sandbox, "why": str(error)})
+        else:
+            self._asked[sandbox] = zygote, folders
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _retire(self, zygote: str) -> None:
+        try:
+            self._zygotes[zygote].send(json.dumps({"do": "retire"}).encode())
+        except (KeyError, OSError):
+            pass  # it is gone already
+
+    def _hear(self, zygote: str) -> bool:
+        """Take one thing that a zygote, or one of its sandboxes' pid 1, says; False: nothing."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._zygotes[zygote], 4096, 1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._lose(zygote)
+            return True
+        answer = json.loads(data)
+        sandbox = answer.get("sandbox", zygote)
+        match answer["say"]:
+            case "ready" | "unfit":
+                self._tell(answer | {"sandbox": zygote})
+            case "forked" if len(descriptors) == 1:
+                self._take(sandbox, zygote, descriptors[0])
+            case "refused":
+                _, folders = self._asked.pop(sandbox)
+                cgroups.remove(folders)
+                self._tell(answer)
+            case "exited":
+                self._codes.setdefault(sandbox, answer["code"])
+        return True
+
+    def _take(self, sandbox: str, zygote: str, pidfd: int) -> None:
+        """It has been forked, and may be dead already."""
+        _, folders = self._asked.pop(sandbox)
+        pid = _pid_of(pidfd)
+        self._forked[sandbox] = _Forked(zygote, folders, pid, pidfd)
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._bury(sandbox))
+        self._pids[sandbox] = pid
+        self._tell({"say": "created", "sandbox": sandbox, "pid": pid})
+
+    def _lose(self, zygote: str) -> None:
+        """The zygote is gone: what was asked of it will not come."""
+        control = self._zygotes.pop(zygote)
+        self._selector.unregister(control)
+        control.close()
+        for sandbox, (asked, folders) in list(self._asked.items()):
+            if asked == zygote:
+                del self._asked[sandbox]
+                self._unburied.append(folders)
+                self._tell({"say": "refused", "sandbox": sandbox, "why": f"{zygote} died"})
+
+    def _bury(self, sandbox: str) -> bool:
+        """A forked sandbox is dead to its last process."""
+        forked = self._forked.pop(sandbox)
+        self._selector.unregister(forked.pidfd)
+        os.close(forked.pidfd)
+        while sandbox not in self._codes and forked.zygote in self._zygotes:
+            if not self._hear(forked.zygote):
+                break  # whatever its pid 1 had to say, it said before it died
+        self._exited(sandbox, forked.folders, self._codes.pop(sandbox, -signal.SIGKILL))
+        return True
+
     def _become(self, request: dict[str, Any], guest: int, arguments: int) -> None:
         """In the forked child: take the sandbox's identity, then be bwrap."""
         try:
@@ -105,7 +226,7 @@ class Launcher:
                 signal.signal(number, signal.SIG_DFL)  # what is ignored stays so through execve
             cgroups.enter(request["folders"])
             with open("/proc/self/oom_score_adj", "w") as file:
-                file.write(OOM_SCORE_ADJ)
+                file.write(OOM_SCORE_ADJ[request["do"] == "zygote"])
             for descriptor in (0, 1):
                 os.dup2(self._null, descriptor)
             high = [os.dup(d) for d in (guest, arguments)]
@@ -113,7 +234,7 @@ class Launcher:
                 high = [os.dup(d) for d in high]
             os.dup2(high[0], GUEST_SOCKET)
             os.dup2(high[1], GUEST_ARGUMENTS)
-            os.closerange(GUEST_ARGUMENTS + 1, 4096)
+            os.closerange(GUEST_ARGUMENTS + 1, DESCRIPTORS_MAX)
             if request["uid"] is not None:
                 os.setgroups([])
                 os.setresgid(request["uid"], request["uid"], request["uid"])
@@ -130,6 +251,12 @@ class Launcher:
         if pid is None:
             return
         target = pid
+        if forked := self._forked.get(sandbox):
+            depth -= 1  # what a zygote forks is pid 1 itself
+            if number == signal.SIGKILL:
+                self._codes[sandbox] = -signal.SIGKILL
+                signal.pidfd_send_signal(forked.pidfd, number)
+                return
         for _ in range(depth):
             children = _children(target)
             if not children:
@@ -153,19 +280,22 @@ class Launcher:
             child = self._children.pop(pid, None)
             if child is None:
                 continue  # a sandbox's pid 1 that outlived bwrap by a moment
-            self._pids.pop(child.sandbox, None)
-            death = cgroups.autopsy(child.folders)
-            self._unburied.append(child.folders)
-            self._tell(
-                {
-                    "say": "exited",
-                    "sandbox": child.sandbox,
-                    "code": os.waitstatus_to_exitcode(status),
-                    "oom_kills": death.oom_kills,
-                    "peak_bytes": death.peak_bytes,
-                }
-            )
+            self._exited(child.sandbox, child.folders, os.waitstatus_to_exitcode(status))
         self._unburied = [folders for folders in self._unburied if not cgroups.remove(folders)]
+
+    def _exited(self, sandbox: str, folders: list[str], code: int) -> None:
+        self._pids.pop(sandbox, None)
+        death = cgroups.autopsy(folders)
+        self._unburied.append(folders)
+        self._tell(
+            {
+                "say": "exited",
+                "sandbox": sandbox,
+                "code": code,
+                "oom_kills": death.oom_kills,
+                "peak_bytes": death.peak_bytes,
+            }
+        )
 
     def _end(self) -> None:
         """The server is gone: nothing of it may stay."""
@@ -180,9 +310,12 @@ class Launcher:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 break
-        for folders in [child.folders for child in self._children.values()] + self._unburied:
+        groups = [child.folders for child in self._children.values()] + self._unburied
+        groups += [forked.folders for forked in self._forked.values()]
+        groups += [folders for _, folders in self._asked.values()]
+        for folders in groups:
             cgroups.remove(folders)
-        for root in {os.path.dirname(f) for c in self._children.values() for f in c.folders}:
+        for root in {os.path.dirname(folder) for folders in groups for folder in folders}:
             cgroups.remove_tree(root)
 
     def _tell(self, answer: dict[str, Any]) -> None:
@@ -198,6 +331,13 @@ def _children(pid: int) -> list[int]:
             return [int(child) for child in file.read().split()]
     except OSError:
         return []
+
+
+def _pid_of(pidfd: int) -> int:
+    """The process's number, as this process sees it; 0 when it is dead and buried."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        pids = [int(line.split()[1]) for line in file if line.startswith("Pid:")]
+    return max(0, *pids, 0)
 
 
 def expose(sources: dict[str, str]) -> None:

@@ -14,13 +14,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import dayfly
 from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit
 from dayfly_pool.drivers import cgroups, guest
-from dayfly_pool.errors import DriverUnavailable, SandboxStartFailed
+from dayfly_pool.errors import DriverUnavailable, SandboxStartFailed, ZygoteUnfit
 from dayfly_pool.models import Environment, Limits, Mold, SandboxId
 
 log = logging.getLogger("dayfly.driver")
@@ -50,6 +51,7 @@ class LinuxDriver:
     """See `Driver`."""
 
     isolated = True
+    can_fork = True
 
     def __init__(self, data: Path, uid_first: int) -> None:
         self._data = data
@@ -62,6 +64,7 @@ class LinuxDriver:
         self._restarting: asyncio.Task[None] | None = None
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._exits: dict[str, asyncio.Future[Exit]] = {}
+        self._ready: dict[str, asyncio.Future[None]] = {}
         self._uids: dict[str, int] = {}
         self._free_uids: list[int] = []
         self._said: list[str] = []
@@ -146,50 +149,88 @@ class LinuxDriver:
                 await asyncio.sleep(0.02)
 
     async def create(
-        self, sandbox: SandboxId, mold: Mold, environment: Environment
+        self,
+        sandbox: SandboxId,
+        mold: Mold,
+        environment: Environment,
+        zygote: SandboxId | None = None,
     ) -> socket.socket:
-        """Start one sandbox; raises `SandboxStartFailed`."""
+        """Start one sandbox, or have *zygote* fork it; raises `SandboxStartFailed`."""
         ours, theirs = socket.socketpair()
-        loop = asyncio.get_running_loop()
-        created = self._waiting[sandbox] = loop.create_future()
-        self._exits[sandbox] = loop.create_future()
+        request: dict[str, Any] = {"sandbox": sandbox, "folders": self._tree.folders(sandbox)}
+        if zygote is None:
+            request |= {"do": "create"} | self._started(sandbox, mold, environment)
+        else:
+            request |= {"do": "fork", "zygote": zygote}
+        try:
+            with theirs:
+                await self._made(sandbox, request, theirs.fileno())
+            self.limit(sandbox, GENERIC_LIMITS)
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        return ours
+
+    async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
+        """Start a zygote; returns when it is ready. Raises `SandboxStartFailed`, `ZygoteUnfit`."""
+        request = {"do": "zygote", "sandbox": zygote, "folders": self._tree.folders(zygote)}
+        request |= self._started(zygote, mold, environment, zygote=True)
+        ready = self._ready[zygote] = asyncio.get_running_loop().create_future()
+        try:
+            await self._made(zygote, request)
+            # without limits: only trusted code runs in it, and what the kernel needs for each of
+            # its sandboxes is charged to it
+            await ready
+        finally:
+            self._ready.pop(zygote, None)
+
+    async def retire(self, zygote: SandboxId) -> None:
+        """It forks no more, and ends after the last of its sandboxes."""
+        with contextlib.suppress(SandboxStartFailed):
+            await self._ask({"do": "retire", "sandbox": zygote})
+
+    def _started(
+        self, sandbox: SandboxId, mold: Mold, environment: Environment, *, zygote: bool = False
+    ) -> dict[str, Any]:
+        """What bwrap needs to know."""
         if self._uid_first is not None:
             self._uids[sandbox] = (
                 self._free_uids.pop() if self._free_uids else self._uid_first + len(self._uids)
             )
-        request = {
-            "do": "create",
-            "sandbox": sandbox,
+        capabilities = (*CAPABILITIES, "CAP_NET_ADMIN") if zygote else CAPABILITIES
+        return {
             "bwrap": self._bwrap,
-            "arguments": self._arguments(mold, environment),
-            "command": self._command(environment),
+            "arguments": self._arguments(mold, environment, capabilities),
+            "command": self._command(mold, environment, zygote=zygote),
             "uid": self._uids.get(sandbox),
-            "folders": self._tree.folders(sandbox),
         }
+
+    async def _made(
+        self, sandbox: SandboxId, request: dict[str, Any], descriptor: int | None = None
+    ) -> None:
+        """Ask the launcher to make it, and wait until it has. Raises `SandboxStartFailed`."""
+        loop = asyncio.get_running_loop()
+        created = self._waiting[sandbox] = loop.create_future()
+        self._exits[sandbox] = loop.create_future()
         try:
-            with theirs:
-                await self._ask(request, theirs.fileno())
-                await created
-            self.limit(sandbox, GENERIC_LIMITS)
+            await self._ask(request, descriptor)
+            await created
         except SandboxStartFailed:
             _set(self._exits.get(sandbox), Exit(127))  # there is nothing to be killed
-            ours.close()
-            raise
-        except BaseException:
-            ours.close()
             raise
         finally:
             self._waiting.pop(sandbox, None)
-        ours.setblocking(False)
-        return ours
 
     def _source(self, name: str) -> str:
         return f"/mnt/{name}" if self._uid_first is not None else self._sources[name]
 
-    def _arguments(self, mold: Mold, environment: Environment) -> list[str]:
+    def _arguments(
+        self, mold: Mold, environment: Environment, capabilities: Sequence[str]
+    ) -> list[str]:
         python = self._sources["python"]
         arguments = ["--unshare-all", "--uid", "0", "--gid", "0", "--cap-drop", "ALL"]
-        for capability in CAPABILITIES:
+        for capability in capabilities:
             arguments += ["--cap-add", capability]
         arguments += ["--die-with-parent", "--new-session", "--hostname", "dayfly"]
         arguments += ["--ro-bind", "/usr", "/usr"]
@@ -221,7 +262,7 @@ class LinuxDriver:
         arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
         return arguments
 
-    def _command(self, environment: Environment) -> list[str]:
+    def _command(self, mold: Mold, environment: Environment, *, zygote: bool) -> list[str]:
         return guest.command(
             os.path.realpath(sys.executable),
             "/dayfly",
@@ -230,6 +271,8 @@ class LinuxDriver:
             environment,
             isolated=True,
             limit_memory=not self._tree.version,
+            zygote=zygote,
+            has_network=mold.network == "host",
         )
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:
@@ -298,13 +341,17 @@ class LinuxDriver:
             case "created":
                 _set(self._waiting.get(sandbox), None)
             case "refused":
-                why = SandboxStartFailed(answer["why"])
                 _set(self._exits.get(sandbox), Exit(127))
-                if (future := self._waiting.get(sandbox)) and not future.done():
-                    future.set_exception(why)
+                _fail(self._waiting.get(sandbox), SandboxStartFailed(answer["why"]))
+            case "ready":
+                _set(self._ready.get(sandbox), None)
+            case "unfit":
+                _fail(self._ready.get(sandbox), ZygoteUnfit(answer["why"]))
             case "exited":
                 exit_ = Exit(answer["code"], answer["oom_kills"], answer["peak_bytes"])
                 _set(self._exits.get(sandbox), exit_)
+                why = SandboxStartFailed(f"the zygote ended with code {exit_.code}")
+                _fail(self._ready.get(sandbox), why)
 
     def _launcher_died(self) -> None:
         assert self._control is not None
@@ -316,9 +363,8 @@ class LinuxDriver:
         self._restarting = loop.create_task(self._restart_launcher(), name="launcher-restart")
         for future in self._exits.values():
             _set(future, Exit(-signal.SIGKILL))
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(SandboxStartFailed("the launcher died"))
+        for waiting in (*self._waiting.values(), *self._ready.values()):
+            _fail(waiting, SandboxStartFailed("the launcher died"))
 
     async def _restart_launcher(self) -> None:
         """Another launcher, once nothing is left of the dead one's sandboxes."""
@@ -363,6 +409,11 @@ class LinuxDriver:
 def _set(future: asyncio.Future[Any] | None, value: Any) -> None:
     if future is not None and not future.done():
         future.set_result(value)
+
+
+def _fail(future: asyncio.Future[Any] | None, error: Exception) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)
 
 
 def _with_descriptor_3(command: list[str], descriptor: int) -> list[str]:

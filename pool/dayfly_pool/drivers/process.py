@@ -12,19 +12,23 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Final
 
 from dayfly_pool.driver import Exit
 from dayfly_pool.drivers import guest
-from dayfly_pool.errors import SandboxStartFailed
+from dayfly_pool.errors import SandboxStartFailed, ZygoteUnfit
 from dayfly_pool.models import Environment, Limits, Mold, SandboxId
 
 log = logging.getLogger("dayfly.driver")
+END_WITH_PARENT: Final = "import ctypes; ctypes.CDLL(None).prctl(1, 9); "
+"""PR_SET_PDEATHSIG, SIGKILL: busy with a handler, it would not see that the server is gone."""
 
 
 class ProcessDriver:
     """See `Driver`."""
 
     isolated = False
+    can_fork = False
 
     def __init__(self, data: Path, uid_first: int) -> None:
         self._data = data
@@ -34,7 +38,7 @@ class ProcessDriver:
         self._exits: dict[str, asyncio.Task[Exit]] = {}
 
     async def open(self) -> None:
-        """Nothing of an earlier server can be found again; its guests ended with its sockets."""
+        """Nothing of an earlier server can be found again; its guests ended with it."""
         log.warning("driver process: functions run WITHOUT isolation, with this user's rights")
         self._guest = await asyncio.to_thread(guest.install, self._data)
 
@@ -44,9 +48,14 @@ class ProcessDriver:
             await self.destroy(SandboxId(sandbox))
 
     async def create(
-        self, sandbox: SandboxId, mold: Mold, environment: Environment
+        self,
+        sandbox: SandboxId,
+        mold: Mold,
+        environment: Environment,
+        zygote: SandboxId | None = None,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`."""
+        assert zygote is None
         ours, theirs = socket.socketpair()
         packages = str(self._data / "packages" / "unpacked")
         command = guest.command(
@@ -59,7 +68,10 @@ class ProcessDriver:
             limit_memory=False,
         )
         number = theirs.fileno()
-        command[-2] = f"import os; os.dup2({number}, 3); " + command[-2]
+        boot = f"import os; os.dup2({number}, 3); "
+        if sys.platform == "linux":
+            boot += END_WITH_PARENT
+        command[-2] = boot + command[-2]
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
@@ -72,6 +84,13 @@ class ProcessDriver:
         self._processes[sandbox] = process
         self._exits[sandbox] = asyncio.create_task(_watch(process, ours), name=f"watch-{sandbox}")
         return ours
+
+    async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
+        """Nothing is forked here: raises `ZygoteUnfit`."""
+        raise ZygoteUnfit("the driver process starts every sandbox")
+
+    async def retire(self, zygote: SandboxId) -> None:
+        """There is none."""
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:
         """Nothing is limited here; the time limits are the pool's."""

@@ -1,0 +1,187 @@
+"""A zygote: a warm interpreter that sandboxes are forked from.
+
+It runs in a jail like any sandbox's and holds no user code and no secret: the runtime and what the
+environment preloads, nothing else. Every sandbox gets namespaces, mounts, groups and a connection
+of its own, and then is what a started one is: generic, waiting for `Load`, not locked down yet.
+
+    zygote -- fork --> pid 1 of the sandbox -- fork --> the guest
+    (waits for the next)  (namespaces, mounts; buries orphans)  (`serve` returns here)
+
+The launcher asks on descriptor 3, in JSON datagrams: `fork` with the sandbox's name, and as
+descriptors the guest's end of its connection and the groups' files to enter; and `retire`.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # not `signal`, which builds enums at import
+import _socket
+import fcntl
+import gc
+import json
+import os
+import struct
+import sys
+
+from dayfly import lockdown
+
+TYPE_CHECKING = False  # see `record`
+if TYPE_CHECKING:
+    from typing import Any
+
+CONTROL = 3
+DATAGRAM_BYTES_MAX = 4096
+DESCRIPTORS_MAX = 8
+INIT = "dayfly-init"
+"""What pid 1 of a forked sandbox is called."""
+
+OOM_SCORE_ADJ = b"500"
+"""Of a sandbox, which is killed before its zygote when the machine runs out of memory."""
+
+CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+NAMESPACES = lockdown.CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
+MS_NOEXEC = 8
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+PID_FIRST, PID_SPREAD = 300, 30000
+
+
+def serve(*, has_network: bool) -> None:
+    """Fork a sandbox for each request; returns in each of these, as their guest.
+
+    In the zygote it never returns: the process ends when it has been retired, or its launcher is
+    gone, and the last of its sandboxes has ended.
+    """
+    control = _socket.socket(fileno=CONTROL)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # the kernel buries its children
+    lockdown.mount("", "/", None, lockdown.MS_REC | lockdown.MS_PRIVATE)
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        _say(control, say="unfit", why=f"preloading started {threads - 1} threads")
+        os._exit(1)
+    gc.freeze()
+    lockdown.rename("dayfly-zygote")
+    _say(control, say="ready")
+    while request := _receive(control):
+        sandbox, descriptors = request
+        try:
+            pid = _fork(own)
+            if pid == 0:
+                _become(control, sandbox, descriptors, has_network)
+                return
+            pidfd = os.pidfd_open(pid)
+            _say(control, pidfd, say="forked", sandbox=sandbox)
+            os.close(pidfd)
+        except OSError as error:
+            _say(control, say="refused", sandbox=sandbox, why=f"the zygote cannot fork: {error}")
+        for descriptor in descriptors:
+            os.close(descriptor)
+    while True:
+        try:
+            os.wait()  # with SIGCHLD ignored: until there is no child any more
+        except ChildProcessError:
+            os._exit(0)
+
+
+def _fork(own: int) -> int:
+    """fork(2) into a new pid namespace, where the child is pid 1."""
+    lockdown.unshare(CLONE_NEWPID)
+    try:
+        pid = os.fork()
+    except OSError:
+        lockdown.setns(own, CLONE_NEWPID)
+        raise
+    if pid:
+        lockdown.setns(own, CLONE_NEWPID)  # its own again, or it could not make another one
+    return pid
+
+
+def _become(control: Any, sandbox: str, descriptors: list[int], has_network: bool) -> None:
+    """As pid 1 of the new sandbox: furnish it; returns only in the guest, which it waits for."""
+    try:
+        guest, *groups = descriptors
+        _furnish(groups, has_network)
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(guest, control.detach())
+            os.closerange(CONTROL + 1, 1 << 20)
+            lockdown.rename("dayfly-guest")
+            _diverge()
+            return
+        os.close(guest)
+        lockdown.rename(INIT)
+        lockdown.drop_rights()
+        while (ended := os.wait())[0] != pid:
+            pass  # an orphan of the guest's
+        code = os.waitstatus_to_exitcode(ended[1])
+        _say(control, say="exited", sandbox=sandbox, code=code)
+    except BaseException as error:
+        os.write(2, f"zygote: {sandbox}: {error!r}\n".encode())
+    os._exit(0)
+
+
+def _furnish(groups: list[int], has_network: bool) -> None:
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    for group in groups:
+        os.write(group, b"0")  # the caller itself, the only thread
+        os.close(group)
+    lockdown.write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
+    lockdown.unshare(NAMESPACES if has_network else NAMESPACES | CLONE_NEWNET)
+    flags = lockdown.MS_NOSUID | lockdown.MS_NODEV
+    lockdown.mount("proc", "/proc", "proc", flags | MS_NOEXEC)
+    for place in ("/tmp", "/dev/shm"):
+        lockdown.mount("tmpfs", place, "tmpfs", flags, "mode=1777")
+    terminals = "newinstance,ptmxmode=0666,mode=620"
+    lockdown.mount("devpts", "/dev/pts", "devpts", lockdown.MS_NOSUID | MS_NOEXEC, terminals)
+    if not has_network:
+        interface = struct.pack("16sh14x", b"lo", IFF_UP)
+        any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+        fcntl.ioctl(any_socket.fileno(), SIOCSIFFLAGS, interface)
+        any_socket.close()
+    _spread_pids()
+
+
+def _spread_pids() -> None:
+    """Give the guest a process id that its siblings have not.
+
+    Libraries tell by that number that they are in a forked process, and must not go on with the
+    random stream that they had.
+    """
+    start = PID_FIRST + int.from_bytes(os.urandom(2), "big") % PID_SPREAD
+    try:
+        lockdown.write("/proc/sys/kernel/ns_last_pid", str(start).encode())
+    except OSError:
+        pass  # a kernel without checkpoints; what we know of is reseeded by hand
+
+
+def _diverge() -> None:
+    """In the guest: nothing random goes on as in its siblings."""
+    modules = sys.modules
+    for name in ("random", "numpy.random"):
+        if name in modules:
+            modules[name].seed()
+    if "_ssl" in modules:
+        modules["_ssl"].RAND_add(os.urandom(32), 32.0)
+    if "uuid" in modules:
+        modules["uuid"]._node = None  # type: ignore[attr-defined]
+    if "tempfile" in modules:
+        modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
+
+
+def _say(control: Any, *descriptors: int, **answer: object) -> None:
+    packed = struct.pack(f"{len(descriptors)}i", *descriptors)
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if descriptors else []
+    control.sendmsg([json.dumps(answer).encode()], rights)
+
+
+def _receive(control: Any) -> tuple[str, list[int]] | None:
+    """(sandbox, descriptors) of the next request; None to retire."""
+    space = _socket.CMSG_SPACE(4 * DESCRIPTORS_MAX)
+    data, ancillary, _, _ = control.recvmsg(DATAGRAM_BYTES_MAX, space)
+    request = json.loads(data or b'{"do": "retire"}')
+    if request["do"] == "retire":
+        return None
+    descriptors: list[int] = []
+    for _, _, packed in ancillary:
+        descriptors += struct.unpack(f"{len(packed) // 4}i", packed)
+    return request["sandbox"], descriptors
