@@ -310,6 +310,8 @@ class Pool:
             match command:
                 case state.Assign():
                     self._assign(command)
+                case state.Create() | state.Warm() if self._is_draining:
+                    pass  # what is destroyed now is not to be replaced
                 case state.Create():
                     self._spawn(self._create(command))
                 case state.Warm():

@@ -35,6 +35,8 @@ from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold
 StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
 DEFAULT_SPECIALIZE_S: Final = 0.005
+FORKS_FOR_A_START: Final = 2
+"""A fork passes from process to process, and leaves a processor idle as often as it uses one."""
 
 
 class Phase(Enum):
@@ -551,8 +553,9 @@ class PoolState:
                 claimed = len(mold.claims)
                 wanted = claimed if only_claimed else claimed + self._target(mold, now)
                 have = mold.starting + (0 if only_claimed else len(mold.generic))
+                most = self.starts_max * (FORKS_FOR_A_START if mold.zygote else 1)
                 for _ in range(wanted - have):
-                    if self._starting >= self.starts_max or now < mold.retry_at:
+                    if self._starting >= most or now < mold.retry_at:
                         break
                     if len(self.sandboxes) >= self.sandboxes_max:
                         victim = self._victim(mold) if only_claimed else None

@@ -26,7 +26,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096,
 MS_PRIVATE = 1 << 18
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 SECCOMP_SET_MODE_FILTER = 1
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
@@ -37,7 +37,12 @@ _WRITE = 0b10
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
 
+_NO_CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+for _name in ("capset", "mount", "setns", "syscall", "unshare"):
+    getattr(_libc, _name)  # made once, in the zygote, and not again in all that it forks
 
 
 def check(result: int, what: str) -> int:
@@ -66,13 +71,12 @@ def setns(descriptor: int, kind: int) -> None:
 
 def rename(name: str) -> None:
     """Call this process *name* (at most 15 characters) where processes are listed."""
-    check(_libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0), "prctl name")
+    write("/proc/self/comm", name.encode())
 
 
 def prctl(option: int, *args: int) -> int:
     """prctl(2)."""
-    longs = [ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]]
-    return check(_libc.prctl(option, *longs), f"prctl {option}")
+    return check(_libc.prctl(option, *(*args, 0, 0, 0, 0)[:4]), f"prctl {option}")
 
 
 def landlock_abi() -> int:
@@ -173,8 +177,7 @@ def drop_rights() -> None:
         if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # one past the last capability of this kernel
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    check(_libc.capset(header, none), "capset")
+    check(_libc.capset(*_NO_CAPABILITIES), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -5,7 +5,7 @@ environment preloads, nothing else. Every sandbox gets namespaces, mounts, group
 of its own, and then is what a started one is: generic, waiting for `Load`, not locked down yet.
 
     zygote -- fork --> pid 1 of the sandbox -- fork --> the guest
-    (waits for the next)  (namespaces, mounts; buries orphans)  (`serve` returns here)
+    (waits for the next)  (groups; buries orphans)      (namespaces, mounts; `serve` returns)
 
 The launcher asks on descriptor 3, in JSON datagrams: `fork` with the sandbox's name, and as
 descriptors the guest's end of its connection and the groups' files to enter; and `retire`.
@@ -97,20 +97,26 @@ def _fork(own: int) -> int:
 
 
 def _become(control: Any, sandbox: str, descriptors: list[int], has_network: bool) -> None:
-    """As pid 1 of the new sandbox: furnish it; returns only in the guest, which it waits for."""
+    """As pid 1 of the new sandbox: fork the guest and wait for it; returns only in the guest.
+
+    It does as little as it can: every page that it writes to is a copy of its own.
+    """
     try:
         guest, *groups = descriptors
-        _furnish(groups, has_network)
+        for group in groups:
+            os.write(group, b"0")  # the caller itself, the only thread
+        _spread_pids()
         pid = os.fork()
         if pid == 0:
             os.dup2(guest, control.detach())
             os.closerange(CONTROL + 1, 1 << 20)
-            lockdown.rename("dayfly-guest")
+            _furnish(has_network)
             _diverge()
             return
-        os.close(guest)
+        os.closerange(CONTROL + 1, 1 << 20)
         lockdown.rename(INIT)
         lockdown.drop_rights()
+        _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         while (ended := os.wait())[0] != pid:
             pass  # an orphan of the guest's
         code = os.waitstatus_to_exitcode(ended[1])
@@ -120,12 +126,11 @@ def _become(control: Any, sandbox: str, descriptors: list[int], has_network: boo
     os._exit(0)
 
 
-def _furnish(groups: list[int], has_network: bool) -> None:
+def _furnish(has_network: bool) -> None:
+    """In the guest: everything of its own that it was not born with."""
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-    for group in groups:
-        os.write(group, b"0")  # the caller itself, the only thread
-        os.close(group)
     lockdown.write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
+    lockdown.rename("dayfly-guest")
     lockdown.unshare(NAMESPACES if has_network else NAMESPACES | CLONE_NEWNET)
     flags = lockdown.MS_NOSUID | lockdown.MS_NODEV
     lockdown.mount("proc", "/proc", "proc", flags | MS_NOEXEC)
@@ -138,7 +143,6 @@ def _furnish(groups: list[int], has_network: bool) -> None:
         any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
         fcntl.ioctl(any_socket.fileno(), SIOCSIFFLAGS, interface)
         any_socket.close()
-    _spread_pids()
 
 
 def _spread_pids() -> None:

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
 from dayfly_pool.state import (
+    FORKS_FOR_A_START,
     Assign,
     Command,
     Create,
@@ -104,7 +105,8 @@ class Machine(RuleBasedStateMachine):
                     assert sandbox not in self.gone, "a sandbox's name is never used again"
                     self.alive[sandbox] = Live(mold)
                     assert len(self.alive) <= self.state.sandboxes_max
-                    assert len(self.in_phase(Phase.STARTING)) <= self.state.starts_max
+                    most = self.state.starts_max * (1 if zygote is None else FORKS_FOR_A_START)
+                    assert len(self.in_phase(Phase.STARTING)) <= most
                 case Specialize(sandbox, function):
                     live = self.alive[sandbox]
                     assert live.phase is Phase.GENERIC
@@ -293,7 +295,7 @@ class Machine(RuleBasedStateMachine):
         state = self.state
 
         assert len(state.sandboxes) <= state.sandboxes_max
-        assert state.phases()[Phase.STARTING] <= state.starts_max
+        assert state.phases()[Phase.STARTING] <= state.starts_max * FORKS_FOR_A_START
         for record in state.functions.values():
             assert len(record.sandboxes) <= record.function.spec.max_scale
             assert len(record.queue) <= 50
