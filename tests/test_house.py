@@ -176,7 +176,7 @@ def test_no_task_is_started_without_a_parent(name: str):
 def test_what_decides_performs_no_io_and_knows_no_time(name: str):
     """Time is an argument: that is why a day of it can be tested in a millisecond."""
     allowed = {"collections", "dataclasses", "enum", "itertools", "typing", "math"}
-    allowed |= {"msgspec", "dayfly_pool"}
+    allowed |= {"heapq", "msgspec", "dayfly_pool"}
 
     assert imports(TREES[f"pool/dayfly_pool/{name}.py"]) <= allowed
 

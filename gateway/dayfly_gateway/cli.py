@@ -95,6 +95,12 @@ def _data_folder() -> Path:
 @click.option("--generic-max", type=int, show_default="32", help="...and at most, when busy.")
 @click.option("--sandboxes-max", type=int, show_default="512", help="Sandboxes at most.")
 @click.option(
+    "--memory-reserve-mb",
+    type=int,
+    show_default="512",
+    help="Below this much available memory idle sandboxes go.",
+)
+@click.option(
     "--foreign-namespace",
     "foreign_namespaces",
     metavar="NS",

@@ -45,6 +45,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     generic_min: int | None
     generic_max: int | None
     sandboxes_max: int | None
+    memory_reserve_mb: int | None
     foreign_namespaces: tuple[str, ...]
     exec_namespaces: tuple[str, ...]
     prewarm: str
@@ -75,6 +76,7 @@ def _pool_config(settings: Settings) -> Config:
         generic_min=generic_min,
         generic_max=generic_max,
         sandboxes_max=most,
+        memory_reserve_mb=_given(settings.memory_reserve_mb, DEFAULTS.memory_reserve_mb),
         foreign_namespaces=settings.foreign_namespaces,
         exec_namespaces=settings.exec_namespaces,
         prewarm="exec" if settings.prewarm == "exec" else "fork",

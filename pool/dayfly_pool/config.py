@@ -15,6 +15,9 @@ class Config(Struct, frozen=True, kw_only=True):
     generic_min: int = 4
     generic_max: int = 32
     sandboxes_max: int = 512
+    memory_reserve_mb: int = 512
+    """Below this much available memory idle sandboxes are evicted, and nothing is kept ready."""
+
     starts_max: int = max(2, os.cpu_count() or 2)
     """Sandboxes that may be starting at the same moment: more only makes each of them slower."""
 
@@ -53,6 +56,8 @@ class Config(Struct, frozen=True, kw_only=True):
         if self.starts_max < 1 or self.sandboxes_max < 1:
             raise ValueError("starts-max and sandboxes-max must be at least 1")
         positive = (self.start_timeout_s, self.init_timeout_s, self.grace_s, self.tick_s)
+        if self.memory_reserve_mb < 0:
+            raise ValueError("memory-reserve-mb must not be negative")
         zygotes = (self.zygote_s_max, self.zygote_idle_s, self.zygote_forks_max)
         if min(*positive, *zygotes) <= 0:
             raise ValueError("times must be above 0")

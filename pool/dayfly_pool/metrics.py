@@ -142,6 +142,11 @@ def _state_families(state: PoolState) -> Iterable[Metric]:
     for labels, number in counts.items():
         boxes.add_metric(labels, number)
     yield boxes
+    zygotes = GaugeMetricFamily("dayfly_zygotes", "By state", labels=("state",))
+    ready = sum(zygote.is_ready for zygote in state.zygotes.values())
+    zygotes.add_metric(("ready",), ready)
+    zygotes.add_metric(("warming",), len(state.zygotes) - ready)
+    yield zygotes
     queues = GaugeMetricFamily("dayfly_queue", "Invocations waiting", labels=("function",))
     for record in list(state.functions.values()):
         if record.queue:

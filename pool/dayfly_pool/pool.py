@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
-from dayfly_pool import state
+from dayfly_pool import memory, state
 from dayfly_pool.config import Config
 from dayfly_pool.deadlines import Deadlines
 from dayfly_pool.driver import Driver
@@ -423,7 +423,8 @@ class Pool:
             "import_s": loaded.import_s,
         }
         log.info("sandbox specialized", extra=extra)
-        self._carry_out(self.state.loaded(command.sandbox, loaded.slots, now))
+        memory_bytes = self._driver.memory_bytes(command.sandbox)
+        self._carry_out(self.state.loaded(command.sandbox, loaded.slots, now, memory_bytes))
 
     async def _destroy(self, box: _Box, reason: str) -> None:
         self._boxes.pop(box.sandbox.id, None)
@@ -443,7 +444,11 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.config.tick_s)
-            self._carry_out(self.state.tick(time.monotonic()))
+            is_short = memory.available_bytes() < self.config.memory_reserve_mb << 20
+            if is_short != self.state.is_short_of_memory:
+                text = "short of memory" if is_short else "no longer short of memory"
+                log.warning("the machine is %s", text)
+            self._carry_out(self.state.tick(time.monotonic(), is_short_of_memory=is_short))
 
     # ---- logs and looks -----------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ the state at once, and returns the commands that others carry out. The cases, fo
 * Generic sandboxes are refilled as soon as one is taken. What somebody waits for starts first.
 * Where a mold's zygote is ready, it forks them. A refill waits for a zygote that is being warmed;
   what somebody waits for does not, and is started.
-* At the limit of sandboxes, a claim evicts the sandbox that has been idle longest.
+* At the limit of sandboxes, a claim evicts the idle sandbox of least value; when the machine runs
+  short of memory, so does a tick, and nothing is refilled.
 * A new version empties the old one: idle sandboxes end now, busy ones after their invocation.
 
 Everything is indexed by function, mold and phase; nothing scans.
@@ -23,6 +24,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Final, Literal
 
@@ -35,6 +37,10 @@ from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold
 StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
 DEFAULT_SPECIALIZE_S: Final = 0.005
+DEFAULT_MEMORY_BYTES: Final = 4 << 20
+SHED_SHARE: Final = 0.05
+"""Of the idle sandboxes, this share is evicted a tick while the machine is short of memory."""
+
 FORKS_FOR_A_START: Final = 2
 """A fork passes from process to process, and leaves a processor idle as often as it uses one."""
 
@@ -130,6 +136,8 @@ class SandboxRecord:
     start: StartKind = "created"
     stale: bool = False
     zygote: SandboxId | None = None
+    value: float = 0.0
+    """What it is worth to keep it, since it fell idle; comparable within one pool."""
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +156,10 @@ class FunctionRecord:
     slots: int | None = None
     handler_s: float | None = None
     specialize_s: float = DEFAULT_SPECIALIZE_S
+    uses: int = 0
+    """Invocations since it had no sandbox."""
+
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
     failure: Failure | None = None
     failures: int = 0
     broken_until: float = 0.0
@@ -229,6 +241,14 @@ class PoolState:
         self._kept: OrderedDict[SandboxId, SandboxRecord] = OrderedDict()
         """Idle beyond their time, for a minScale; evicted last."""
 
+        self.is_short_of_memory = False
+        self._clock = 0.0
+        """The value of the sandbox evicted last: what falls idle now is worth that much more."""
+
+        self._ranking: list[tuple[float, float, FunctionId]] = []
+        """A heap: every function with idle sandboxes, by the value of the oldest when looked at."""
+
+        self._ranked: set[FunctionId] = set()
         self._numbers = count(1)
 
     def __repr__(self) -> str:
@@ -268,7 +288,7 @@ class PoolState:
         commands = self._outdate(record, "updated")
         self._keep_claims(record, 0)
         self._leave_mold(record.function.mold)
-        fresh = self._adopt(FunctionRecord(function, record.queue))
+        fresh = self._adopt(FunctionRecord(function, record.queue, uses=record.uses))
         return commands + self._keep_min_scale(fresh, now) + self._dispatch(fresh, now)
 
     def remove(self, id_: FunctionId, now: float) -> list[Command]:
@@ -277,6 +297,10 @@ class PoolState:
         if record is None:
             return []
         self._minimums.pop(id_, None)
+        if id_ in self._ranked:
+            self._ranked.discard(id_)
+            self._ranking = [entry for entry in self._ranking if entry[2] != id_]
+            heapify(self._ranking)
         for invocation in record.queue:
             del self._queued[invocation]
         refused: list[Command] = [Refuse(invocation, None) for invocation in record.queue]
@@ -382,8 +406,10 @@ class PoolState:
         mold.zygote_retry_at = now + pause_s
         return self._start_where_needed(now)
 
-    def loaded(self, sandbox: SandboxId, slots: int, now: float) -> list[Command]:
-        """The function is in it."""
+    def loaded(
+        self, sandbox: SandboxId, slots: int, now: float, memory_bytes: int = 0
+    ) -> list[Command]:
+        """The function is in it, and takes so much memory, if that is known."""
         box = self.sandboxes.get(sandbox)
         if box is None or box.phase is not Phase.LOADING:
             return []
@@ -394,6 +420,7 @@ class PoolState:
         record.loading -= 1
         record.slots, record.failure, record.failures = slots, None, 0
         record.specialize_s = autoscale.smoothed(record.specialize_s, now - box.since)
+        record.memory_bytes = memory_bytes or record.memory_bytes
         box.slots = slots
         self._rest(box, record, now)
         commands = self._dispatch(record, now)
@@ -430,9 +457,15 @@ class PoolState:
             commands += self._dispatch(self.functions[box.function.id], now)
         return commands + self._start_where_needed(now)
 
-    def tick(self, now: float) -> list[Command]:
-        """Time passed: reap what is idle too long, keep the minimum, look at the queues again."""
+    def tick(self, now: float, *, is_short_of_memory: bool = False) -> list[Command]:
+        """Time passed: reap what is idle too long, keep the minimum, look at the queues again.
+
+        While the machine *is_short_of_memory* nothing is kept ready, and some of what is idle goes.
+        """
+        self.is_short_of_memory = is_short_of_memory
         commands = self._reap(now)
+        if is_short_of_memory:
+            commands += self._shed()
         for id_ in set(self._queued.values()):
             commands += self._dispatch(self.functions[id_], now)
         for record in self._minimums.values():
@@ -473,6 +506,7 @@ class PoolState:
         if box.phase is Phase.IDLE:
             self._leave_idle(box, record)
             self._move(box, Phase.BUSY)
+        record.uses += 1
         box.running.add(invocation)
         if len(box.running) < box.slots:
             record.open[box.id] = box
@@ -561,7 +595,7 @@ class PoolState:
                         victim = self._victim(mold) if only_claimed else None
                         if victim is None:
                             break
-                        commands.append(self._destroy(victim, "evicted"))
+                        commands.append(self._evict(victim))
                     commands.append(self._create(mold, only_claimed, now))
         return commands
 
@@ -571,7 +605,7 @@ class PoolState:
         return self._start_where_needed(now) if is_full else []
 
     def _target(self, mold: MoldRecord, now: float) -> int:
-        if not (mold.functions or mold.pinned):
+        if not (mold.functions or mold.pinned) or self.is_short_of_memory:
             return 0
         start_s = mold.start_s or DEFAULT_START_S
         rate = mold.rate.per_s(now)
@@ -623,14 +657,54 @@ class PoolState:
         return []
 
     def _victim(self, claimant: MoldRecord) -> SandboxRecord | None:
-        """The one idle longest, else a generic one of another mold, else one of a minScale."""
-        heads = [next(iter(group.values())) for group in self._idle.values() if group]
-        if heads:
-            return min(heads, key=lambda box: box.since)
+        """The idle one of least value, else a generic one of another mold, else a minScale's."""
+        if victim := self._least_valuable():
+            return victim
         for mold in self.molds.values():
             if mold is not claimant and mold.generic:
                 return next(iter(mold.generic.values()))
         return next(iter(self._kept.values()), None)
+
+    def _least_valuable(self) -> SandboxRecord | None:
+        """The idle sandbox to evict first, by greedy-dual (FaasCache, ASPLOS 2021).
+
+        Values grow with every use, so the head of the ranking is looked at again and put back if
+        it is worth more by now.
+        """
+        ranking = self._ranking
+        while ranking:
+            _, _, id_ = ranking[0]
+            idle = self.functions[id_].idle.values()
+            box = next((box for box in idle if box.id not in self._kept), None)
+            if box is None:
+                heappop(ranking)
+                self._ranked.discard(id_)
+                continue
+            entry = (box.value, box.since, id_)
+            if entry == ranking[0]:
+                return box
+            heapreplace(ranking, entry)
+        return None
+
+    def _evict(self, box: SandboxRecord) -> Destroy:
+        if box.value < math.inf:
+            self._clock = max(self._clock, box.value)
+        record = self.functions[box.function.id] if box.function else None
+        done = self._destroy(box, "evicted")
+        if record is not None and not record.sandboxes:
+            record.uses = 0
+        return done
+
+    def _shed(self) -> list[Command]:
+        """Some of what is idle, the least valuable first."""
+        commands: list[Command] = []
+        idle = sum(len(group) for group in self._idle.values())
+        for _ in range(math.ceil(idle * SHED_SHARE)):
+            box = self._least_valuable()
+            if box is None or box.value == math.inf:
+                break
+            commands.append(self._evict(box))
+        return commands
 
     def _reap(self, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -665,6 +739,12 @@ class PoolState:
         """Become idle: last in the order of reaping, first in the order of use."""
         self._move(box, Phase.IDLE)
         box.since = now
+        box.value = self._clock + record.uses * record.specialize_s / record.memory_bytes
+        if len(record.sandboxes) <= record.function.spec.min_scale:
+            box.value = math.inf
+        if record.function.id not in self._ranked:
+            self._ranked.add(record.function.id)
+            heappush(self._ranking, (box.value, now, record.function.id))
         record.open.pop(box.id, None)
         record.idle[box.id] = box
         self._idle.setdefault(record.function.spec.keep_alive_seconds, OrderedDict())[box.id] = box

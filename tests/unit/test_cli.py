@@ -691,6 +691,7 @@ def settings(**given: Any) -> up.Settings:
         "generic_min": None,
         "generic_max": None,
         "sandboxes_max": None,
+        "memory_reserve_mb": None,
         "foreign_namespaces": (),
         "exec_namespaces": (),
         "prewarm": "fork",

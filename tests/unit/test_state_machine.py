@@ -262,10 +262,10 @@ class Machine(RuleBasedStateMachine):
         assert state.finished(sandbox, invocation, 0.1, now) == []
         assert state.died(sandbox, now) == []
 
-    @rule(seconds=st.sampled_from((0.0, 0.01, 0.3, 1.0, 100.0)))
-    def tick(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from((0.0, 0.01, 0.3, 1.0, 100.0)), is_short=st.booleans())
+    def tick(self, seconds: float, is_short: bool = False) -> None:
         self.now += seconds
-        self.carry_out(self.state.tick(self.now))
+        self.carry_out(self.state.tick(self.now, is_short_of_memory=is_short))
 
     # ---- laws -----------------------------------------------------------------------------------
 
@@ -334,6 +334,21 @@ class Machine(RuleBasedStateMachine):
         assert sorted(idle) == sorted(i for r in state.functions.values() for i in r.idle)
 
     @invariant()
+    def what_is_idle_is_ranked_once(self) -> None:
+        ranked = [id_ for _, _, id_ in self.state._ranking]
+        idle = {r.function.id for r in self.state.functions.values() if r.idle}
+
+        assert len(ranked) == len(set(ranked))
+        assert set(ranked) == self.state._ranked
+        assert set(ranked) <= self.state.functions.keys()
+        unkept = {
+            r.function.id
+            for r in self.state.functions.values()
+            if any(id_ not in self.state._kept for id_ in r.idle)
+        }
+        assert unkept <= set(ranked) | (idle - unkept)
+
+    @invariant()
     def a_mold_has_a_zygote_and_a_successor_at_most(self) -> None:
         known = {}
         for record in self.state.molds.values():
@@ -384,7 +399,7 @@ class Machine(RuleBasedStateMachine):
                     self.get_loaded(sandbox, 1)
             for invocation in list(self.running):
                 self.get_finished(invocation, 0.01)
-            self.tick(20.0)
+            self.tick(20.0, is_short=False)
             is_quiet = before == (len(self.gone), len(self.alive), len(self.answered))
             quiet = quiet + 1 if is_quiet else 0
             if quiet > 4:  # longer than any keep-alive or backoff
