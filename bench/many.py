@@ -1,4 +1,4 @@
-"""Very many functions, each with an idle sandbox: whether they fit, and what a warm call then costs.
+"""Very many functions, each with an idle sandbox: whether they fit, and what warm calls cost.
 
 python -m bench.many [FUNCTIONS]
 """
@@ -31,7 +31,7 @@ def warm_calls(server: harness.Server, names: list[str]) -> tuple[list[float], i
 
 
 def measure(number: int) -> tuple[dict[str, float], list[float], int]:
-    """(what it costs, seconds of the warm calls, how many were not warm) with *number* functions."""
+    """(costs, seconds of the warm calls, how many were not warm) with *number* functions."""
     chosen = random.Random(1)  # the same calls in every run
     with harness.server("--sandboxes-max", str(number + 100), "--generic-min", "4") as server:
         server.wait_generic(4)

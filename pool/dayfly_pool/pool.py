@@ -209,7 +209,7 @@ class Pool:
         if command.start != "warm":
             timing.specialize_s = box.specialize_s
             waited -= box.specialize_s
-        if command.start == "created":
+        if command.start in ("created", "forked"):
             timing.create_s = min(box.create_s, max(0.0, waited))
             waited -= timing.create_s
         timing.queue_s = max(0.0, waited)

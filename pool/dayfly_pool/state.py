@@ -213,6 +213,11 @@ class ZygoteLimits(Struct, frozen=True):
     idle_s: float = 600.0
 
 
+def _turn(mold: MoldRecord) -> tuple[int, float]:
+    """Who has least under way is next, then who has waited longest."""
+    return mold.starting, mold.used_at
+
+
 class PoolState:
     """All that one pool knows of its sandboxes, functions and waiting invocations."""
 
@@ -576,28 +581,44 @@ class PoolState:
         return self._claim(record, min(missing, room), now)
 
     def _start_where_needed(self, now: float) -> list[Command]:
-        """Start generic sandboxes: first what somebody waits for, then what is to be kept."""
+        """Start generic sandboxes: first what somebody waits for, then what is to be kept.
+
+        The molds take turns: a burst of one tenant's must not keep the others from starting.
+        """
         commands: list[Command] = []
         for mold in self.molds.values():
             commands += self._keep_zygote(mold, now)
         for only_claimed in (True, False):
-            for mold in self.molds.values():
-                if not only_claimed and mold.warming and not (mold.zygote or mold.zygote_failures):
-                    continue  # forking what is kept ready costs less, and nobody waits for it
-                claimed = len(mold.claims)
-                wanted = claimed if only_claimed else claimed + self._target(mold, now)
-                have = mold.starting + (0 if only_claimed else len(mold.generic))
-                most = self.starts_max * (FORKS_FOR_A_START if mold.zygote else 1)
-                for _ in range(wanted - have):
-                    if self._starting >= most or now < mold.retry_at:
-                        break
-                    if len(self.sandboxes) >= self.sandboxes_max:
-                        victim = self._victim(mold) if only_claimed else None
-                        if victim is None:
-                            break
-                        commands.append(self._evict(victim))
-                    commands.append(self._create(mold, only_claimed, now))
+            needy = [mold for mold in self.molds.values() if self._lacks(mold, only_claimed, now)]
+            while needy:
+                mold = min(needy, key=_turn)
+                started = self._start(mold, only_claimed, now)
+                commands += started
+                if not started or not self._lacks(mold, only_claimed, now):
+                    needy.remove(mold)
         return commands
+
+    def _lacks(self, mold: MoldRecord, only_claimed: bool, now: float) -> bool:
+        if now < mold.retry_at:
+            return False
+        if only_claimed:
+            return len(mold.claims) > mold.starting
+        if mold.warming and not (mold.zygote or mold.zygote_failures):
+            return False  # forking what is kept ready costs less, and nobody waits for it
+        have = mold.starting + len(mold.generic) - len(mold.claims)
+        return have < self._target(mold, now)
+
+    def _start(self, mold: MoldRecord, claimed: bool, now: float) -> list[Command]:
+        """Start one for *mold*; nothing when there is no room."""
+        if self._starting >= self.starts_max * (FORKS_FOR_A_START if mold.zygote else 1):
+            return []
+        commands: list[Command] = []
+        if len(self.sandboxes) >= self.sandboxes_max:
+            victim = self._victim(mold) if claimed else None
+            if victim is None:
+                return []
+            commands.append(self._evict(victim))
+        return [*commands, self._create(mold, claimed, now)]
 
     def _use_room(self, now: float) -> list[Command]:
         """A sandbox fell idle: in a full pool that is what a claim has waited for."""
