@@ -1,6 +1,7 @@
 """The pool: carries out what `state` decides, and owns every task, sandbox and waiting caller."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
@@ -356,6 +357,8 @@ class Pool:
             id_, self._driver, on_log=self._on_log, on_death=self._died, spawn=self._spawn
         )
         box = self._boxes[id_] = _Box(sandbox)
+        if self._is_draining:
+            return
         if not command.claimed:
             await asyncio.sleep(REFILL_DELAY_S)
         self.metrics.created()
@@ -374,8 +377,10 @@ class Pool:
         self._carry_out(self.state.ready(id_, time.monotonic()))
 
     def _spawn_zygote(self, command: state.Warm) -> None:
-        task = self._spawn(self._warm(command))
+        work = self._warm(command)
+        task = self._spawn(work)
         if task is not None:
+            task.add_done_callback(lambda _: work.close())  # one that was cancelled unbegun
             self._zygotes.add(task)
             task.add_done_callback(self._zygotes.discard)
 
@@ -390,11 +395,12 @@ class Pool:
             log.info("zygote ready", extra={"zygote": zygote, "took_s": time.monotonic() - started})
             self._carry_out(self.state.warmed(zygote, time.monotonic()))
             await self._driver.exited(zygote)
-        except (SandboxStartFailed, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the state must hear that there is none
             is_unfit = isinstance(error, ZygoteUnfit)
-            log.warning("no zygote", extra={"mold": str(command.mold), "why": str(error)})
+            log.warning("no zygote", extra={"mold": str(command.mold), "why": repr(error)})
         finally:
-            await self._driver.destroy(zygote)
+            with contextlib.suppress(SandboxStartFailed):  # the launcher is gone, and it as well
+                await self._driver.destroy(zygote)
         log.info("zygote gone", extra={"zygote": zygote})
         self._carry_out(self.state.chilled(zygote, time.monotonic(), is_unfit=is_unfit))
 

@@ -373,6 +373,8 @@ class PoolState:
         mold = self.molds[box.mold]
         mold.start_s = autoscale.smoothed(mold.start_s, now - box.since)
         mold.failures, mold.retry_at = 0, 0.0
+        if mold.zygote is not None and mold.zygote.id == box.zygote:
+            mold.zygote_failures = 0
         mold.starting -= 1
         self._starting -= 1
         self._move(box, Phase.GENERIC)
@@ -393,7 +395,7 @@ class PoolState:
             commands.append(Retire(mold.zygote.id))
         record.is_ready, record.since = True, now
         mold.zygote, mold.warming = record, None
-        mold.zygote_failures = 0
+        mold.retry_at = 0.0  # of starts; a fork may well work
         return commands + self._start_where_needed(now)
 
     def chilled(self, zygote: SandboxId, now: float, *, is_unfit: bool = False) -> list[Command]:
@@ -549,6 +551,7 @@ class PoolState:
         if number <= 0:
             return []
         mold = self.molds[record.function.mold]
+        mold.used_at = now
         record.claims += number
         for _ in range(number):
             mold.claims.append(record.function.id)
@@ -588,12 +591,16 @@ class PoolState:
         commands: list[Command] = []
         for mold in self.molds.values():
             commands += self._keep_zygote(mold, now)
+        forks = FORKS_FOR_A_START
         for only_claimed in (True, False):
             needy = [mold for mold in self.molds.values() if self._lacks(mold, only_claimed, now)]
             while needy:
                 mold = min(needy, key=_turn)
-                started = self._start(mold, only_claimed, now)
+                most = self.starts_max * (forks if mold.zygote else 1)
+                started = self._start(mold, only_claimed, now) if self._starting < most else []
                 commands += started
+                if not started and not mold.zygote:
+                    forks = 1  # or forks would take every place before it could be started
                 if not started or not self._lacks(mold, only_claimed, now):
                     needy.remove(mold)
         return commands
@@ -610,8 +617,6 @@ class PoolState:
 
     def _start(self, mold: MoldRecord, claimed: bool, now: float) -> list[Command]:
         """Start one for *mold*; nothing when there is no room."""
-        if self._starting >= self.starts_max * (FORKS_FOR_A_START if mold.zygote else 1):
-            return []
         commands: list[Command] = []
         if len(self.sandboxes) >= self.sandboxes_max:
             victim = self._victim(mold) if claimed else None
@@ -653,6 +658,8 @@ class PoolState:
             return self._let_go(current) if current else []
         is_worn = current and (current.forks >= limits.forks or now - current.since >= limits.age_s)
         if mold.warming or now < mold.zygote_retry_at or (current and not is_worn):
+            return []
+        if self.is_short_of_memory:
             return []
         zygote = ZygoteRecord(SandboxId(f"sb-z{next(self._numbers)}"), mold.mold, now)
         self.zygotes[zygote.id] = mold.warming = zygote

@@ -6,7 +6,10 @@ import asyncio
 import errno
 import gc
 import itertools
-from collections.abc import AsyncIterator, Callable
+import socket
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from dayfly_pool.errors import (
     PlatformError,
     QueueFull,
     SandboxStartFailed,
+    ZygoteUnfit,
 )
 from dayfly_pool.models import (
     BASE,
@@ -111,6 +115,7 @@ async def running(driver: FakeDriver, *functions: Function, **changed: Any) -> A
         "starts_max": 8,
         "tick_s": 0.01,
         "grace_s": 0.05,
+        "memory_reserve_mb": 0,
     }
     pool = Pool(Config(**settings | changed), driver)
     async with asyncio.timeout(30), pool.running():
@@ -987,3 +992,360 @@ async def test_a_removed_function_leaves_no_lines_behind():
         await eventually(lambda: not driver.guests)
 
         assert log_of(pool, GREET) == []
+
+
+# ---- zygotes ------------------------------------------------------------------------------------
+
+FORKED = function("greet", namespace="own")
+COLD = SandboxStartFailed("no interpreter")
+CLOSE_S = 1.0
+"""The end of a pool takes no time; this is long before anything would time out."""
+
+
+def zygote_of(pool: Pool, mold: Mold = FORKED.mold) -> SandboxId | None:
+    """The one that forks for *mold* now."""
+    record = pool.state.molds.get(mold)
+    return record.zygote.id if record is not None and record.zygote is not None else None
+
+
+async def warmed(pool: Pool) -> SandboxId:
+    """Wait until there is one."""
+    await eventually(lambda: zygote_of(pool))
+    zygote = zygote_of(pool)
+    assert zygote is not None
+    return zygote
+
+
+class Warming(FakeDriver):
+    """Its zygotes get ready when the test says so; *asked* and *ended* are those it was told of."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.asked: list[SandboxId] = []
+        self.ended: list[SandboxId] = []
+        self.may_warm = asyncio.Event()
+
+    async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
+        self.asked.append(zygote)
+        await super().warm(zygote, mold, environment)
+        await self.may_warm.wait()
+
+    async def destroy(self, sandbox: SandboxId) -> Exit:
+        if sandbox in self.zygotes:
+            self.ended.append(sandbox)
+        return await super().destroy(sandbox)
+
+
+async def test_a_miss_is_forked_once_the_zygote_is_there():
+    """And the caller is told so."""
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        zygote = await warmed(pool)
+        first, second = await call(pool, FORKED), await call(pool, FORKED)
+
+        assert (first.timing.start, second.timing.start) == ("forked", "warm")
+        assert list(driver.forked.values()) == [zygote]
+        assert driver.created == list(driver.forked)
+
+
+async def test_a_caller_does_not_wait_for_the_zygote_and_a_refill_does():
+    driver = Warming({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        pool.keep_generic(FORKED.mold, ENVIRONMENT, 1)
+        outcome = await call(pool, FORKED)
+        assert outcome.timing.start == "created"
+        assert len(driver.created) == 1
+        driver.may_warm.set()
+        await eventually(lambda: "1 generic" in repr(pool.state))
+
+        assert list(driver.forked) == driver.created[1:]
+        assert len(driver.asked) == 1
+
+
+async def test_without_a_namespace_there_is_no_zygote():
+    driver = Warming({"main:greet": hello})
+    async with running(driver, GREET, generic_max=1) as pool:
+        pool.keep_generic(GREET.mold, ENVIRONMENT, 1)
+        await eventually(lambda: "1 generic" in repr(pool.state))
+        await succeed(pool, GREET)
+
+        assert (driver.asked, driver.forked) == ([], {})
+
+
+async def test_a_function_that_is_removed_takes_its_zygote_with_it():
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        zygote = await warmed(pool)
+        await succeed(pool, FORKED)
+        pool.remove(FORKED.id)
+        await eventually(lambda: not driver.zygotes)
+
+        assert driver.retired == {zygote}
+        await eventually(lambda: not (pool.state.molds or pool.state.zygotes or pool._zygotes))
+
+
+async def test_a_zygote_that_is_replaced_lives_until_the_last_of_its_sandboxes_has_ended():
+    """Who runs there does not notice."""
+    gate = Gate()
+    driver = FakeDriver({"main:greet": gate})
+    async with running(driver, FORKED, zygote_forks_max=1) as pool:
+        old = await warmed(pool)
+        async with asyncio.TaskGroup() as tasks:
+            runs = tasks.create_task(succeed(pool, FORKED))
+            await gate.reached()
+            await eventually(lambda: zygote_of(pool) not in (None, old))
+            await eventually(lambda: old in driver.retired)
+            assert set(driver.zygotes) == {old, zygote_of(pool)}
+            gate.open()
+        assert driver.forked[SandboxId(runs.result().decode())] == old
+        pool.deploy(function("greet", version="2", namespace="own"), ENVIRONMENT)
+        await eventually(lambda: old not in driver.zygotes)
+
+        assert zygote_of(pool) in driver.zygotes
+
+
+@pytest.mark.parametrize("why", [COLD, TimeoutError()], ids=["refused", "timed out"])
+async def test_while_no_zygote_can_be_warmed_sandboxes_are_started(why: Exception):
+    """The caller is served at once; the zygote is tried again until there is one."""
+    driver = FakeDriver({"main:greet": hello})
+    driver.chill = why
+    async with running(driver, FORKED) as pool:
+        await eventually(lambda: pool.state.molds[FORKED.mold].zygote_failures > 1)
+        outcome = await call(pool, FORKED)
+        assert (outcome.timing.start, driver.forked) == ("created", {})
+        driver.chill = None
+
+        assert await warmed(pool) in driver.zygotes
+
+
+async def test_an_unfit_environment_is_asked_for_one_zygote_and_never_again():
+    class Unfit(Warming):
+        async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
+            self.asked.append(zygote)
+            raise ZygoteUnfit("3 threads run in it")
+
+    driver = Unfit({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        await eventually(lambda: pool.state.molds[FORKED.mold].zygote_failures)
+        outcome = await call(pool, FORKED)
+        pool._carry_out(pool.state.tick(time.monotonic() + 100))
+
+        assert outcome.timing.start == "created"
+        assert (len(driver.asked), pool._zygotes) == (1, set())
+
+
+async def test_a_zygote_that_does_not_get_ready_in_time_is_given_up_and_destroyed():
+    """Callers are served meanwhile, and another one is tried."""
+    driver = Warming({"main:greet": hello})
+    async with running(driver, FORKED, start_timeout_s=0.05) as pool:
+        outcome = await call(pool, FORKED)
+        await eventually(lambda: len(driver.asked) > 1)
+        first = driver.asked[0]
+
+        assert outcome.timing.start == "created"
+        assert first in driver.ended
+        assert first not in driver.zygotes
+        driver.may_warm.set()
+        assert await warmed(pool) != first
+
+
+async def die(driver: FakeDriver, zygote: SandboxId) -> None:
+    driver.zygotes[zygote].set_result(Exit(-9))
+
+
+async def be_destroyed(driver: FakeDriver, zygote: SandboxId) -> None:
+    await driver.destroy(zygote)
+
+
+@pytest.mark.parametrize("end", [die, be_destroyed])
+async def test_a_zygote_that_dies_takes_its_sandboxes_with_it_and_is_replaced(
+    end: Callable[[FakeDriver, SandboxId], Awaitable[None]],
+):
+    """Who runs in them is told, who runs elsewhere is not, and who comes next is served."""
+    gate, other = Gate(), Gate()
+    driver = FakeDriver({"main:greet": gate, "main:shout": other})
+    async with running(driver, FORKED, SHOUT) as pool, asyncio.TaskGroup() as tasks:
+        old = await warmed(pool)
+        inside = [tasks.create_task(fail(pool, FORKED)) for _ in range(2)]
+        elsewhere = tasks.create_task(succeed(pool, SHOUT))
+        await gate.reached(2)
+        await other.reached()
+        await end(driver, old)
+        kinds = [(await task).kind for task in inside]
+        gate.open()
+        other.open()
+
+        assert kinds == ["Crashed", "Crashed"]
+        assert await elsewhere
+        assert await succeed(pool, FORKED)
+        assert await warmed(pool) != old
+        assert old not in driver.zygotes
+
+
+async def test_a_zygote_that_cannot_fork_costs_its_caller_nothing_but_the_try():
+    """The sandbox is started instead, at once, and the zygote goes."""
+
+    class Barren(FakeDriver):
+        async def create(
+            self,
+            sandbox: SandboxId,
+            mold: Mold,
+            environment: Environment,
+            zygote: SandboxId | None = None,
+        ) -> socket.socket:
+            if zygote is not None:
+                raise SandboxStartFailed("no memory")
+            return await super().create(sandbox, mold, environment)
+
+    driver = Barren({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        zygote = await warmed(pool)
+        outcome = await call(pool, FORKED)
+
+        assert outcome.timing.start == "created"
+        assert pool.state.molds[FORKED.mold].failures == 0
+        await eventually(lambda: zygote not in driver.zygotes)
+        assert await warmed(pool) != zygote
+
+
+async def test_a_fork_that_does_not_come_up_is_followed_by_a_start():
+    async def misbehave(guest: FakeGuest) -> None:
+        if guest.sandbox in driver.forked:
+            raise Ended(Exit(1))
+
+    driver = FakeDriver({"main:greet": hello}, on_start=misbehave)
+    async with running(driver, FORKED) as pool:
+        await warmed(pool)
+
+        assert (await call(pool, FORKED)).timing.start == "created"
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["warm", "warming"])
+async def test_the_end_of_the_pool_ends_every_zygote_and_leaves_no_task(is_warm: bool):
+    """Also one that is not ready yet, and one that was retired and waits for its last sandbox."""
+    before = asyncio.all_tasks()
+    driver = Warming({"main:greet": hello})
+    async with running(driver, FORKED, zygote_forks_max=1) as pool:
+        if is_warm:
+            driver.may_warm.set()
+            await warmed(pool)
+            await succeed(pool, FORKED)
+            await eventually(lambda: driver.retired)
+        else:
+            await eventually(lambda: driver.asked)
+        assert pool._zygotes
+
+    assert (driver.zygotes, driver.guests, pool._zygotes) == ({}, {}, set())
+    assert set(driver.ended) == set(driver.asked)
+    assert asyncio.all_tasks() == before
+
+
+async def test_an_error_in_the_callers_block_ends_the_zygotes_as_well():
+    driver = FakeDriver({"main:greet": hello})
+
+    async def stumble() -> None:
+        async with running(driver, FORKED) as pool:
+            await warmed(pool)
+            await succeed(pool, FORKED)
+            raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await stumble()
+    assert raised.group_contains(ZeroDivisionError)
+    assert (driver.zygotes, driver.guests) == ({}, {})
+
+
+@pytest.mark.parametrize("why", [OSError(errno.EMFILE, "too many open files"), ValueError("odd")])
+async def test_whatever_keeps_a_zygote_from_being_warmed_it_is_tried_again(why: Exception):
+    """Else the mold waits for it for ever: neither refills nor another zygote come."""
+    driver = Warming({"main:greet": hello})
+    driver.may_warm.set()
+    driver.chill = why
+    async with running(driver, FORKED) as pool:
+        await eventually(lambda: driver.asked)
+        await eventually(lambda: not pool._zygotes)
+        assert not pool.state.zygotes
+        driver.chill = None
+
+        assert await warmed(pool)
+
+
+async def test_a_zygote_that_cannot_be_destroyed_is_replaced_all_the_same():
+    """The launcher is just being replaced: `destroy` cannot ask it."""
+
+    class Helpless(FakeDriver):
+        async def destroy(self, sandbox: SandboxId) -> Exit:
+            await super().destroy(sandbox)
+            if sandbox.startswith("sb-z"):
+                raise SandboxStartFailed("the driver is closed, or gets another launcher")
+            return Exit(0)
+
+    driver = Helpless({"main:greet": hello})
+    async with running(driver, FORKED) as pool:
+        old = await warmed(pool)
+        (life,) = pool._zygotes
+        await die(driver, old)
+        await asyncio.wait({life}, timeout=SOON_S)
+
+        assert old not in pool.state.zygotes
+
+
+async def test_the_end_of_the_pool_does_not_wait_for_forks_that_come_up():
+    """Nothing new is made once the pool ends; a start may take half a minute."""
+
+    async def slow(guest: FakeGuest) -> None:
+        await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": hello}, on_start=slow)
+    async with asyncio.timeout(CLOSE_S), running(driver, FORKED) as pool:
+        await warmed(pool)
+        pool.keep_generic(FORKED.mold, ENVIRONMENT, 3)
+        await eventually(lambda: len(driver.created) == 3)
+
+    assert len(driver.created) == 3
+    assert driver.guests == {}
+
+
+async def test_no_zygote_is_warmed_once_the_pool_ends():
+    """Nobody would end it, and the end of the pool would wait for it."""
+    starting = asyncio.Event()
+
+    async def slow(guest: FakeGuest) -> None:
+        starting.set()
+        await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": hello}, on_start=slow)
+    async with asyncio.timeout(CLOSE_S), running(driver, GREET, tick_s=60) as pool:
+        caller = asyncio.create_task(refused(pool, GREET))
+        await starting.wait()
+        beside = function("shout", namespace="own")
+        pool.deploy(beside, ENVIRONMENT)  # it brings its zygote with the next fact
+
+    assert isinstance(await caller, Draining)
+    assert (driver.zygotes, pool._zygotes) == ({}, set())
+
+
+async def test_the_end_of_the_pool_does_not_wait_for_what_was_to_start_at_this_moment():
+    """Not of zygotes, but found with them: the sandbox was asked for in the last turn."""
+
+    async def slow(guest: FakeGuest) -> None:
+        await asyncio.Event().wait()
+
+    driver = FakeDriver({"main:greet": hello}, on_start=slow)
+    async with asyncio.timeout(CLOSE_S), running(driver, GREET) as pool:
+        pool.keep_generic(GREET.mold, ENVIRONMENT, 1)
+
+    assert driver.guests == {}
+
+
+async def test_a_pool_that_ends_as_soon_as_a_zygote_is_wanted_leaves_no_warning():
+    driver = FakeDriver()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        async with running(driver) as pool:
+            pool.keep_generic(FORKED.mold, ENVIRONMENT, 1)
+        del pool
+        gc.collect()
+
+    assert [text for each in told if "Pool." in (text := str(each.message))] == []
+    assert driver.zygotes == {}

@@ -16,8 +16,12 @@ from dayfly_pool.state import (
     Phase,
     PoolState,
     Refuse,
+    Retire,
     SandboxRecord,
     Specialize,
+    StartKind,
+    Warm,
+    ZygoteLimits,
 )
 from dayfly_pool.testing import function
 
@@ -29,20 +33,32 @@ I1, I2, I3, I4, I5 = (InvocationId(f"i{n}") for n in range(1, 6))
 S1, S2, S3, S4, S5 = (SandboxId(f"sb-{n}") for n in range(1, 6))
 BROKEN = Failure("ImportFailed", "no module named nothere")
 
+OWN, THEIRS = Mold("base", "none", "own"), Mold("base", "none", "theirs")
+"""Molds that may have a zygote."""
+
+FORKED = function("greet", namespace="own")
+Z1, Z2, Z3, Z4, Z5, Z6, Z7 = (SandboxId(f"sb-z{n}") for n in range(1, 8))
+ZYGOTE_LIMITS = ZygoteLimits(forks=3, age_s=200, idle_s=50)
+
 
 def pool(*, generic_max: int = 0, sandboxes_max: int = 8, starts_max: int = 8) -> PoolState:
     """With *generic_max* 0 nothing is refilled but what `add_mold` asks for."""
-    return PoolState(generic_max=generic_max, sandboxes_max=sandboxes_max, starts_max=starts_max)
+    return PoolState(
+        generic_max=generic_max,
+        sandboxes_max=sandboxes_max,
+        starts_max=starts_max,
+        zygotes=ZYGOTE_LIMITS,
+    )
 
 
-def create(sandbox: SandboxId, mold: Mold = BASE) -> Create:
-    """A start that somebody waits for."""
-    return Create(sandbox, mold, claimed=True)
+def create(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = None) -> Create:
+    """A start, or with *zygote* a fork, that somebody waits for."""
+    return Create(sandbox, mold, claimed=True, zygote=zygote)
 
 
-def refill(sandbox: SandboxId, mold: Mold = BASE) -> Create:
-    """A start that nobody waits for yet."""
-    return Create(sandbox, mold, claimed=False)
+def refill(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = None) -> Create:
+    """A start, or with *zygote* a fork, that nobody waits for yet."""
+    return Create(sandbox, mold, claimed=False, zygote=zygote)
 
 
 def deployed(*functions: Function, **limits: int) -> PoolState:
@@ -61,7 +77,9 @@ def play(state: PoolState, commands: Iterable[Command], now: float) -> None:
                 todo += state.ready(sandbox, now)
             case Specialize(sandbox):
                 todo += state.loaded(sandbox, 1, now)
-            case Assign() | Destroy() | Refuse():
+            case Warm(zygote):
+                todo += state.warmed(zygote, now)
+            case Assign() | Destroy() | Refuse() | Retire():
                 pass
 
 
@@ -272,8 +290,22 @@ def test_starts_at_once_are_limited_and_what_is_waited_for_comes_first():
         assert state.submit(invocation, GREET.id, 0) == []
 
     assert state.ready(S1, 1) == [Specialize(S1, GREET), create(S3)]
-    assert state.ready(S2, 1) == [Specialize(S2, GREET), refill(S4)]
+    assert state.ready(S2, 1) == [Specialize(S2, GREET), refill(S4, OTHER)]
     assert state.ready(S3, 1) == [Specialize(S3, GREET), refill(S5)]
+
+
+def test_a_burst_of_one_tenants_does_not_keep_another_from_starting():
+    """Molds take turns: who comes after a hundred waits for one start, not for a hundred."""
+    own = [function(f"f{i}", environment="mine") for i in range(100)]
+    other = function("other", environment="theirs")
+    state = deployed(*own, other, starts_max=2, sandboxes_max=500)
+    for i, each in enumerate(own):
+        state.submit(InvocationId(f"own-{i}"), each.id, 0)
+    state.submit(InvocationId("other"), other.id, 1)
+
+    first = [command for command in state.ready(S1, 2) if isinstance(command, Create)]
+
+    assert [command.mold.environment for command in first] == ["theirs"]
 
 
 def test_a_waiting_invocation_of_one_mold_starts_before_the_refill_of_another():
@@ -815,3 +847,512 @@ def test_those_behind_an_abandoned_invocation_move_up():
     state.abandon(I2)
 
     assert state.finished(S1, I1, 0.01, 2) == [Assign(S1, I3, "warm")]
+
+
+# ---- zygotes ------------------------------------------------------------------------------------
+
+
+def forking(*functions: Function, **limits: int) -> PoolState:
+    """*functions* (FORKED) are deployed, and Z1 is ready; the next number is 2."""
+    state = deployed(*functions or (FORKED,), **limits)
+    play(state, state.tick(0), 0)
+
+    assert list(state.zygotes) == [Z1]
+    return state
+
+
+def warms(commands: Iterable[Command]) -> list[SandboxId]:
+    return [command.zygote for command in commands if isinstance(command, Warm)]
+
+
+def retired(commands: Iterable[Command]) -> list[SandboxId]:
+    return [command.zygote for command in commands if isinstance(command, Retire)]
+
+
+def forks(commands: Iterable[Command]) -> list[SandboxId | None]:
+    """The zygote of each sandbox that is made, None for a started one."""
+    return [command.zygote for command in commands if isinstance(command, Create)]
+
+
+def test_a_mold_without_a_namespace_never_has_a_zygote():
+    """Foreign code, `isolation: exec`: whatever is wanted is started."""
+    state = deployed(GREET, generic_max=2)
+    commands = state.add_mold(BASE, 1, 0) + state.submit(I1, GREET.id, 0) + state.tick(1)
+
+    assert (warms(commands), forks(commands)) == ([], [None, None])
+    assert state.zygotes == {}
+
+
+def test_the_first_function_of_a_mold_brings_its_zygote_once():
+    """Single flight: while it is being warmed nobody brings another."""
+    beside = function("shout", namespace="own")
+    state = deployed(FORKED)
+
+    assert state.tick(0) == [Warm(Z1, OWN)]
+    commands = state.deploy(beside, 1) + state.submit(I1, beside.id, 1) + state.tick(2)
+    assert warms(commands) == []
+    assert warms(state.warmed(Z1, 3) + state.tick(4)) == []
+    assert state.molds[OWN].zygote is state.zygotes[Z1]
+
+
+def test_a_mold_that_is_kept_has_a_zygote_before_it_has_a_function():
+    """And one that is only known, not kept, has none."""
+    state = pool()
+
+    assert state.add_mold(OWN, 0, 0, pinned=False) == []
+    assert state.add_mold(THEIRS, 1, 0) == [Warm(Z1, THEIRS)]
+
+
+def test_every_namespace_has_a_zygote_of_its_own():
+    """Nothing is forked for one namespace from what the other's is made of."""
+    foreign = function("shout", namespace="theirs")
+    state = deployed(FORKED, foreign)
+
+    assert state.tick(0) == [Warm(Z1, OWN), Warm(Z2, THEIRS)]
+    state.warmed(Z1, 0)
+    assert state.submit(I1, foreign.id, 1) == [create(SandboxId("sb-3"), THEIRS)]
+    state.warmed(Z2, 1)
+    assert forks(state.submit(I2, foreign.id, 2)) == [Z2]
+    assert forks(state.submit(I3, FORKED.id, 2)) == [Z1]
+
+
+def test_a_refill_waits_for_the_first_zygote_and_a_claim_does_not():
+    """Forking costs less than starting, but not more than waiting for it costs somebody."""
+    state = deployed(FORKED)
+
+    assert state.add_mold(OWN, 1, 0) == [Warm(Z1, OWN)]
+    assert state.tick(1) == []
+    assert state.submit(I1, FORKED.id, 1) == [create(S2, OWN)]
+    assert state.ready(S2, 1) == [Specialize(S2, FORKED)]
+    assert state.warmed(Z1, 2) == [refill(S3, OWN, Z1)]
+
+
+def test_what_is_made_while_a_zygote_is_ready_is_forked_from_it():
+    state = forking()
+
+    assert state.submit(I1, FORKED.id, 1) == [create(S2, OWN, Z1)]
+    assert state.add_mold(OWN, 1, 1) == [refill(S3, OWN, Z1)]
+
+
+def test_a_zygote_does_not_count_as_a_sandbox_or_as_a_start():
+    """The limits are for what runs user code: a pool of one still has its one sandbox."""
+    state = deployed(FORKED, sandboxes_max=1, starts_max=1)
+    state.tick(0)
+
+    assert state.submit(I1, FORKED.id, 0) == [create(S2, OWN)]
+    assert repr(state) == "<PoolState [1 starting | 1 waiting]>"
+
+
+def test_twice_as_many_may_be_forked_at_once_as_started():
+    """A fork leaves a processor idle half the time; what is started meanwhile gets no more."""
+    beside = function("beside")
+    state = forking(FORKED, beside, starts_max=1)
+    commands = [c for i in (I1, I2, I3) for c in state.submit(i, FORKED.id, 1)]
+
+    assert forks(commands) == [Z1, Z1]
+    assert state.submit(I4, beside.id, 1) == []
+    state.died(S2, 2)  # no zygote any more
+    assert state.phases()[Phase.STARTING] == 1
+
+
+def test_a_claim_that_cannot_be_forked_starts_before_the_refill_that_can():
+    """What somebody waits for starts first, whatever it is made of."""
+    beside = function("beside")
+    state = forking(FORKED, beside, starts_max=1)
+    assert state.add_mold(OWN, 5, 1) == [refill(S2, OWN, Z1), refill(S3, OWN, Z1)]
+    assert state.submit(I1, beside.id, 1) == []
+
+    assert forks(state.ready(S2, 2)) == []
+    assert state.ready(S3, 2)[0] == create(S4)
+
+
+@pytest.mark.parametrize(
+    ("is_warm", "least", "start"),
+    [(True, 0, "forked"), (False, 0, "created"), (True, 1, "generic")],
+)
+def test_a_response_tells_what_its_claim_was_answered_by(
+    is_warm: bool, least: int, start: StartKind
+):
+    """A sandbox that was ready is `generic`, however it was made."""
+    state = forking() if is_warm else deployed(FORKED)
+    play(state, state.add_mold(OWN, least, 0) if least else [], 0)
+    commands = state.submit(I1, FORKED.id, 1)
+    made = [command.sandbox for command in commands if isinstance(command, Create)]
+    if not least:
+        commands = state.ready(made[0], 1)
+    box = next(c.sandbox for c in commands if isinstance(c, Specialize))
+
+    assert state.loaded(box, 1, 1) == [Assign(box, I1, start)]
+
+
+def test_a_claim_that_a_refill_answers_tells_how_that_was_made():
+    """The claim came while it was being forked: it waited for a fork."""
+    state = forking()
+    state.add_mold(OWN, 1, 0)
+    state.submit(I1, FORKED.id, 1)
+    state.ready(S2, 1)
+
+    assert state.loaded(S2, 1, 1) == [Assign(S2, I1, "forked")]
+
+
+def test_a_sandbox_that_was_started_before_the_zygote_was_ready_stays_created():
+    state = deployed(FORKED)
+    state.submit(I1, FORKED.id, 0)
+    state.warmed(Z1, 1)
+    state.ready(S2, 1)
+
+    assert state.loaded(S2, 1, 1) == [Assign(S2, I1, "created")]
+
+
+def test_after_its_forks_a_zygote_is_replaced_and_forks_until_the_other_is_ready():
+    """Nobody waits for the change: the successor is warmed beside it, once."""
+    state = forking()
+    commands = [c for i in (I1, I2, I3) for c in state.submit(i, FORKED.id, 1)]
+    assert (forks(commands), warms(commands)) == ([Z1, Z1, Z1], [])
+
+    assert state.submit(I4, FORKED.id, 2) == [Warm(Z5, OWN), create(SandboxId("sb-6"), OWN, Z1)]
+    assert state.submit(I5, FORKED.id, 3) == [create(SandboxId("sb-7"), OWN, Z1)]
+    assert state.add_mold(OWN, 1, 4) == [refill(SandboxId("sb-8"), OWN, Z1)]
+    assert state.tick(4) == []
+    assert state.warmed(Z5, 5) == [Retire(Z1)]
+    assert list(state.zygotes) == [Z5]
+    assert forks(state.submit(InvocationId("i6"), FORKED.id, 6)) == [Z5]
+
+
+def test_at_its_age_a_zygote_is_replaced():
+    """Counted from when it was ready; the successor starts anew."""
+    state = deployed(FORKED)
+    state.tick(0)
+    state.warmed(Z1, 10)
+    state.add_mold(OWN, 1, 200)  # it is in use
+
+    assert warms(state.tick(209.9)) == []
+    (successor,) = warms(state.tick(210))
+    assert retired(state.warmed(successor, 220)) == [Z1]
+    state.add_mold(OWN, 1, 400)
+    assert warms(state.tick(419.9)) == []
+    assert len(warms(state.tick(420))) == 1
+
+
+def test_a_successor_that_cannot_be_warmed_leaves_the_old_one_in_place():
+    """It forks on, and another successor is tried after a pause."""
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+    assert state.tick(2) == [Warm(Z5, OWN)]
+
+    assert state.chilled(Z5, 3) == []
+    assert forks(state.submit(I4, FORKED.id, 3)) == [Z1]
+    assert warms(state.tick(3.4)) == []
+    assert state.tick(3.5) == [Warm(Z7, OWN)]
+    assert state.warmed(Z7, 4) == [Retire(Z1)]
+
+
+def test_a_zygote_that_dies_while_its_successor_is_warmed_is_followed_by_it():
+    """Meanwhile sandboxes are started, also those that are only kept ready."""
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+    assert state.tick(2) == [Warm(Z5, OWN)]
+
+    assert state.chilled(Z1, 3) == []
+    assert forks(state.add_mold(OWN, 1, 3)) == [None]
+    assert warms(state.tick(3.9)) == []  # one is on its way
+    assert state.warmed(Z5, 4) == []
+    assert state.molds[OWN].zygote is state.zygotes[Z5]
+    assert forks(state.submit(I4, FORKED.id, 5)) == [Z5]
+
+
+def test_a_zygote_that_cannot_be_warmed_is_tried_again_after_a_backoff_that_doubles():
+    """0.5 s, 1, 2, ..., at most 30."""
+    state = deployed(FORKED, sandboxes_max=99)
+    now, waits = 0.0, []
+    for number in range(8):
+        (zygote,) = warms(state.tick(now))
+        state.chilled(zygote, now)
+        waits.append(state.molds[OWN].zygote_retry_at - now)
+        assert warms(state.tick(now + waits[-1] - 0.01)) == []
+        now += waits[-1]
+        state.submit(InvocationId(f"in use {number}"), FORKED.id, now - 0.01)
+
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+def test_while_a_zygote_cannot_be_warmed_sandboxes_are_started():
+    """Also those that nobody waits for: who knows when it can, if ever."""
+    state = deployed(FORKED)
+    state.add_mold(OWN, 1, 0)
+
+    assert state.chilled(Z1, 1) == [refill(S2, OWN)]
+    assert state.submit(I1, FORKED.id, 1.1) == [refill(S3, OWN)]
+    assert state.tick(1.5) == [Warm(Z4, OWN)]
+    assert state.ready(S2, 1.6) == [Specialize(S2, FORKED)]
+    assert state.ready(S3, 1.6) == []
+    assert state.died(S3, 1.7) == [Destroy(S3, "failed"), refill(S5, OWN)]
+
+
+def test_a_zygote_that_dies_is_replaced_after_a_pause():
+    state = forking()
+
+    assert state.chilled(Z1, 1) == []
+    assert state.submit(I1, FORKED.id, 1) == [create(S2, OWN)]
+    assert state.tick(1.4) == []
+    assert state.tick(1.5) == [Warm(Z3, OWN)]
+
+
+def test_a_zygote_that_forks_ends_the_backoff():
+    """Its next failure is a first one again."""
+    state = forking()
+    state.chilled(Z1, 1)
+    for now in (2, 4):
+        (zygote,) = warms(state.tick(now))
+        state.chilled(zygote, now)
+    play(state, state.tick(8), 8)
+    play(state, commands := state.submit(I1, FORKED.id, 8), 8)
+
+    assert forks(commands) == [state.molds[OWN].zygote.id]
+    assert state.molds[OWN].zygote_failures == 0
+
+
+def test_an_environment_that_is_unfit_is_never_tried_again():
+    """Another interpreter with the same modules in it would not do either."""
+    state = deployed(FORKED)
+    assert state.tick(0) == [Warm(Z1, OWN)]
+    state.chilled(Z1, 1, is_unfit=True)
+    commands = state.add_mold(OWN, 1, 1)
+    for now in (2, 100, 10_000, 1_000_000):
+        play(state, some := state.submit(InvocationId(f"at {now}"), FORKED.id, now), now)
+        commands += some + state.tick(now) + state.add_mold(OWN, 1, now)
+
+    assert warms(commands) == []
+    assert set(forks(commands)) == {None}
+
+
+def test_a_fork_that_fails_dismisses_the_zygote_and_a_sandbox_is_started():
+    """At once: the mold itself has no part in it, and nobody waits out a pause."""
+    state = forking()
+    state.submit(I1, FORKED.id, 1)
+
+    assert state.died(S2, 1) == [Retire(Z1), Destroy(S2, "failed"), create(S3, OWN)]
+    assert (state.molds[OWN].failures, state.molds[OWN].retry_at) == (0, 0)
+    state.ready(S3, 1.1)
+    assert state.loaded(S3, 1, 1.1) == [Assign(S3, I1, "created")]
+    assert warms(state.tick(1.4)) == []
+    assert state.tick(1.5) == [Warm(Z4, OWN)]
+
+
+def test_forks_that_fail_together_count_as_one_failure():
+    """Those that a zygote leaves behind do not dismiss its successor, however late they fail."""
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+
+    assert retired(state.died(S2, 1)) == [Z1]
+    assert retired(state.died(S3, 1)) == []
+    (successor,) = warms(state.tick(1.5))
+    state.warmed(successor, 2)
+    assert retired(state.died(S4, 3)) == []
+    assert state.molds[OWN].zygote is state.zygotes[successor]
+    assert state.molds[OWN].failures == 0
+
+
+def test_a_fork_that_fails_while_a_successor_is_warmed_waits_for_no_pause():
+    """The successor is on its way, and takes its place as soon as it is ready."""
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+    assert state.tick(2) == [Warm(Z5, OWN)]
+
+    assert retired(state.died(S2, 3)) == [Z1]
+    assert state.warmed(Z5, 3.1) == []
+    assert forks(state.submit(I4, FORKED.id, 3.2)) == [Z5]
+
+
+def test_a_start_that_fails_beside_a_zygote_does_not_dismiss_it():
+    """It was started before the zygote was ready: that one has no part in it."""
+    state = deployed(FORKED)
+    state.submit(I1, FORKED.id, 0)
+    state.warmed(Z1, 1)
+
+    assert retired(state.died(S2, 2)) == []
+    assert state.tick(2.5) == [create(S3, OWN, Z1)]
+
+
+def test_a_sandbox_that_was_forked_well_and_dies_later_does_not_dismiss_the_zygote():
+    state = forking()
+    play(state, state.add_mold(OWN, 1, 0), 0)
+
+    assert state.died(S2, 1) == [Destroy(S2, "failed"), refill(S3, OWN, Z1)]
+
+
+def test_a_zygote_that_nobody_needed_for_long_goes_and_comes_back_with_the_next_claim():
+    """Warm sandboxes serve on without it, and what is asked for meanwhile is started."""
+    state = forking()
+    make_busy(state, FORKED, I1, now=10)
+    state.finished(S2, I1, 0.01, 10)
+
+    assert state.tick(59.9) == []
+    assert state.tick(60) == [Retire(Z1)]
+    assert state.zygotes == {}
+    assert warms(state.tick(1000)) == []
+    assert forks(commands := state.submit(I2, FORKED.id, 1000)) == [None]
+    assert len(warms(commands + state.tick(1000))) == 1
+
+
+def test_a_warm_call_does_not_bring_a_zygote_back():
+    """It needs none."""
+    state = forking()
+    (box,) = warm(state, FORKED)
+    state.tick(50)
+
+    assert state.submit(I1, FORKED.id, 51) == [Assign(box, I1, "warm")]
+    assert state.tick(52) == []
+
+
+def test_a_zygote_that_comes_too_late_to_be_of_use_goes_at_once():
+    state = deployed(FORKED)
+    state.tick(0)
+
+    assert state.warmed(Z1, 50) == [Retire(Z1)]
+    assert state.zygotes == {}
+
+
+def test_a_mold_that_nobody_uses_loses_its_zygote_and_is_forgotten():
+    state = forking()
+    (box,) = warm(state, FORKED)
+
+    assert state.remove(FORKED.id, 1) == [Destroy(box, "removed"), Retire(Z1)]
+    state.tick(2)
+    assert (state.molds, state.zygotes, state.sandboxes) == ({}, {}, {})
+    assert state.chilled(Z1, 3) == []
+    assert state.molds == {}
+
+
+@pytest.mark.parametrize("is_warmed", [True, False])
+def test_a_mold_that_nobody_uses_any_more_while_its_zygote_is_warmed_is_forgotten(is_warmed: bool):
+    """It is kept until the zygote is there, or is not: nothing is lost sight of."""
+    state = deployed(FORKED)
+    state.tick(0)
+    state.remove(FORKED.id, 1)
+    assert state.tick(2) == []
+    assert list(state.zygotes) == [Z1]
+
+    commands = state.warmed(Z1, 3) if is_warmed else state.chilled(Z1, 3)
+
+    assert commands == ([Retire(Z1)] if is_warmed else [])
+    assert state.tick(4) == []
+    assert (state.molds, state.zygotes) == ({}, {})
+
+
+def test_a_worn_zygote_that_nobody_uses_any_more_goes_with_its_successor():
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+    assert state.tick(2) == [Warm(Z5, OWN)]
+
+    assert retired(state.remove(FORKED.id, 3)) == [Z1]
+    assert state.warmed(Z5, 4) == [Retire(Z5)]
+    assert state.zygotes == {}
+
+
+def test_a_function_that_moves_takes_the_zygote_of_its_new_mold():
+    """Another environment, say: the old one's goes when no other function uses it."""
+    moved = function("greet", version="2", environment="other", namespace="own")
+    state = forking()
+
+    commands = state.deploy(moved, 1) + state.tick(1)
+
+    assert (retired(commands), warms(commands)) == ([Z1], [Z2])
+    state.warmed(Z2, 2)
+    assert forks(state.submit(I1, moved.id, 3)) == [Z2]
+    assert state.tick(4) == []
+    assert list(state.molds) == [moved.mold]
+
+
+def test_what_waits_when_its_function_moves_is_made_in_the_new_mold():
+    """What was forked for it in the old one is of no use to it, and ends."""
+    moved = function("greet", version="2")
+    state = forking()
+    assert state.submit(I1, FORKED.id, 1) == [create(S2, OWN, Z1)]
+
+    assert state.deploy(moved, 2) == [Retire(Z1), create(S3, BASE)]
+    assert state.ready(S2, 3) == []
+    assert state.tick(4) == [Destroy(S2, "surplus")]
+    state.tick(5)
+    assert list(state.molds) == [BASE]
+
+
+def test_a_fork_that_fails_after_its_zygote_was_let_go_is_nobodys_failure():
+    """It was asked for just before: what is needed is made again at once."""
+    moved = function("greet", version="2", environment="other", namespace="own")
+    state = forking()
+    state.submit(I1, FORKED.id, 1)
+    state.deploy(moved, 2)
+    state.deploy(FORKED, 2)
+
+    assert Destroy(S2, "failed") in state.died(S2, 2)
+    assert (state.molds[OWN].failures, state.molds[OWN].zygote_failures) == (0, 0)
+
+
+def test_late_facts_about_an_unknown_zygote_do_nothing_but_retire_it():
+    """Whatever it is, it forks for nobody."""
+    state = forking()
+    before = repr(state)
+
+    assert state.warmed(Z7, 1) == [Retire(Z7)]
+    assert state.chilled(Z7, 1) == []
+    assert state.chilled(Z7, 1, is_unfit=True) == []
+    assert repr(state) == before
+    assert list(state.zygotes) == [Z1]
+    assert state.molds[OWN].zygote_failures == 0
+
+
+def test_a_zygote_that_was_replaced_and_ends_is_no_failure():
+    """It ends with the last of its sandboxes, when everybody has forgotten it."""
+    state = forking()
+    for invocation in (I1, I2, I3):
+        state.submit(invocation, FORKED.id, 1)
+    state.tick(2)
+    state.warmed(Z5, 3)
+
+    assert state.chilled(Z1, 4) == []
+    assert state.molds[OWN].zygote is state.zygotes[Z5]
+    assert state.molds[OWN].zygote_failures == 0
+
+
+def test_a_zygote_that_dies_whenever_it_is_ready_is_tried_more_and_more_rarely():
+    """Else an environment whose zygotes do not last costs an interpreter every half a second."""
+    state = deployed(FORKED)
+    now, waits = 0.0, []
+    for _ in range(4):
+        (zygote,) = warms(state.tick(now))
+        state.warmed(zygote, now)
+        state.chilled(zygote, now)
+        waits.append(state.molds[OWN].zygote_retry_at - now)
+        now += waits[-1]
+
+    assert waits == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_zygote_that_never_forks_is_tried_more_and_more_rarely():
+    """Every try costs somebody the time that the fork took to fail, up to `start_timeout_s`."""
+    state = deployed(FORKED)
+    now, waits = 0.0, []
+    for number in range(4):
+        play(state, state.tick(now), now)
+        commands = state.submit(InvocationId(f"try {number}"), FORKED.id, now)
+        (made,) = (c.sandbox for c in commands if isinstance(c, Create) and c.zygote)
+        play(state, state.died(made, now), now)
+        waits.append(state.molds[OWN].zygote_retry_at - now)
+        now += waits[-1]
+
+    assert waits == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_the_claim_that_brings_a_zygote_back_lets_the_refill_wait_for_it():
+    """As the first claim of all does."""
+    state = forking()
+    play(state, state.add_mold(OWN, 1, 0), 0)
+    assert state.tick(50) == [Retire(Z1)]
+
+    assert state.submit(I1, FORKED.id, 1000) == [Specialize(S2, FORKED), Warm(Z3, OWN)]

@@ -1,0 +1,160 @@
+"""Which functions may be forked: the operator's word, the function's, and what the machine can."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dayfly_pool import driver as drivers
+from dayfly_pool.config import Config
+from dayfly_pool.models import (
+    BASE,
+    EnvironmentManifest,
+    EnvironmentSpec,
+    FunctionManifest,
+    FunctionSpec,
+    Metadata,
+    Mold,
+    function_id,
+)
+from dayfly_pool.packages import pack
+from dayfly_pool.service import Service
+from dayfly_pool.testing import FakeDriver
+
+SOURCE = "def handle(event):\n    return event\n"
+
+
+class Server:
+    """One server on a fake driver; *namespace* is whose functions and environments it is given."""
+
+    def __init__(self, service: Service, package: str) -> None:
+        self.service, self.package = service, package
+
+    async def build(self, namespace: str) -> str:
+        """The digest of an environment `numbers` of *namespace*."""
+        manifest = EnvironmentManifest(
+            Metadata("numbers", namespace), EnvironmentSpec(preload=("math",), generic_min=0)
+        )
+        return (await self.service.build(manifest, lambda line: None)).environment.digest
+
+    async def deploy(self, namespace: str, **spec: Any) -> Mold:
+        """What the sandboxes of a function of *namespace* are made of."""
+        declared = FunctionSpec(handler="main:handle", package=self.package, **spec)
+        await self.service.deploy(FunctionManifest(Metadata("greet", namespace), declared))
+        return self.mold(namespace)
+
+    def mold(self, namespace: str) -> Mold:
+        return self.service.pool.state.functions[function_id(namespace, "greet")].function.mold
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    monkeypatch.setattr(drivers, "load", lambda name, data, uid_first: driver)
+    return driver
+
+
+@asynccontextmanager
+async def serving(data: Path, **settings: Any) -> AsyncIterator[Server]:
+    source = data / "source"
+    source.mkdir(exist_ok=True)
+    (source / "main.py").write_text(SOURCE)
+    service = Service(Config(data=data, tick_s=60, **{"generic_min": 0} | settings))
+    async with service.running():
+        yield Server(service, await service.put_package(pack(source)))
+        await asyncio.sleep(0)  # the zygote that was wanted last begins to be warmed
+
+
+async def test_functions_are_forked_from_their_own_namespaces_zygote(
+    driver: FakeDriver, tmp_path: Path
+):
+    """The default: one mold for each namespace, environment and network."""
+    async with serving(tmp_path) as server:
+        assert await server.deploy("ours") == Mold(BASE, "none", "ours")
+        assert await server.deploy("theirs") == Mold(BASE, "none", "theirs")
+        assert await server.deploy("ours", network="host") == Mold(BASE, "host", "ours")
+
+
+async def test_a_function_opts_out_by_its_isolation_and_in_again(
+    driver: FakeDriver, tmp_path: Path
+):
+    """For itself alone; what else is in its namespace is forked as before."""
+    async with serving(tmp_path) as server:
+        await server.deploy("ours")
+        assert await server.deploy("ours", isolation="exec") == Mold(BASE)
+        assert await server.deploy("theirs") == Mold(BASE, "none", "theirs")
+        assert await server.deploy("ours", isolation="fork") == Mold(BASE, "none", "ours")
+
+
+@pytest.mark.parametrize("option", ["foreign_namespaces", "exec_namespaces"])
+async def test_nothing_is_forked_for_the_namespaces_that_the_operator_names(
+    driver: FakeDriver, tmp_path: Path, option: str
+):
+    """Whatever their functions ask for. The others are forked."""
+    async with serving(tmp_path, **{option: ("theirs", "default")}) as server:
+        assert await server.deploy("theirs", isolation="fork") == Mold(BASE)
+        assert await server.deploy("default") == Mold(BASE)
+        assert (await server.deploy("ours")).namespace == "ours"
+
+
+async def test_prewarm_exec_forks_nothing(driver: FakeDriver, tmp_path: Path):
+    async with serving(tmp_path, prewarm="exec") as server:
+        assert await server.deploy("ours") == Mold(BASE)
+
+
+async def test_a_driver_that_cannot_fork_is_not_asked_to(driver: FakeDriver, tmp_path: Path):
+    driver.can_fork = False
+    async with serving(tmp_path) as server:
+        assert await server.deploy("ours") == Mold(BASE)
+
+
+async def test_an_environment_of_the_operator_is_forked_for_each_namespace_apart(
+    driver: FakeDriver, tmp_path: Path
+):
+    async with serving(tmp_path, foreign_namespaces=("theirs",)) as server:
+        digest = await server.build("default")
+
+        ours = await server.deploy("ours", environment="numbers")
+        theirs = await server.deploy("theirs", environment="numbers")
+
+        assert ours == Mold(digest, "none", "ours")
+        assert theirs == Mold(digest)
+
+
+async def test_an_environment_of_foreign_modules_is_not_forked_when_its_namespace_is_trusted_again(
+    driver: FakeDriver, tmp_path: Path
+):
+    """Its modules are imported after the lock-down, which no zygote takes, until it is rebuilt."""
+    async with serving(tmp_path, foreign_namespaces=("theirs",)) as server:
+        foreign = await server.build("theirs")
+        assert await server.deploy("theirs", environment="numbers") == Mold(foreign)
+    async with serving(tmp_path) as server:
+        assert server.mold("theirs") == Mold(foreign)
+        trusted = await server.build("theirs")
+
+        assert trusted != foreign
+        assert server.mold("theirs") == Mold(trusted, "none", "theirs")
+
+
+async def test_after_a_restart_the_operators_new_word_holds_for_old_functions(
+    driver: FakeDriver, tmp_path: Path
+):
+    async with serving(tmp_path) as server:
+        await server.deploy("ours")
+    async with serving(tmp_path, exec_namespaces=("ours",)) as server:
+        assert server.mold("ours") == Mold(BASE)
+    async with serving(tmp_path) as server:
+        assert server.mold("ours") == Mold(BASE, "none", "ours")
+
+
+async def test_what_is_kept_ready_is_what_functions_of_the_default_namespace_use(
+    driver: FakeDriver, tmp_path: Path
+):
+    """Else they would be kept for nobody."""
+    async with serving(tmp_path, generic_min=1) as server:
+        assert list(server.service.pool.state.molds) == [Mold(BASE, "none", "default")]
+    async with serving(tmp_path, generic_min=1, exec_namespaces=("default",)) as server:
+        assert list(server.service.pool.state.molds) == [Mold(BASE)]
