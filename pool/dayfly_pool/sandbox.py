@@ -7,6 +7,7 @@ taken, and anything else ends the sandbox (`ProtocolViolation`) and nothing else
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, cast
@@ -109,6 +110,9 @@ class Sandbox:
         self._connection: _Connection | None = None
         self._pending: dict[int, Answer] = {}
         self._violation = ""
+        self._was_taken = False
+        """Whether what keeps it was killed, which user code inside cannot do."""
+
         self._is_over = False
         self._log_at = 0.0
         self._log_frames, self._log_lines = float(LOG_FRAMES_BURST), float(LOG_LINES_BURST)
@@ -150,7 +154,8 @@ class Sandbox:
     ) -> Loaded | Failure | None:
         """Specialize it. What goes wrong is user code's failure and is returned.
 
-        None: it was dead before it was asked, so user code is not to blame.
+        None: it was dead before it was asked, or was killed from outside, which is not the user
+        code's doing.
         """
         if self._is_over:
             return None
@@ -168,6 +173,8 @@ class Sandbox:
         except TimeoutError:
             return Failure("InitTimedOut", f"the import took longer than {timeout_s:g} s")
         except Lost as lost:
+            if self._was_taken:
+                return None
             kind = "InitCrashed" if lost.kind == "Crashed" else lost.kind
             return Failure(kind, f"while importing the handler: {lost.message}")
         if isinstance(message, Failed):
@@ -296,6 +303,8 @@ class Sandbox:
                     exit_ = await self._driver.exited(self.id)
         if exit_ is None and not self._violation:
             exit_ = await self._finish_off()
+        if exit_ is not None:
+            self._was_taken = exit_.code == -signal.SIGKILL and not exit_.oom_kills
         kind, message = _cause(self._violation, exit_)
         self._lose(kind, message)
         self._on_death(self.id, f"{kind}: {message}")

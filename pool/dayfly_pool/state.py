@@ -38,6 +38,9 @@ StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
 DEFAULT_SPECIALIZE_S: Final = 0.005
 DEFAULT_MEMORY_BYTES: Final = 4 << 20
+LOST_LOADS_MAX: Final = 3
+"""So many sandboxes may be killed while importing a function before it is held against it."""
+
 SHED_SHARE: Final = 0.05
 """Of the idle sandboxes, this share is evicted a tick while the machine is short of memory."""
 
@@ -162,6 +165,7 @@ class FunctionRecord:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     failure: Failure | None = None
     failures: int = 0
+    lost_loads: int = 0
     broken_until: float = 0.0
 
     @property
@@ -425,7 +429,7 @@ class PoolState:
         assert box.function is not None
         record = self.functions[box.function.id]
         record.loading -= 1
-        record.slots, record.failure, record.failures = slots, None, 0
+        record.slots, record.failure, record.failures, record.lost_loads = slots, None, 0, 0
         record.specialize_s = autoscale.smoothed(record.specialize_s, now - box.since)
         record.memory_bytes = memory_bytes or record.memory_bytes
         box.slots = slots
@@ -457,6 +461,12 @@ class PoolState:
         if box is None:
             return []
         commands: list[Command] = []
+        if box.phase is Phase.LOADING and box.function is not None and not box.stale:
+            record = self.functions[box.function.id]
+            record.lost_loads += 1
+            if record.lost_loads > LOST_LOADS_MAX:
+                why = f"{record.lost_loads} sandboxes in a row were killed while importing it"
+                return self.load_failed(sandbox, Failure("InitCrashed", why), now)
         if box.phase is Phase.STARTING:
             commands += self._start_failed(box, now)
         commands.append(self._destroy(box, "failed"))

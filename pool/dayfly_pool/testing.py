@@ -305,8 +305,10 @@ class FakeDriver:
     async def destroy(self, sandbox: SandboxId) -> Exit:
         """End the guest's task, and with it all that it does."""
         if ended := self.zygotes.pop(sandbox, None):
-            for guest_id in [g for g, zygote in self.forked.items() if zygote == sandbox]:
-                await self.destroy(guest_id)
+            for forked in [
+                g for g in self.guests.values() if self.forked.get(g.sandbox) == sandbox
+            ]:
+                await forked.end(KILLED)
             if not ended.done():
                 ended.set_result(KILLED)
             return ended.result()

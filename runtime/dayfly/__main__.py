@@ -299,7 +299,7 @@ def main() -> None:
 
             zygote.serve(has_network=settings.has_network)  # returns in every forked sandbox
         Guest(settings, failures).run()
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the pool went away: nobody is left to tell
 
 

@@ -69,9 +69,7 @@ def serve(*, has_network: bool) -> None:
             if pid == 0:
                 _become(control, sandbox, descriptors, has_network)
                 return
-            pidfd = os.pidfd_open(pid)
-            _say(control, pidfd, say="forked", sandbox=sandbox)
-            os.close(pidfd)
+            _announce(control, sandbox, pid)
         except OSError as error:
             _say(control, say="refused", sandbox=sandbox, why=f"the zygote cannot fork: {error}")
         for descriptor in descriptors:
@@ -81,6 +79,18 @@ def serve(*, has_network: bool) -> None:
             os.wait()  # with SIGCHLD ignored: until there is no child any more
         except ChildProcessError:
             os._exit(0)
+
+
+def _announce(control: Any, sandbox: str, pid: int) -> None:
+    """Tell the launcher; a child that nobody would know of ends."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        _say(control, pidfd, say="forked", sandbox=sandbox)
+    except OSError:
+        os.kill(pid, _signal.SIGKILL)
+        raise
+    finally:
+        os.close(pidfd)
 
 
 def _fork(own: int) -> int:
@@ -103,6 +113,8 @@ def _become(control: Any, sandbox: str, descriptors: list[int], has_network: boo
     """
     try:
         guest, *groups = descriptors
+        os.setsid()  # process groups reach across pid namespaces
+        _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         for group in groups:
             os.write(group, b"0")  # the caller itself, the only thread
         _spread_pids()
@@ -116,7 +128,6 @@ def _become(control: Any, sandbox: str, descriptors: list[int], has_network: boo
         os.closerange(CONTROL + 1, 1 << 20)
         lockdown.rename(INIT)
         lockdown.drop_rights()
-        _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         while (ended := os.wait())[0] != pid:
             pass  # an orphan of the guest's
         code = os.waitstatus_to_exitcode(ended[1])
@@ -128,7 +139,6 @@ def _become(control: Any, sandbox: str, descriptors: list[int], has_network: boo
 
 def _furnish(has_network: bool) -> None:
     """In the guest: everything of its own that it was not born with."""
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     lockdown.write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
     lockdown.rename("dayfly-guest")
     lockdown.unshare(NAMESPACES if has_network else NAMESPACES | CLONE_NEWNET)

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from tests.harness import eventually_none
+from tests.harness import Process, eventually_none, family, stat, status
 
 from dayfly.protocol import (
     PROTOCOL,
@@ -30,19 +30,25 @@ from dayfly.protocol import (
 from dayfly_pool import driver as drivers
 from dayfly_pool.driver import Driver, Exit
 from dayfly_pool.drivers.linux import LinuxDriver, find_bwrap
+from dayfly_pool.errors import SandboxStartFailed, ZygoteUnfit
 from dayfly_pool.models import BASE, Environment, Limits, Mold, SandboxId
 from dayfly_pool.testing import Ended, FakeDriver, FakeGuest
 
 SOON_S = 20.0
 BASE_MOLD, BASE_ENVIRONMENT = Mold(BASE), Environment(digest=BASE)
+TENANT_MOLD = Mold(BASE, namespace="default")
 DIGEST = "c0de" * 16
 S1, S2 = SandboxId("sb-1"), SandboxId("sb-2")
+Z1, Z2 = SandboxId("sb-z1"), SandboxId("sb-z2")
 MARK = f"86400.{os.getpid()}"
 """How long the functions' child processes sleep: by it they are found, whatever sees them."""
 
 UID_FIRST = 3_500_000
+GROUP, SESSION, NICE = 2, 3, 16
+"""Where /proc/PID/stat has them, counted from the state on."""
+
 CODE = f"""
-import json, os, signal, subprocess, sys, time
+import ctypes, errno, json, os, signal, socket, subprocess, sys, time
 
 def greet(event, context):
     return f"hello {{event}}"
@@ -92,15 +98,106 @@ def end(event, context):
 def mine():
     return [pid for pid in os.listdir("/proc") if pid.isdigit()]
 
+def daemonize(event, context):
+    # in a session of its own, and its parent is gone; returns when all of them are programs
+    wait, go = os.pipe()
+    for _ in range(3):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.execvp("sleep", ["sleep", "{MARK}"])
+            os._exit(0)
+        os.wait()
+    os.close(go)
+    os.read(wait, 1)
+
+def abandon(event, context):
+    # children of the dead, who die themselves: is one of them left after a while?
+    wait, go = os.pipe()
+    for _ in range(5):
+        if os.fork() == 0:
+            if os.fork() == 0:
+                os.close(go)
+                os.read(wait, 1)
+            os._exit(0)
+        os.wait()
+    before = len(mine())
+    os.close(go)
+    end = time.monotonic() + 10
+    while len(mine()) > 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    return [before, len(mine())]
+
+def swallow(event, context):
+    return len(b"x" * (1 << 30))
+
+PLACES = ("/tmp", "/dev/shm", "/dev/pts")
+kept = []
+
 def look(event, context):
-    return [sorted(mine()), sorted(os.listdir("/tmp")), sorted(os.listdir("/code"))]
+    seen = [sorted(os.listdir(place)) for place in PLACES]
+    return [sorted(mine()), sum(seen, []), sorted(os.listdir("/code"))]
 
 def write(event, context):
     open("/tmp/secret", "w").close()
+    open("/dev/shm/secret", "w").close()
+    kept.append(os.open("/dev/ptmx", os.O_RDONLY | os.O_NOCTTY))
+    return [len(os.listdir(place)) for place in PLACES]
+
+def who(event, context):
+    return os.getpid()
+
+def serve(event, context):
+    kept.append(socket.create_server(("127.0.0.1", 8080)))
+    socket.create_connection(("127.0.0.1", 8080)).close()
     return True
 
+def visit(event, context):
+    try:
+        socket.create_connection(("127.0.0.1", 8080)).close()
+    except OSError as error:
+        return type(error).__name__
+
+def christen(event, context):
+    try:
+        socket.sethostname("mine")
+    except OSError as error:
+        return [type(error).__name__, socket.gethostname()]
+
+def trespass(event, context):
+    # what of these can be done to a process with one of these numbers?
+    libc = ctypes.CDLL(None)
+    PTRACE_SEIZE = 0x4206
+    done = []
+    for pid in event:
+        if libc.ptrace(PTRACE_SEIZE, pid, 0, 0) == 0:
+            done.append(["ptrace", pid])
+        for attempt in (
+            lambda: os.kill(pid, 0),
+            lambda: os.killpg(pid, 0),
+            lambda: os.sched_setaffinity(pid, os.sched_getaffinity(0)),
+            lambda: os.setpriority(os.PRIO_PROCESS, pid, 1),
+            lambda: os.setpriority(os.PRIO_PGRP, pid, 1),
+            lambda: os.pidfd_open(pid),
+            lambda: open(f"/proc/{{pid}}/stat"),
+            lambda: open(f"/proc/{{pid}}/mem"),
+        ):
+            try:
+                attempt()
+            except OSError:
+                continue
+            done.append([attempt.__code__.co_names[:2], pid])
+    return done
+
+def renice(event, context):
+    # all of its process group, whoever is in there and lets itself be told
+    try:
+        os.setpriority(os.PRIO_PGRP, 0, 7)
+    except OSError:
+        pass
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
 def connect(event, context):
-    import socket
     with socket.socket(socket.AF_UNIX) as end:
         if event == "listen":
             end.bind("\\0meeting")
@@ -147,6 +244,10 @@ async def fake_breed(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
     return b"1"
 
 
+async def fake_swallow(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+    raise Ended(Exit(-9, oom_kills=1))
+
+
 async def fake_bequeath(guest: FakeGuest, request: Invoke, body: bytes) -> None:
     await guest.send(b"last words")
     raise Ended(Exit(5))
@@ -160,7 +261,9 @@ FAKES = {
     "main:defy": fake_defy,
     "main:breed": fake_breed,
     "main:end": fake_end,
+    "main:daemonize": fake_breed,
     "main:bequeath": fake_bequeath,
+    "main:swallow": fake_swallow,
 }
 M = TypeVar("M", bound=Message)
 
@@ -263,20 +366,44 @@ MAKE: dict[str, Callable[[Path], Driver]] = {
 }
 
 
-@pytest.fixture(params=MAKE)
-async def driver(request: pytest.FixtureRequest, data: Path) -> AsyncIterator[Driver]:
-    made = MAKE[request.param](data)
+WAYS = (*MAKE, "fake, forked", "linux, forked")
+"""The drivers, and those that fork once more with every sandbox forked from a zygote."""
+
+
+@contextlib.asynccontextmanager
+async def opened(way: str, data: Path) -> AsyncIterator[Driver]:
+    """The driver, with a zygote where it shall fork."""
+    kind, _, forks = way.partition(", ")
+    made = MAKE[kind](data)
     await made.open()
+    if forks:
+        await within(SOON_S, made.warm(Z1, TENANT_MOLD, BASE_ENVIRONMENT))
     yield made
     await made.close()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
 
 
 @pytest.fixture
-async def linux(data: Path) -> AsyncIterator[Driver]:
-    made = make_linux(data)
-    await made.open()
-    yield made
-    await made.close()
+async def driver(way: str, data: Path) -> AsyncIterator[Driver]:
+    async with opened(way, data) as made:
+        yield made
+
+
+@pytest.fixture(params=["linux", "linux, forked"])
+def linux_way(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+async def linux(linux_way: str, data: Path) -> AsyncIterator[Driver]:
+    async with opened(linux_way, data) as made:
+        yield made
 
 
 @pytest.fixture
@@ -289,15 +416,22 @@ async def guests() -> AsyncIterator[list[Guest]]:
 
 
 @pytest.fixture
-def create(driver: Driver, guests: list[Guest]) -> Callable[..., Any]:
-    return creator(driver, guests)
+def create(way: str, driver: Driver, guests: list[Guest]) -> Callable[..., Any]:
+    return creator(driver, guests, way)
 
 
-def creator(driver: Driver, guests: list[Guest]) -> Callable[..., Any]:
+@pytest.fixture
+def create_linux(linux_way: str, linux: Driver, guests: list[Guest]) -> Callable[..., Any]:
+    return creator(linux, guests, linux_way)
+
+
+def creator(driver: Driver, guests: list[Guest], way: str) -> Callable[..., Any]:
+    zygote, mold = (Z1, TENANT_MOLD) if way.endswith("forked") else (None, BASE_MOLD)
+
     async def create(sandbox: SandboxId = S1, name: str = "") -> Guest:
         """A generic sandbox; one that has become the function *name*, if it is given."""
         async with asyncio.timeout(SOON_S):
-            guest = Guest(await driver.create(sandbox, BASE_MOLD, BASE_ENVIRONMENT))
+            guest = Guest(await driver.create(sandbox, mold, BASE_ENVIRONMENT, zygote))
         guests.append(guest)
         if name:
             await guest.hear(Hello)
@@ -332,6 +466,34 @@ def descriptors() -> dict[str, str]:
         for fd in os.listdir("/proc/self/fd")
         if os.path.lexists(f"/proc/self/fd/{fd}")
     }
+
+
+def launcher(linux: Driver) -> int:
+    """Its process, the parent of everything that the driver starts."""
+    assert isinstance(linux, LinuxDriver)
+    assert linux._launcher is not None
+    return linux._launcher.pid
+
+
+def keepers(linux: Driver, name: str = "dayfly-zygote") -> list[int]:
+    """The processes called *name* below the driver's launcher."""
+    return [p.pid for p in family(launcher(linux)) if status(p.pid).get("Name") == name]
+
+
+def groups(linux: Driver) -> list[str]:
+    """The control groups of its sandboxes and zygotes."""
+    assert isinstance(linux, LinuxDriver)
+    return [f"{root}/{name}" for root in linux._tree.roots for name in os.listdir(root)
+            if os.path.isdir(f"{root}/{name}") and name.startswith("sb-")]  # fmt: skip
+
+
+def inside(linux: Driver, sandbox: SandboxId) -> list[int]:
+    """Every process in the sandbox; not bwrap's, which is outside and waits for it."""
+    assert isinstance(linux, LinuxDriver)
+    if not linux._tree.version:
+        pytest.skip("finds processes by control group")
+    pids = Path(linux._tree.folders(sandbox)[0], "cgroup.procs").read_text().split()
+    return [int(pid) for pid in pids if len(status(int(pid)).get("NSpid", "").split()) > 1]
 
 
 async def within(seconds: float, waited: Any) -> Any:
@@ -439,12 +601,19 @@ async def test_destroy_ends_a_sandbox_that_is_not_up_yet(driver: Driver, create:
     await guest.at_end()
 
 
-async def test_destroy_takes_every_process_with_it(driver: Driver, create: Any):
-    """Children of the function too; when it returns, they are gone."""
-    guest = await create(S1, "breed")
+@pytest.mark.parametrize("name", ["breed", "daemonize"])
+async def test_destroy_takes_every_process_with_it(
+    driver: Driver, create: Any, way: str, name: str
+):
+    """Children of the function too, in sessions of their own and orphaned; then they are gone."""
+    if (way, name) == ("process", "daemonize"):
+        pytest.skip("what makes a session of its own escapes the driver that isolates nothing")
+    guest = await create(S1, name)
     await guest.call(None)
     assert len(sleepers()) == (0 if isinstance(driver, FakeDriver) else 3)
     await within(SOON_S, driver.destroy(S1))
+    if way == "process":
+        await asyncio.to_thread(eventually_none, sleepers)  # killed, but not our children
 
     assert sleepers() == []
 
@@ -476,6 +645,20 @@ async def test_exited_tells_the_signal_that_killed_it(
     await guest.start(int(number))
 
     assert (await within(SOON_S, driver.exited(S1))).code in (-number, 128 + number)
+
+
+async def test_exited_tells_that_the_kernel_killed_it_for_its_memory(
+    driver: Driver, create: Any, way: str
+):
+    """What the function asked for was more than its limit."""
+    if way == "process" or (isinstance(driver, LinuxDriver) and not driver._tree.version):
+        pytest.skip("without control groups nobody is killed: MemoryError is raised")
+    guest = await create(S1, "swallow")
+    await guest.start(None)
+    exit_ = await within(SOON_S, driver.exited(S1))
+
+    assert exit_.code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert exit_.oom_kills == 1
 
 
 async def test_the_connection_ends_with_the_guest_whoever_keeps_a_copy_of_it(
@@ -576,13 +759,12 @@ async def ready(guest: Guest) -> None:
 # ---- the driver's own end -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MAKE)
-async def test_close_leaves_nothing(kind: str, data: Path, guests: list[Guest]):
+async def test_close_leaves_nothing(way: str, data: Path, guests: list[Guest]):
     """No process, no group, no descriptor; neither of one that works, nor of one that starts."""
     before, family = descriptors(), children()
-    driver = MAKE[kind](data)
-    await driver.open()
-    create = creator(driver, guests)
+    opening = opened(way, data)
+    driver = await opening.__aenter__()
+    create = creator(driver, guests, way)
     guest = await create(S1, "breed")
     await guest.call(None)
     await create(S2)
@@ -590,7 +772,7 @@ async def test_close_leaves_nothing(kind: str, data: Path, guests: list[Guest]):
     await driver.destroy(SandboxId("sb-3"))
     roots = driver._tree.roots if isinstance(driver, LinuxDriver) else ()
     assert all(map(os.path.isdir, [f"{root}/{S1}" for root in roots]))
-    await within(SOON_S, driver.close())
+    await within(SOON_S, opening.__aexit__(None, None, None))
     for each in guests:
         each.close()
     await asyncio.sleep(0)
@@ -610,37 +792,74 @@ async def test_a_driver_that_was_never_opened_can_be_closed(kind: str, data: Pat
 # ---- isolation ----------------------------------------------------------------------------------
 
 
-async def test_two_sandboxes_do_not_see_each_other(linux: Driver, guests: list[Guest]):
-    """Neither processes nor files."""
-    create = creator(linux, guests)
-    looker, writer = await create(S1, "look"), await create(S2, "write")
-    assert await writer.call(None)
-    pids, tmp, code = await looker.call(None)
+async def test_two_sandboxes_do_not_see_each_other(create_linux: Any):
+    """Neither processes nor files, shared memory or terminals."""
+    looker, writer = await create_linux(S1, "look"), await create_linux(S2, "write")
+    assert await writer.call(None) == [1, 1, 2]
+    pids, files, code = await looker.call(None)
 
-    assert len(pids) == 2  # bwrap's pid 1 and the guest
-    assert tmp == []
+    assert len(pids) == 2  # pid 1 and the guest
+    assert files == ["ptmx"]
     assert set(code) <= {"main.py", "__pycache__"}
 
 
-async def test_sandboxes_share_no_abstract_sockets(linux: Driver, guests: list[Guest]):
+async def test_sandboxes_share_no_abstract_sockets(create_linux: Any):
     """They belong to the network namespace, and each has its own."""
-    create = creator(linux, guests)
-    first, second = await create(S1, "connect"), await create(S2, "connect")
+    first, second = await create_linux(S1, "connect"), await create_linux(S2, "connect")
     assert await first.call("listen")
 
     assert await second.call("connect") == "ConnectionRefusedError"
 
 
-async def test_every_sandbox_runs_as_a_user_of_its_own(linux: Driver, guests: list[Guest]):
-    """As root: one that this machine does not know. Else they are all whoever runs the server."""
-    create = creator(linux, guests)
+async def test_sandboxes_share_no_loopback_interface(create_linux: Any):
+    """Each has its own, which is up; what one serves there no other reaches."""
+    server, visitor = await create_linux(S1, "serve"), await create_linux(S2, "visit")
+    assert await server.call(None)
+
+    assert await visitor.call(None) == "ConnectionRefusedError"
+
+
+async def test_a_sandbox_cannot_give_itself_a_name(create_linux: Any):
+    guest = await create_linux(S1, "christen")
+
+    assert await guest.call(None) == ["PermissionError", "dayfly"]
+
+
+async def test_sandboxes_bury_what_is_orphaned_in_them(create_linux: Any):
+    """Nothing stays as a zombie: it would count against the function's processes."""
+    guest = await create_linux(S1, "abandon")
+
+    assert await guest.call(None) == [7, 2]
+
+
+async def test_a_signal_or_a_priority_for_the_whole_group_stays_in_the_sandbox(
+    linux: Driver, create_linux: Any
+):
+    """The kernel looks at a process group's members, not at their namespaces."""
+    first, second = await create_linux(S1, "renice"), await create_linux(S2, "greet")
+    assert await second.call("Ada") == "hello Ada"
+    own = inside(linux, S1)
+    others = [p.pid for p in family(launcher(linux)) if p.pid not in own]
+    before = {pid: stat(pid)[NICE] for pid in others}
+    assert await first.call(None) == 7
+
+    assert {pid: stat(pid)[NICE] for pid in others} == before
+    for field in (GROUP, SESSION):
+        assert not {stat(pid)[field] for pid in others} & {stat(pid)[field] for pid in own}
+
+
+async def test_sandboxes_run_as_users_whom_nobody_knows(linux_way: str, create_linux: Any):
+    """As root: each started one as another, forked ones as their zygote's.
+
+    Else they are all whoever runs the server.
+    """
     for sandbox in (S1, S2):
-        guest = await create(sandbox, "breed")
+        guest = await create_linux(sandbox, "breed")
         await guest.call(None)
     owners = {os.stat(f"/proc/{pid}").st_uid for pid in sleepers()}
 
     if os.geteuid() == 0:
-        assert len(owners) == 2
+        assert len(owners) == (1 if linux_way == "linux, forked" else 2)
         assert all(UID_FIRST <= owner < UID_FIRST + 100 for owner in owners)
     else:
         assert owners == {os.geteuid()}
@@ -669,3 +888,357 @@ async def test_what_a_dead_server_left_is_buried_by_the_next(data: Path):
 
     assert code == -signal.SIGKILL
     assert not any(folder.parent.exists() for folder in dead)
+
+
+# ---- zygotes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fake", "linux"])
+async def forking(request: pytest.FixtureRequest, data: Path) -> AsyncIterator[Driver]:
+    """A driver that can fork, with one zygote."""
+    async with opened(f"{request.param}, forked", data) as made:
+        yield made
+
+
+@pytest.fixture
+async def zygotic(data: Path) -> AsyncIterator[Driver]:
+    """The linux driver, with one zygote."""
+    async with opened("linux, forked", data) as made:
+        yield made
+
+
+@pytest.fixture
+def fork(request: pytest.FixtureRequest, guests: list[Guest]) -> Callable[..., Any]:
+    name = "forking" if "forking" in request.fixturenames else "zygotic"
+    return creator(request.getfixturevalue(name), guests, "forked")
+
+
+@pytest.mark.parametrize("kind", MAKE)
+async def test_a_driver_that_cannot_fork_warms_no_zygote(kind: str, data: Path):
+    """It says so by a flag and by an error; there is nothing to be retired or destroyed then."""
+    driver = MAKE[kind](data)
+    await driver.open()
+    told: list[type[Exception]] = []
+    try:
+        await within(SOON_S, driver.warm(Z1, TENANT_MOLD, BASE_ENVIRONMENT))
+    except ZygoteUnfit as unfit:
+        told.append(type(unfit))
+    await within(SOON_S, driver.retire(Z1))
+    await within(SOON_S, driver.destroy(Z1))
+    await driver.close()
+
+    assert told == ([] if driver.can_fork else [ZygoteUnfit])
+    assert driver.can_fork == (kind != "process")
+
+
+async def test_a_zygote_forks_many_at_once(forking: Driver, fork: Any):
+    """All of them work, each is told apart, and the zygote goes on."""
+    names = [SandboxId(f"sb-{n}") for n in range(12)]
+    forked = await asyncio.gather(*(fork(name, "greet") for name in names))
+    greetings = await asyncio.gather(*(guest.call(n) for n, guest in enumerate(forked)))
+    gone = [await within(SOON_S, forking.destroy(name)) for name in names[:6]]
+    again = await fork(S1, "greet")
+
+    assert greetings == [f"hello {n}" for n in range(12)]
+    assert len(gone) == 6
+    assert await again.call("Ada") == "hello Ada"
+    assert await forked[-1].call("Bob", 2) == "hello Bob"
+
+
+async def test_nothing_is_forked_from_a_zygote_that_never_was(forking: Driver):
+    with pytest.raises(SandboxStartFailed):
+        await within(1, forking.create(S1, TENANT_MOLD, BASE_ENVIRONMENT, Z2))
+
+    assert isinstance(await within(1, forking.destroy(S1)), Exit)
+    await within(1, forking.retire(Z2))
+    assert isinstance(await within(1, forking.destroy(Z2)), Exit)
+
+
+async def test_a_retired_zygote_forks_no_more_and_ends_after_its_last_sandbox(
+    forking: Driver, fork: Any
+):
+    """Those that it has forked go on; who asks for another is told so at once."""
+    first, second = await fork(S1, "greet"), await fork(S2, "greet")
+    await within(SOON_S, forking.retire(Z1))
+    with pytest.raises(SandboxStartFailed):
+        await within(1, fork(SandboxId("sb-3")))
+    ended = asyncio.ensure_future(forking.exited(Z1))
+    assert await first.call("Ada") == "hello Ada"
+    await within(SOON_S, forking.destroy(S1))
+    assert await second.call("Bob") == "hello Bob"
+    assert not ended.done()
+    await within(SOON_S, forking.destroy(S2))
+
+    assert (await within(SOON_S, ended)).code == 0
+    assert (await within(SOON_S, forking.destroy(Z1))).code == 0
+
+
+async def test_a_retired_zygote_without_sandboxes_ends_at_once(forking: Driver):
+    """Also if it is told twice."""
+    await within(SOON_S, forking.retire(Z1))
+    await within(SOON_S, forking.retire(Z1))
+
+    assert (await within(SOON_S, forking.exited(Z1))).code == 0
+
+
+async def test_another_zygote_takes_over_while_the_retired_one_lasts(
+    forking: Driver, guests: list[Guest], fork: Any
+):
+    old = await fork(S1, "greet")
+    await within(SOON_S, forking.warm(Z2, TENANT_MOLD, BASE_ENVIRONMENT))
+    await within(SOON_S, forking.retire(Z1))
+    end = await within(SOON_S, forking.create(S2, TENANT_MOLD, BASE_ENVIRONMENT, Z2))
+    guests.append(Guest(end))
+    await guests[-1].hear(Hello)
+    await guests[-1].load("greet")
+    await within(SOON_S, forking.destroy(Z2))
+
+    assert await old.call("Ada") == "hello Ada"
+    assert await within(SOON_S, forking.exited(S2))
+
+
+async def test_who_destroys_a_zygote_destroys_its_sandboxes(forking: Driver, fork: Any):
+    """Whatever they do; afterwards nothing can be forked from it."""
+    busy, idle = await fork(S1, "defy"), await fork(S2)
+    await busy.start(None)
+    await ready(busy)
+    await within(SOON_S, forking.destroy(Z1))
+    exits = [await within(SOON_S, forking.exited(sandbox)) for sandbox in (S1, S2)]
+    await busy.at_end()
+    await idle.at_end()
+    with pytest.raises(SandboxStartFailed):
+        await within(1, fork(SandboxId("sb-3")))
+
+    assert [exit_.code for exit_ in exits] == [-signal.SIGKILL] * 2
+    assert isinstance(await within(SOON_S, forking.destroy(Z1)), Exit)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 4, 8])
+async def test_a_zygote_killed_while_it_forks_leaves_nothing(
+    zygotic: Driver, guests: list[Guest], fork: Any, answered: int
+):
+    """Each of eight starts succeeds or is refused; no process, group or descriptor stays.
+
+    Killed when *answered* of the eight have been made.
+    """
+    names = [SandboxId(f"sb-{n}") for n in range(8)]
+    await zygotic.destroy(Z1)
+    await asyncio.to_thread(eventually_none, lambda: groups(zygotic))
+    before = held(zygotic)
+    await within(SOON_S, zygotic.warm(Z1, TENANT_MOLD, BASE_ENVIRONMENT))
+    (zygote,) = keepers(zygotic)
+    starts = [asyncio.ensure_future(fork(name)) for name in names]
+    while sum(start.done() for start in starts) < answered:
+        await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED, timeout=SOON_S)
+        await asyncio.sleep(0)
+    os.kill(zygote, signal.SIGKILL)
+    outcomes = await within(SOON_S, asyncio.gather(*starts, return_exceptions=True))
+    await within(SOON_S, zygotic.destroy(Z1))
+    for name in names:
+        await within(SOON_S, zygotic.destroy(name))
+    for guest in guests:
+        await guest.at_end()
+        guest.close()
+
+    assert sum(isinstance(outcome, Guest) for outcome in outcomes) >= answered
+    assert {type(outcome) for outcome in outcomes} <= {Guest, SandboxStartFailed}
+    assert not await asyncio.to_thread(eventually_none, lambda: groups(zygotic))
+    assert not await asyncio.to_thread(eventually_none, lambda: family(launcher(zygotic))[1:])
+    assert held(zygotic) == before
+    await within(SOON_S, zygotic.warm(Z2, TENANT_MOLD, BASE_ENVIRONMENT))
+
+
+def held(linux: Driver) -> tuple[int, int]:
+    """How many descriptors this process and the launcher have open."""
+    return len(descriptors()), len(os.listdir(f"/proc/{launcher(linux)}/fd"))
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Whatever happens meanwhile, the process sees it all at once."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_the_launcher_survives_the_death_of_a_zygote_with_all_its_sandboxes(
+    zygotic: Driver, fork: Any
+):
+    """However many of these deaths it learns of at the same moment, a sandbox's before its own."""
+    names = [SandboxId(f"sb-{n}") for n in range(4)]
+    for name in names:
+        await fork(name, "greet")
+    doomed = [p for pid in keepers(zygotic) for p in family(pid)]
+    (zygote,) = keepers(zygotic)
+    served_by = launcher(zygotic)
+    init = next(Process(p, stat(p)[19]) for p in inside(zygotic, names[0]) if is_init(p))
+    with paused(served_by):
+        os.kill(init.pid, signal.SIGKILL)
+        await asyncio.to_thread(eventually_none, lambda: [init] if init.is_alive else [])
+        os.kill(zygote, signal.SIGKILL)
+        alive = await asyncio.to_thread(eventually_none, lambda: [p for p in doomed if p.is_alive])
+    exits = [await within(SOON_S, zygotic.exited(name)) for name in (*names, Z1)]
+    await within(SOON_S, zygotic.warm(Z2, TENANT_MOLD, BASE_ENVIRONMENT))
+
+    assert not alive
+    assert [exit_.code for exit_ in exits[:-1]] == [-signal.SIGKILL] * 4
+    assert launcher(zygotic) == served_by
+
+
+async def test_the_launcher_survives_an_order_to_kill_who_has_just_died(zygotic: Driver, fork: Any):
+    guest = await fork(S1, "leave")
+    await fork(S2, "greet")
+    doomed = [Process(pid, stat(pid)[19]) for pid in inside(zygotic, S1)]
+    with paused(launcher(zygotic)):
+        destroyed = asyncio.ensure_future(zygotic.destroy(S1))
+        await asyncio.sleep(0)  # the order is on its way, before the news
+        await guest.start(3)
+        alive = await asyncio.to_thread(eventually_none, lambda: [p for p in doomed if p.is_alive])
+    exit_ = await within(SOON_S, destroyed)
+
+    assert not alive
+    assert exit_.code in (3, -signal.SIGKILL)
+    assert await within(SOON_S, fork(SandboxId("sb-3"), "greet"))
+
+
+async def test_destroy_does_not_raise_when_the_launcher_has_just_died(
+    create_linux: Any, linux: Driver
+):
+    """Before anybody has noticed; with the launcher, every sandbox is dead."""
+    guest = await create_linux(S1, "greet")
+    doomed = family(launcher(linux))
+    os.kill(launcher(linux), signal.SIGKILL)
+    alive = eventually_none(lambda: [p for p in doomed if p.is_alive])
+    exit_ = await within(SOON_S, linux.destroy(S1))
+    await guest.at_end()
+
+    assert not alive
+    assert exit_.code == -signal.SIGKILL
+
+
+async def test_a_fork_that_nobody_waits_for_any_more_is_undone(zygotic: Driver):
+    """Given up while the zygote was busy: what it forks then does not stay."""
+    (zygote,) = keepers(zygotic)
+    with paused(zygote):
+        start = asyncio.ensure_future(zygotic.create(S1, TENANT_MOLD, BASE_ENVIRONMENT, Z1))
+        await asyncio.wait({start}, timeout=0.05)
+        start.cancel()
+        await asyncio.wait({start})
+        destroyed = asyncio.ensure_future(zygotic.destroy(S1))
+        await asyncio.wait({destroyed}, timeout=0.05)
+    await within(SOON_S, destroyed)
+
+    assert not await asyncio.to_thread(eventually_none, lambda: family(zygote)[1:])
+
+
+async def test_a_zygote_that_cannot_fork_refuses_and_keeps_what_it_has(zygotic: Driver, fork: Any):
+    """Its group may hold no process more: the start fails at once, and leaves no group."""
+    working = await fork(S1, "greet")
+    allow(zygotic, Z1, "1")
+    with pytest.raises(SandboxStartFailed, match="cannot fork"):
+        await within(SOON_S, fork(S2))
+    left = [name for name in groups(zygotic) if name.endswith(f"/{S2}")]
+    allow(zygotic, Z1, "max")
+
+    assert left == []
+    assert await working.call("Ada") == "hello Ada"
+    assert await (await fork(S2, "greet")).call("Bob") == "hello Bob"
+
+
+def allow(linux: Driver, zygote: SandboxId, processes: str) -> None:
+    """Have the kernel refuse it more processes than that."""
+    assert isinstance(linux, LinuxDriver)
+    limits = [Path(folder, "pids.max") for folder in linux._tree.folders(zygote)]
+    found = [path for path in limits if path.exists()]
+    if not found:
+        pytest.skip("no control group for processes")
+    found[0].write_text(processes)
+
+
+async def test_an_environment_whose_preload_starts_a_thread_is_unfit(
+    linux: Driver, guests: list[Guest], data: Path
+):
+    """A forked process would have the thread's locks without the thread. Started, it works."""
+    place = data / "environments" / "threads"
+    place.mkdir(parents=True, exist_ok=True)
+    code = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+    (place / "threaded.py").write_text(code)
+    for path in (place.parent, place):
+        path.chmod(0o755)
+    environment = Environment(digest="threads", path=str(place), preload=("threaded",))
+    with pytest.raises(ZygoteUnfit, match="1 thread"):
+        await within(SOON_S, linux.warm(Z2, Mold("threads", namespace="default"), environment))
+    await within(SOON_S, linux.destroy(Z2))
+    guest = Guest(await within(SOON_S, linux.create(S1, Mold("threads"), environment)))
+    guests.append(guest)
+    hello, _ = await guest.hear(Hello)
+    await guest.load("greet")
+
+    assert hello.preload_failures == []
+    assert await guest.call("Ada") == "hello Ada"
+
+
+async def test_siblings_have_no_namespace_in_common(zygotic: Driver, fork: Any):
+    """Nor with their zygote; of users too, once they hold user code."""
+    for sandbox in (S1, S2):
+        await fork(sandbox, "greet")
+    guests = [pid for s in (S1, S2) for pid in inside(zygotic, s) if not is_init(pid)]
+    seen = [namespaces(pid) for pid in (*keepers(zygotic), *guests)]
+
+    assert len(seen) == 3
+    for kind in ("mnt", "pid", "ipc", "uts", "cgroup", "net", "user"):
+        assert len({each[kind] for each in seen}) == 3, kind
+
+
+async def test_siblings_with_the_hosts_network_share_that_and_nothing_else(
+    zygotic: Driver, guests: list[Guest]
+):
+    mold = Mold(BASE, "host", "default")
+    await within(SOON_S, zygotic.warm(Z2, mold, BASE_ENVIRONMENT))
+    for sandbox in (S1, S2):
+        end = await within(SOON_S, zygotic.create(sandbox, mold, BASE_ENVIRONMENT, Z2))
+        guests.append(Guest(end))
+        await guests[-1].hear(Hello)
+        await guests[-1].load("greet")
+    seen = [namespaces(pid) for s in (S1, S2) for pid in inside(zygotic, s) if not is_init(pid)]
+
+    assert {kind for kind in seen[0] if seen[0][kind] == seen[1][kind]} - {"time"} == {"net"}
+    assert seen[0]["net"] == namespaces(os.getpid())["net"]
+
+
+def is_init(pid: int) -> bool:
+    """Whether it is pid 1 of its namespace."""
+    return status(pid)["NSpid"].split()[-1] == "1"
+
+
+def namespaces(pid: int) -> dict[str, str]:
+    folder = f"/proc/{pid}/ns"
+    names = [name for name in os.listdir(folder) if not name.endswith("_for_children")]
+    return {name: os.readlink(f"{folder}/{name}") for name in names}
+
+
+async def test_siblings_have_process_numbers_of_their_own(zygotic: Driver, fork: Any):
+    """Libraries tell by it that they have been forked. (One in 10^9 times all three agree.)"""
+    guests = [await fork(SandboxId(f"sb-{n}"), "who") for n in range(3)]
+    pids = [await guest.call(None) for guest in guests]
+
+    assert len(set(pids)) > 1
+
+
+async def test_a_forked_sandbox_reaches_neither_its_zygote_nor_a_sibling(
+    zygotic: Driver, fork: Any
+):
+    """By whatever number somebody calls them: this machine, the zygote, or they themselves."""
+    intruder, sibling = await fork(S1, "trespass"), await fork(S2, "greet")
+    others = [p.pid for p in family(launcher(zygotic)) if p.pid not in inside(zygotic, S1)]
+    numbers = {int(n) for pid in others for n in status(pid)["NSpid"].split()} | set(others)
+    own = {int(n) for pid in inside(zygotic, S1) for n in status(pid)["NSpid"].split()[-1:]}
+    niceness = {pid: stat(pid)[NICE] for pid in others}
+    done = await intruder.call(sorted(numbers - own))
+
+    assert len(numbers - own) >= 4
+    assert done == []
+    assert {pid: stat(pid)[NICE] for pid in others} == niceness
+    assert await sibling.call("Ada") == "hello Ada"

@@ -110,7 +110,7 @@ def test_a_killed_server_takes_everything_with_it_and_comes_back(new_server):
 
     caller = threading.Thread(target=call)
     caller.start()
-    eventually(lambda: [b for b in server.sandboxes(name) if len(server.processes(b["id"])) >= 8])
+    eventually(lambda: [b for b in server.sandboxes(name) if len(server.processes(b["id"])) >= 7])
     doomed = server.family()
     dead_pid = server.pid
     server.kill(signal.SIGKILL)

@@ -8,6 +8,7 @@ import pytest
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, InvocationId, Mold, SandboxId
 from dayfly_pool.state import (
+    LOST_LOADS_MAX,
     NEXT,
     Assign,
     Command,
@@ -1356,3 +1357,20 @@ def test_the_claim_that_brings_a_zygote_back_lets_the_refill_wait_for_it():
     assert state.tick(50) == [Retire(Z1)]
 
     assert state.submit(I1, FORKED.id, 1000) == [Specialize(S2, FORKED), Warm(Z3, OWN)]
+
+
+def test_a_function_is_blamed_when_sandboxes_die_again_and_again_while_importing_it():
+    """A few may be killed from outside; more than that is its own doing, or would never end."""
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+    refused: list[Command] = []
+    for number in range(1, 10):
+        state.ready(SandboxId(f"sb-{number}"), number)
+        refused = [
+            c for c in state.died(SandboxId(f"sb-{number}"), number) if isinstance(c, Refuse)
+        ]
+        if refused:
+            break
+
+    assert number == LOST_LOADS_MAX + 1
+    assert [(c.invocation, c.failure and c.failure.kind) for c in refused] == [(I1, "InitCrashed")]

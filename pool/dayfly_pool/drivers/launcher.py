@@ -59,6 +59,7 @@ class Launcher:
         self._children: dict[int, _Child] = {}
         self._pids: dict[str, int] = {}
         self._zygotes: dict[str, socket.socket] = {}
+        self._retired: set[str] = set()
         self._asked: dict[str, tuple[str, list[str]]] = {}
         """(zygote, groups) of the sandboxes that are being forked."""
 
@@ -141,7 +142,7 @@ class Launcher:
         sandbox, zygote, folders = request["sandbox"], request["zygote"], request["folders"]
         descriptors = [guest]
         try:
-            if zygote not in self._zygotes:
+            if zygote not in self._zygotes or zygote in self._retired:
                 raise OSError(f"{zygote} is gone")
             cgroups.create(folders)
             descriptors += cgroups.entries(folders)
@@ -157,13 +158,17 @@ class Launcher:
                 os.close(descriptor)
 
     def _retire(self, zygote: str) -> None:
-        try:
-            self._zygotes[zygote].send(json.dumps({"do": "retire"}).encode())
-        except (KeyError, OSError):
-            pass  # it is gone already
+        if zygote in self._zygotes:
+            self._retired.add(zygote)
+            try:
+                self._zygotes[zygote].send(json.dumps({"do": "retire"}).encode())
+            except OSError:
+                pass  # it is gone already
 
     def _hear(self, zygote: str) -> bool:
         """Take one thing that a zygote, or one of its sandboxes' pid 1, says; False: nothing."""
+        if zygote not in self._zygotes:
+            return False  # a sandbox of its was buried just now, and that told it
         try:
             data, descriptors, _, _ = socket.recv_fds(self._zygotes[zygote], 4096, 1)
         except BlockingIOError:
@@ -180,11 +185,9 @@ class Launcher:
                 self._tell(answer | {"sandbox": zygote})
             case "forked" if len(descriptors) == 1:
                 self._take(sandbox, zygote, descriptors[0])
-            case "refused":
-                _, folders = self._asked.pop(sandbox)
-                cgroups.remove(folders)
-                self._tell(answer)
-            case "exited":
+            case "refused" | "forked":  # the latter without a descriptor: we have no room for one
+                self._refuse(sandbox, answer.get("why", "the launcher has too many files open"))
+            case "exited" if sandbox in self._forked or sandbox in self._asked:
                 self._codes.setdefault(sandbox, answer["code"])
         return True
 
@@ -200,13 +203,20 @@ class Launcher:
     def _lose(self, zygote: str) -> None:
         """The zygote is gone: what was asked of it will not come."""
         control = self._zygotes.pop(zygote)
+        self._retired.discard(zygote)
         self._selector.unregister(control)
         control.close()
-        for sandbox, (asked, folders) in list(self._asked.items()):
+        for sandbox, (asked, _) in list(self._asked.items()):
             if asked == zygote:
-                del self._asked[sandbox]
-                self._unburied.append(folders)
-                self._tell({"say": "refused", "sandbox": sandbox, "why": f"{zygote} died"})
+                self._refuse(sandbox, f"{zygote} died")
+
+    def _refuse(self, sandbox: str, why: str) -> None:
+        """It was asked of a zygote, and will not come."""
+        _, folders = self._asked.pop(sandbox)
+        self._codes.pop(sandbox, None)
+        if not cgroups.remove(folders):
+            self._unburied.append(folders)
+        self._tell({"say": "refused", "sandbox": sandbox, "why": why})
 
     def _bury(self, sandbox: str) -> bool:
         """A forked sandbox is dead to its last process."""
@@ -254,8 +264,11 @@ class Launcher:
         if forked := self._forked.get(sandbox):
             depth -= 1  # what a zygote forks is pid 1 itself
             if number == signal.SIGKILL:
-                self._codes[sandbox] = -signal.SIGKILL
-                signal.pidfd_send_signal(forked.pidfd, number)
+                self._codes.setdefault(sandbox, -signal.SIGKILL)
+                try:
+                    signal.pidfd_send_signal(forked.pidfd, number)
+                except ProcessLookupError:
+                    pass  # dead by itself; that is the next thing to be read
                 return
         for _ in range(depth):
             children = _children(target)

@@ -6,6 +6,7 @@ how bwrap is started and `dayfly.lockdown` for what the guest gives away.
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -142,6 +143,8 @@ class LinuxDriver:
                 self._launcher.kill()
                 await self._launcher.wait()
             await self._stderr
+        for future in self._exits.values():
+            _set(future, Exit(-signal.SIGKILL))
         for root in self._tree.roots:
             for _ in range(100):
                 if cgroups.remove_tree(root):
@@ -282,8 +285,10 @@ class LinuxDriver:
         groups = cgroups.Limits(headroom, limits.processes + 4, limits.cpu)
         try:
             cgroups.limit(self._tree, sandbox, groups)
-        except FileNotFoundError:
-            pass  # it has just died; whoever waits for it will be told
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            # it has just died; whoever waits for it will be told
 
     async def terminate(self, sandbox: SandboxId) -> None:
         """Send SIGTERM to the guest."""
@@ -292,7 +297,8 @@ class LinuxDriver:
     async def destroy(self, sandbox: SandboxId) -> Exit:
         """Kill the whole process tree."""
         if sandbox in self._exits and not self._exits[sandbox].done():
-            await self._ask({"do": "kill", "sandbox": sandbox})
+            with contextlib.suppress(SandboxStartFailed):  # without a launcher it is dead already
+                await self._ask({"do": "kill", "sandbox": sandbox})
         exit_ = await self.exited(sandbox)
         self._exits.pop(sandbox, None)
         if sandbox in self._uids:
@@ -414,6 +420,7 @@ def _set(future: asyncio.Future[Any] | None, value: Any) -> None:
 def _fail(future: asyncio.Future[Any] | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
+        future.exception()  # nobody may wait for it yet, or any more
 
 
 def _with_descriptor_3(command: list[str], descriptor: int) -> list[str]:
