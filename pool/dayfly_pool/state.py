@@ -38,6 +38,9 @@ StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
 DEFAULT_SPECIALIZE_S: Final = 0.005
 DEFAULT_MEMORY_BYTES: Final = 4 << 20
+START_ENDS_S: Final = 0.25
+"""A generic sandbox that dies this soon after it said that it is up did not start well."""
+
 LOST_LOADS_MAX: Final = 3
 """So many sandboxes may be killed while importing a function before it is held against it."""
 
@@ -467,7 +470,8 @@ class PoolState:
             if record.lost_loads > LOST_LOADS_MAX:
                 why = f"{record.lost_loads} sandboxes in a row were killed while importing it"
                 return self.load_failed(sandbox, Failure("InitCrashed", why), now)
-        if box.phase is Phase.STARTING:
+        is_new = box.phase is Phase.GENERIC and now - box.since < START_ENDS_S
+        if box.phase is Phase.STARTING or is_new:
             commands += self._start_failed(box, now)
         commands.append(self._destroy(box, "failed"))
         if box.function is not None and not box.stale:

@@ -101,22 +101,23 @@ class Guest:
 
     def _become_generic(self) -> None:
         settings = self._settings
-        if settings.isolated:
-            from dayfly import lockdown
-
-            if len(os.listdir("/proc/self/task")) > 1:
-                _restart_with_late_preload(settings)
-            with open(settings.seccomp, "rb") as file:
-                self._prepared = lockdown.prepare(file.read())
-        self._output.prepare()
-        gc.freeze()
-        gc.enable()
+        if settings.isolated and len(os.listdir("/proc/self/task")) > 1:
+            _restart_with_late_preload(settings)
         hello = Hello(
             protocol=PROTOCOL,
             python=".".join(map(str, sys.version_info[:3])),
             preload_failures=self._failures,
         )
         self._channel.send(encode(hello))
+        # what follows is done while the pool takes note, and sends `Load` if somebody waits
+        if settings.isolated:
+            from dayfly import lockdown
+
+            with open(settings.seccomp, "rb") as file:
+                self._prepared = lockdown.prepare(file.read())
+        self._output.prepare()
+        gc.freeze()
+        gc.enable()
 
     def _specialize(self, load: Load) -> Loaded:
         started = time.perf_counter()

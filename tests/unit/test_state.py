@@ -593,6 +593,16 @@ def test_a_generic_sandbox_that_dies_is_replaced():
     assert state.died(S1, 1) == [Destroy(S1, "failed"), refill(S2)]
 
 
+def test_a_generic_sandbox_that_dies_at_once_has_not_started_well():
+    """It prepares its lock-down after it has said so: the next one would die as well."""
+    state = deployed(GREET)
+    play(state, state.add_mold(BASE, 1, 0), 0)
+
+    assert state.died(S1, 0.1) == [Destroy(S1, "failed")]
+    assert state.molds[BASE].failures == 1
+    assert state.tick(0.7) == [refill(S2)]
+
+
 def test_a_sandbox_that_dies_while_loading_makes_the_function_claim_another():
     state = deployed(GREET)
     state.submit(I1, GREET.id, 0)
@@ -1089,7 +1099,7 @@ def test_while_a_zygote_cannot_be_warmed_sandboxes_are_started():
     assert state.tick(1.5) == [Warm(Z4, OWN)]
     assert state.ready(S2, 1.6) == [Specialize(S2, FORKED)]
     assert state.ready(S3, 1.6) == []
-    assert state.died(S3, 1.7) == [Destroy(S3, "failed"), refill(S5, OWN)]
+    assert state.died(S3, 2.0) == [Destroy(S3, "failed"), refill(S5, OWN)]
 
 
 def test_a_zygote_that_dies_is_replaced_after_a_pause():
