@@ -6,6 +6,7 @@ python -m bench.many [FUNCTIONS]
 import random
 import sys
 import time
+from pathlib import Path
 
 from bench import density, harness, soak
 
@@ -30,6 +31,14 @@ def warm_calls(server: harness.Server, names: list[str]) -> tuple[list[float], i
     return times, cold
 
 
+def refaulted_pages() -> int:
+    """Pages of files that this machine had taken from memory too early, so far."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("workingset_refault_file "):
+            return int(line.split()[1])
+    return 0
+
+
 def measure(number: int) -> tuple[dict[str, float], list[float], int]:
     """(costs, seconds of the warm calls, how many were not warm) with *number* functions."""
     chosen = random.Random(1)  # the same calls in every run
@@ -47,7 +56,9 @@ def measure(number: int) -> tuple[dict[str, float], list[float], int]:
         }
         every = [f"f{i}" for i in range(number)]
         _, cold = warm_calls(server, every)
+        refaults = refaulted_pages()
         times, more = warm_calls(server, chosen.choices(every, k=CALLS))
+        costs["refaulted_pages"] = refaulted_pages() - refaults
         return costs, times, cold + more
 
 
