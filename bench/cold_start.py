@@ -86,6 +86,7 @@ def _judge(report: harness.Report, times: dict[str, list[float]]) -> None:
     report.bar("cold p50 / python", middle["cold, small"] / python, 0.5)
     report.bar("cold p99 / python", harness.percentile(small, 99) / python, 1.5)
     report.bar("pool miss p50 / bwrap python", middle["pool miss"] / middle["bwrap python"], 3)
+    report.bar("pool miss p50 / python", middle["pool miss"] / python, 1)
     heavy = middle["cold, numpy + pandas"]
     report.bar("heavy cold p50 / small cold p50", heavy / middle["cold, small"], 3)
     report.bar("fresh import / heavy cold p50", fresh / heavy, 20, at_least=True)
