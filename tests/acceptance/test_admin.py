@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.harness import DAYFLY, Server, free_port, pack
+from tests.harness import DAYFLY, Server, eventually, free_port, pack
 
 
 def problem(reply) -> dict:
@@ -169,8 +169,11 @@ def test_metrics_count_what_happens(server: Server):
 def test_the_log_of_the_server_is_one_json_object_a_line(server: Server):
     """With the same names everywhere, for every change of a sandbox's life."""
     server.call(server.deploy("hello", "logged"))
-    lines = [json.loads(line) for line in list(server.log)]
 
-    assert {"time", "level", "logger", "message"} <= set(lines[0])
-    specialized = [line for line in lines if line.get("function") == "default/logged"]
-    assert {"sandbox", "took_s"} <= set(specialized[-1])
+    def specialized() -> list[dict[str, object]]:
+        lines = [json.loads(line) for line in list(server.log)]
+        ours = [line for line in lines if line.get("function") == "default/logged"]
+        return [line for line in ours if line["message"] == "sandbox specialized"]
+
+    (line,) = eventually(specialized)
+    assert {"time", "level", "logger", "message", "sandbox", "took_s"} <= set(line)
