@@ -43,7 +43,7 @@ class Day:
             callers = [asyncio.create_task(self._call(session)) for _ in range(CALLERS)]
             while not all(caller.done() for caller in callers):
                 if self.done >= self.invocations * len(self.memory) // SAMPLES:
-                    self.memory.append((self.done, soak.private_kib(self.server.process.pid)))
+                    self.memory.append((self.done, harness.private_kib(self.server.process.pid)))
                 progress.update(bar, completed=self.done)
                 await asyncio.sleep(0.1)
             await asyncio.gather(*callers)

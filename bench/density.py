@@ -11,15 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import harness, soak, warm
+from bench import harness
 
 SETTLE_S = 1.0
-
-
-def pss_kib(pid: int) -> int:
-    """The proportional set size of one process."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
 
 
 def available_kib() -> int:
@@ -39,21 +33,21 @@ def sandboxes_kib(server: harness.Server) -> int:
         .read_text()
         .split()
     )
-    return sum(map(pss_kib, warm.descendants(launcher)))
+    return sum(map(harness.pss_kib, harness.descendants(launcher)))
 
 
 def each(number: int, how: str, fill: Callable[[harness.Server, int], None]) -> dict[str, float]:
     """MiB that one of *number* sandboxes costs, on a server that had none before *fill*."""
     bounds = ("--generic-min", "0", "--generic-max", str(number), "--prewarm", how)
     with harness.server(*bounds) as server:
-        before, own = available_kib(), soak.private_kib(server.process.pid)
+        before, own = available_kib(), harness.private_kib(server.process.pid)
         fill(server, number)
         after = available_kib()
         return {
             "n": number,
             "pss_mib": round(sandboxes_kib(server) / 1024 / number, 2),
             "available_mib": round((before - after) / 1024 / number, 2),
-            "server_kib": round((soak.private_kib(server.process.pid) - own) / number, 1),
+            "server_kib": round((harness.private_kib(server.process.pid) - own) / number, 1),
         }
 
 

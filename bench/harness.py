@@ -15,7 +15,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,37 @@ def server(*options: str) -> Iterator[Server]:
         yield running
     finally:
         running.stop()
+
+
+def processor_us(pids: Sequence[int]) -> float:
+    """Processor time of *pids* so far, in microseconds."""
+    total = 0.0
+    for pid in pids:
+        with suppress(OSError):
+            total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1000
+    return total
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below *pid*."""
+    found = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return found + [below for child in found for below in descendants(child)]
+
+
+def pss_kib(pid: int) -> int:
+    """The proportional set size of one process."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+
+
+def private_kib(pid: int) -> int:
+    """Memory that belongs to the process alone, in KiB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def run_s(command: Sequence[str]) -> float:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import density, harness, soak
+from bench import density, harness
 
 FEW, CALLS = 10, 2000
 
@@ -44,7 +44,7 @@ def measure(number: int) -> tuple[dict[str, float], list[float], int]:
     chosen = random.Random(1)  # the same calls in every run
     with harness.server("--sandboxes-max", str(number + 100), "--generic-min", "4") as server:
         server.wait_generic(4)
-        before, own = density.available_kib(), soak.private_kib(server.process.pid)
+        before, own = density.available_kib(), harness.private_kib(server.process.pid)
         started = time.monotonic()
         fill(server, number)
         took_s = time.monotonic() - started
@@ -52,7 +52,7 @@ def measure(number: int) -> tuple[dict[str, float], list[float], int]:
         costs = {
             "filled_s": round(took_s, 1),
             "available_mib_each": round((before - density.available_kib()) / 1024 / number, 2),
-            "server_kib_each": round((soak.private_kib(server.process.pid) - own) / number, 1),
+            "server_kib_each": round((harness.private_kib(server.process.pid) - own) / number, 1),
         }
         every = [f"f{i}" for i in range(number)]
         _, cold = warm_calls(server, every)

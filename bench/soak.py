@@ -9,7 +9,6 @@ and the log's ring fill up first.
 
 import statistics
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -18,12 +17,6 @@ from bench import harness, warm
 
 TURN_S, TURNS_MIN = 5, 6
 LOUD = "def handler(event, context):\n    print('one line of log')\n    return 'ok'\n"
-
-
-def private_kib(pid: int) -> int:
-    """Memory that belongs to the process alone, in KiB."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def slope(points: list[tuple[int, int]]) -> float:
@@ -49,9 +42,9 @@ def main(invocations: int) -> None:
             for name in ("small", "loud"):
                 url = f"http://127.0.0.1:{server.port}/fn/{name}"
                 done += round(warm.wrk(url, 32, TURN_S)["requests_per_s"] * TURN_S)
-            guests = warm.descendants(server.process.pid)
-            points["server"].append((done, private_kib(server.process.pid)))
-            points["guests"].append((done, sum(map(private_kib, guests))))
+            guests = harness.descendants(server.process.pid)
+            points["server"].append((done, harness.private_kib(server.process.pid)))
+            points["guests"].append((done, sum(map(harness.private_kib, guests))))
             progress.update(bar, completed=done)
     for what, measured in points.items():
         first, last = measured[0], measured[-1]

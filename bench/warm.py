@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench import harness
@@ -60,33 +60,14 @@ def other(command: list[str], port: int) -> Iterator[str]:
         process.wait(10)
 
 
-def processor_us(pids: Sequence[int]) -> float:
-    """Processor time of *pids* so far, in microseconds."""
-    total = 0.0
-    for pid in pids:
-        with suppress(OSError):
-            total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1000
-    return total
-
-
-def descendants(pid: int) -> list[int]:
-    """Every process below *pid*."""
-    found = [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-    return found + [below for child in found for below in descendants(child)]
-
-
 def measured(server: harness.Server, url: str, connections: int, seconds: int) -> dict[str, float]:
     """`wrk` with the processor time that a request cost the server and its guests."""
     pid = server.process.pid
-    guests = descendants(pid)
-    before = processor_us([pid]), processor_us(guests)
+    guests = harness.descendants(pid)
+    before = harness.processor_us([pid]), harness.processor_us(guests)
     figures = wrk(url, connections, seconds)
     requests = figures["requests_per_s"] * seconds
-    after = processor_us([pid]), processor_us(guests)
+    after = harness.processor_us([pid]), harness.processor_us(guests)
     names = ("server_us", "guests_us")
     cost = {n: round((b - a) / requests, 1) for n, a, b in zip(names, before, after, strict=True)}
     return figures | cost

@@ -58,6 +58,7 @@ class Config(Struct, frozen=True, kw_only=True):
         positive = (self.start_timeout_s, self.init_timeout_s, self.grace_s, self.tick_s)
         if self.memory_reserve_mb < 0:
             raise ValueError("memory-reserve-mb must not be negative")
-        zygotes = (self.zygote_s_max, self.zygote_idle_s, self.zygote_forks_max)
-        if min(*positive, *zygotes) <= 0:
+        if min(self.zygote_forks_max, self.zygote_s_max, self.zygote_idle_s) <= 0:
+            raise ValueError("zygote-forks-max, and a zygote's minutes, must be above 0")
+        if min(positive) <= 0:
             raise ValueError("times must be above 0")

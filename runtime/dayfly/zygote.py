@@ -134,6 +134,7 @@ def _become(control: Any, sandbox: str, descriptors: list[int], has_network: boo
         _say(control, say="exited", sandbox=sandbox, code=code)
     except BaseException as error:
         os.write(2, f"zygote: {sandbox}: {error!r}\n".encode())
+        os._exit(1)
     os._exit(0)
 
 

@@ -727,6 +727,8 @@ def test_bounds_that_are_not_given_follow_those_that_are(
         ({"http": "nonsense"}, "--http: 'nonsense' is not HOST:PORT"),
         ({"admin": "0.0.0.0:1"}, "give --admin-token-file FILE, or set DAYFLY_ADMIN_TOKEN"),
         ({"trusted_proxies": ("x",)}, "--trusted-proxy: 'x' does not appear"),
+        ({"zygote_forks_max": 0}, "zygote-forks-max"),
+        ({"memory_reserve_mb": -1}, "memory-reserve-mb"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(given: dict[str, Any], message: str) -> None:
