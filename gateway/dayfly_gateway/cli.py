@@ -123,6 +123,12 @@ def _data_folder() -> Path:
 @click.option("--zygote-forks-max", type=int, show_default="5000", help="Then it is replaced...")
 @click.option("--zygote-minutes-max", type=float, show_default="60", help="...and at this age.")
 @click.option(
+    "--initialize-once-ms",
+    type=float,
+    show_default="250",
+    help="A function whose import takes this long is forked after it.",
+)
+@click.option(
     "--trusted-proxy",
     "trusted_proxies",
     metavar="CIDR",
@@ -197,6 +203,11 @@ _DEPLOY_OPTIONS: Final = options(
     click.option("--max-scale", "maxScale", type=int, metavar="N", help="Sandboxes at most."),
     click.option(
         "--keep-alive", "keepAliveSeconds", type=float, metavar="S", help="Idle, until reaped."
+    ),
+    click.option(
+        "--initialize",
+        type=click.Choice(["auto", "once", "each"]),
+        help="Import once and fork, or in each sandbox.",
     ),
     click.option("--network", type=click.Choice(["none", "host"]), help="Default: none."),
     click.option("--route", metavar="[HOST]/PATH", multiple=True, help="Way in. Repeatable."),

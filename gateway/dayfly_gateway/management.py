@@ -272,6 +272,11 @@ def function_view(stored: StoredFunction, service: Service) -> dict[str, Any]:
         "waiting": len(record.queue) if record else 0,
         "url": f"/fn/{name}" if namespace == "default" else f"/ns/{namespace}/fn/{name}",
     }
+    if record:
+        decided = {True: "once", False: "each", None: "undecided"}[record.once]
+        status["initialize"], status["initializeReason"] = decided, record.once_why
+        if record.once and (zygote := service.pool.zygote_of(record.function)):
+            status["zygoteMemoryBytes"] = service.pool.memory_bytes(zygote)
     if record and record.failure:
         status["failure"] = {"kind": record.failure.kind, "message": record.failure.message}
     return {
@@ -322,6 +327,7 @@ def pool_view(service: Service) -> dict[str, Any]:
             {
                 "id": zygote.id,
                 "namespace": zygote.mold.namespace,
+                "function": zygote.mold.function,
                 "environment": zygote.mold.environment[:12],
                 "network": zygote.mold.network,
                 "isReady": zygote.is_ready,

@@ -34,7 +34,7 @@ PHASE_COLOURS: Final = {
 START_MEANS: Final = {
     "warm": "it already held the function",
     "generic": "a generic sandbox was specialized",
-    "forked": "forked from the function's zygote",
+    "forked": "forked from a zygote for this request",
     "created": "no generic sandbox was ready",
 }
 
@@ -271,7 +271,7 @@ def sandbox_rows(pool: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "-",
             f"{zygote['memoryBytes'] / (1 << 20):.1f} MiB" if zygote["memoryBytes"] else "-",
             f"{zygote['environment']}/{zygote['network']}",
-            f"{zygote['namespace']}, {zygote['forks']} forks",
+            f"{zygote['function'] or zygote['namespace']}, {zygote['forks']} forks",
         )
         for zygote in pool["zygotes"]
     ]

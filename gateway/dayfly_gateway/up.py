@@ -30,6 +30,7 @@ GENERIC_MAX: Final = DEFAULTS.generic_max
 SANDBOXES_MAX: Final = DEFAULTS.sandboxes_max
 ZYGOTE_FORKS_MAX: Final = DEFAULTS.zygote_forks_max
 ZYGOTE_MINUTES_MAX: Final = DEFAULTS.zygote_s_max / 60
+INITIALIZE_ONCE_MS: Final = DEFAULTS.initialize_once_s * 1000
 GC_THRESHOLD: Final = 20_000
 """New objects between two collections; reference counts free nearly all of a request's."""
 
@@ -51,6 +52,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     prewarm: str
     zygote_forks_max: int | None
     zygote_minutes_max: float | None
+    initialize_once_ms: float | None
     trusted_proxies: tuple[str, ...]
 
 
@@ -82,6 +84,7 @@ def _pool_config(settings: Settings) -> Config:
         prewarm="exec" if settings.prewarm == "exec" else "fork",
         zygote_forks_max=_given(settings.zygote_forks_max, ZYGOTE_FORKS_MAX),
         zygote_s_max=_given(settings.zygote_minutes_max, ZYGOTE_MINUTES_MAX) * 60,
+        initialize_once_s=_given(settings.initialize_once_ms, INITIALIZE_ONCE_MS) / 1000,
     )
 
 

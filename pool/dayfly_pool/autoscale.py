@@ -7,6 +7,10 @@ RATE_WINDOW_S: Final = 10.0
 WEIGHT_MIN: Final = 0.01  # an event counts for 46 s; rounded up, a trace would keep one for hours
 SMOOTHING: Final = 0.2
 PROOF_S: Final = 0.05
+SHORT_IMPORT_S: Final = 0.02
+SHORT_IMPORT_WEIGHT: Final = 0.5
+"""Such a load is mostly on its way from process to process."""
+
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 
@@ -35,6 +39,16 @@ class Rate:
 def smoothed(before: float | None, value: float) -> float:
     """Exponentially weighted mean; the first value stands for itself."""
     return value if before is None else before + SMOOTHING * (value - before)
+
+
+def load_weight(import_s: float, busy_s: float) -> float:
+    """The share of a processor that a function's import keeps busy, from 0.1 to 1.
+
+    *busy_s* of it had, or waited for, a processor; for the rest it slept (a network, a disk).
+    """
+    if import_s < SHORT_IMPORT_S:
+        return SHORT_IMPORT_WEIGHT
+    return min(1.0, max(0.1, busy_s / import_s))
 
 
 def desired_generic(arrivals_per_s: float, start_s: float, least: int, most: int) -> int:

@@ -31,6 +31,9 @@ class Config(Struct, frozen=True, kw_only=True):
     zygote_idle_s: float = 600.0
     """A zygote that was not needed for this long is let go."""
 
+    initialize_once_s: float = 0.25
+    """A function whose import takes this long gets a zygote of its own, if it declares nothing."""
+
     start_timeout_s: float = 30.0
     init_timeout_s: float = 10.0
     grace_s: float = 2.0
@@ -60,5 +63,7 @@ class Config(Struct, frozen=True, kw_only=True):
             raise ValueError("memory-reserve-mb must not be negative")
         if min(self.zygote_forks_max, self.zygote_s_max, self.zygote_idle_s) <= 0:
             raise ValueError("zygote-forks-max, and a zygote's minutes, must be above 0")
+        if self.initialize_once_s < 0:
+            raise ValueError("initialize-once-ms must not be negative")
         if min(positive) <= 0:
             raise ValueError("times must be above 0")

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from dayfly_pool.models import Environment, Limits, Mold, SandboxId
+from dayfly_pool.models import Environment, Function, Limits, Mold, SandboxId
 
 DRIVERS: Final[Mapping[str, str]] = {
     "linux": "dayfly_pool.drivers.linux:LinuxDriver",
@@ -44,6 +44,9 @@ class Driver(Protocol):
     A driver that `can_fork` also makes zygotes: `warm` returns when one is ready, `create` with
     *zygote* has it fork, and `retire` lets it end after the last of its sandboxes. Whoever
     destroys a zygote destroys its sandboxes. `exited` and `destroy` take zygotes as well.
+
+    A sandbox that *keeps* a function is, once that is loaded into it, a zygote too: what it forks
+    holds the function, and says `Loaded` to its own `Load` without importing anything.
     """
 
     isolated: bool
@@ -57,6 +60,7 @@ class Driver(Protocol):
         mold: Mold,
         environment: Environment,
         zygote: SandboxId | None = None,
+        keeps: Function | None = None,
     ) -> socket.socket: ...
     async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None: ...
     async def retire(self, zygote: SandboxId) -> None: ...

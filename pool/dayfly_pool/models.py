@@ -23,6 +23,7 @@ Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
 Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Network = Literal["none", "host"]
 Isolation = Literal["fork", "exec"]
+Initialize = Literal["auto", "once", "each"]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 ENV_BYTES_MAX: Final = 32 * 1024
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -69,6 +70,7 @@ class FunctionSpec(Model, frozen=True):
     queue_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
     network: Network = "none"
     isolation: Isolation = "fork"
+    initialize: Initialize = "auto"
     limits: Limits = Limits()
     routes: tuple[Route, ...] = ()
 
@@ -141,14 +143,17 @@ class Mold(Struct, frozen=True):
 
     With a *namespace* its sandboxes may be forked from one another's zygote, and are that tenant's
     alone; without, each is started by itself and becomes a tenant's with its first function.
+    With a *function* (`namespace/name@version`) they are forked after its import.
     """
 
     environment: str
     network: Network = "none"
     namespace: str = ""
+    function: str = ""
 
     def __str__(self) -> str:
-        return f"{self.environment[:12]}/{self.network}/{self.namespace or '*'}"
+        whose = self.function or self.namespace or "*"
+        return f"{self.environment[:12]}/{self.network}/{whose}"
 
 
 class Function(Struct, frozen=True):

@@ -39,7 +39,7 @@ from dayfly_pool.models import (
     Success,
     Timing,
 )
-from dayfly_pool.sandbox import Lost, Sandbox
+from dayfly_pool.sandbox import Lost, Sandbox, left_behind
 
 log = logging.getLogger("dayfly.pool")
 
@@ -83,7 +83,10 @@ class Pool:
             sandboxes_max=config.sandboxes_max,
             starts_max=config.starts_max,
             zygotes=state.ZygoteLimits(
-                config.zygote_forks_max, config.zygote_s_max, config.zygote_idle_s
+                config.zygote_forks_max,
+                config.zygote_s_max,
+                config.zygote_idle_s,
+                config.initialize_once_s,
             ),
         )
         self.metrics = Metrics(self.state)
@@ -92,9 +95,15 @@ class Pool:
         self._environments: dict[str, Environment] = {}
         self._boxes: dict[SandboxId, _Box] = {}
         self._calls: dict[InvocationId, _Call] = {}
-        self._zygotes: set[asyncio.Task[None]] = set()
+        self._warming: set[asyncio.Task[None]] = set()
+        """The life of every zygote."""
+
+        self._zygotes: dict[SandboxId, _Box] = {}
+        """Those that hold a function."""
+
         self._tasks: asyncio.TaskGroup
         self._loop: asyncio.AbstractEventLoop
+        self._memory_groups: tuple[memory.Group, ...]
         self._is_draining = False
         self._last_start_error = ""
         self._waiting: Deadlines[_Call] = Deadlines(self._give_up)
@@ -105,6 +114,7 @@ class Pool:
         """Serve while the block runs. Every task and sandbox of the pool ends with it."""
         self._loop = asyncio.get_running_loop()
         await self._driver.open()
+        self._memory_groups = memory.groups()  # the driver may have moved us
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -115,7 +125,7 @@ class Pool:
                     self._is_draining = True
                     ticking.cancel()
                     self._turn_away()
-                    for zygote in self._zygotes:
+                    for zygote in self._warming:
                         zygote.cancel()
                     for box in list(self._boxes.values()):
                         tasks.create_task(self._destroy(box, "closed"))
@@ -381,28 +391,72 @@ class Pool:
         task = self._spawn(work)
         if task is not None:
             task.add_done_callback(lambda _: work.close())  # one that was cancelled unbegun
-            self._zygotes.add(task)
-            task.add_done_callback(self._zygotes.discard)
+            self._warming.add(task)
+            task.add_done_callback(self._warming.discard)
 
     async def _warm(self, command: state.Warm) -> None:
         """A zygote's life: warmed, at work, gone."""
-        zygote, is_unfit = command.zygote, False
+        zygote, unfit, failure = command.zygote, "", None
         environment = self._environments[command.mold.environment]
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self.config.start_timeout_s):
-                await self._driver.warm(zygote, command.mold, environment)
+            if command.function is None:
+                async with asyncio.timeout(self.config.start_timeout_s):
+                    await self._driver.warm(zygote, command.mold, environment)
+            elif failure := await self._load_zygote(command, command.function):
+                raise ZygoteUnfit(f"{failure.kind}: {failure.message}")
             log.info("zygote ready", extra={"zygote": zygote, "took_s": time.monotonic() - started})
             self._carry_out(self.state.warmed(zygote, time.monotonic()))
             await self._driver.exited(zygote)
         except Exception as error:  # whatever it is, the state must hear that there is none
-            is_unfit = isinstance(error, ZygoteUnfit)
+            if isinstance(error, ZygoteUnfit) and failure is None:
+                unfit = error.detail
             log.warning("no zygote", extra={"mold": str(command.mold), "why": repr(error)})
         finally:
+            box = self._zygotes.pop(zygote, None)
             with contextlib.suppress(SandboxStartFailed):  # the launcher is gone, and it as well
-                await self._driver.destroy(zygote)
+                await (box.sandbox.destroy() if box else self._driver.destroy(zygote))
         log.info("zygote gone", extra={"zygote": zygote})
-        self._carry_out(self.state.chilled(zygote, time.monotonic(), is_unfit=is_unfit))
+        now = time.monotonic()
+        self._carry_out(self.state.chilled(zygote, now, unfit=unfit, failure=failure))
+
+    async def _load_zygote(self, command: state.Warm, function: Function) -> Failure | None:
+        """Have a function's zygote forked from its environment's, and import the function there.
+
+        What user code does wrong is returned. Raises `SandboxStartFailed`, `ZygoteUnfit`.
+        """
+        zygote = command.zygote
+        sandbox = Sandbox(
+            zygote,
+            self._driver,
+            on_log=self._on_log,
+            on_death=self._zygote_ended,
+            spawn=self._spawn,
+        )
+        box = self._zygotes[zygote] = _Box(sandbox)
+        box.function = function
+        environment = self._environments[command.mold.environment]
+        timeout_s = self.config.start_timeout_s
+        await sandbox.start(command.mold, environment, timeout_s, command.parent, function)
+        timeout_s = self.config.init_timeout_s
+        loaded = await sandbox.load(function, environment, timeout_s, as_zygote=True)
+        if isinstance(loaded, Failure):
+            return loaded
+        if loaded is None:
+            raise SandboxStartFailed("it was killed while importing the function")
+        left = left_behind(loaded)
+        if loaded.threads or loaded.children or (left and function.spec.initialize != "once"):
+            raise ZygoteUnfit(f"its import left {left}, which no fork would have")
+        return None
+
+    def _zygote_ended(self, zygote: SandboxId, why: str) -> None:
+        """Its connection is gone: so is what is left of it, and `_warm` hears of that."""
+        log.info("zygote died", extra={"zygote": zygote, "why": why})
+
+        async def destroy() -> None:
+            await self._driver.destroy(zygote)
+
+        self._spawn(destroy())
 
     async def _specialize(self, command: state.Specialize) -> None:
         function = command.function
@@ -429,8 +483,16 @@ class Pool:
             "import_s": loaded.import_s,
         }
         log.info("sandbox specialized", extra=extra)
-        memory_bytes = self._driver.memory_bytes(command.sandbox)
-        self._carry_out(self.state.loaded(command.sandbox, loaded.slots, now, memory_bytes))
+        ready = self.state.loaded(
+            command.sandbox,
+            loaded.slots,
+            now,
+            memory_bytes=self._driver.memory_bytes(command.sandbox),
+            import_s=loaded.import_s,
+            busy_s=loaded.busy_s,
+            leftovers=left_behind(loaded),
+        )
+        self._carry_out(ready)
 
     async def _destroy(self, box: _Box, reason: str) -> None:
         self._boxes.pop(box.sandbox.id, None)
@@ -450,7 +512,8 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.config.tick_s)
-            is_short = memory.available_bytes() < self.config.memory_reserve_mb << 20
+            available = memory.available_bytes(self._memory_groups)
+            is_short = available < self.config.memory_reserve_mb << 20
             if is_short != self.state.is_short_of_memory:
                 text = "short of memory" if is_short else "no longer short of memory"
                 log.warning("the machine is %s", text)
@@ -459,7 +522,7 @@ class Pool:
     # ---- logs and looks -----------------------------------------------------------------------
 
     def _on_log(self, sandbox: SandboxId, number: int, message: Log, body: bytes) -> None:
-        box = self._boxes.get(sandbox)
+        box = self._boxes.get(sandbox) or self._zygotes.get(sandbox)
         if box is None or box.function is None or box.function.id not in self.state.functions:
             return
         call = box.calls.get(number)
@@ -478,6 +541,11 @@ class Pool:
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """What the sandbox uses now; 0 when unknown."""
         return self._driver.memory_bytes(sandbox)
+
+    def zygote_of(self, function: Function) -> SandboxId | None:
+        """The zygote that holds this version of the function, if there is one."""
+        mold = self.state.molds.get(state.own_mold(function))
+        return mold.zygote.id if mold is not None and mold.zygote is not None else None
 
     @property
     def under_way(self) -> int:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, cast
 
+from dayfly.lockdown import LOCKED_ZYGOTE
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -41,7 +42,7 @@ LOG_LINES_BURST, LOG_LINES_PER_S_MAX, LOG_LINES_KEPT = 10_000, 5000, 10
 """Lines over this are dropped, but for the last ones of a frame: they would hold up everybody."""
 
 TIMES: Final[Mapping[type, tuple[str, ...]]] = {
-    Loaded: ("import_s", "lockdown_s"),
+    Loaded: ("import_s", "busy_s", "lockdown_s"),
     Result: ("handler_s",),
     Failed: ("handler_s",),
 }
@@ -123,16 +124,19 @@ class Sandbox:
         environment: Environment,
         timeout_s: float,
         zygote: SandboxId | None = None,
+        keeps: Function | None = None,
     ) -> Hello:
         """Create it, or have *zygote* fork it, and wait until it is generic.
 
-        Raises `SandboxStartFailed`.
+        With *keeps* it is to be that function's zygote. Raises `SandboxStartFailed`.
         """
         loop = asyncio.get_running_loop()
         hello = self._expect_setup()
         try:
             async with asyncio.timeout(timeout_s):
-                end: socket.socket = await self._driver.create(self.id, mold, environment, zygote)
+                end: socket.socket = await self._driver.create(
+                    self.id, mold, environment, zygote, keeps
+                )
                 connection = _Connection(self._take, self._end)
                 self._connection = connection
                 await loop.create_unix_connection(lambda: connection, sock=end)
@@ -150,23 +154,30 @@ class Sandbox:
         return message
 
     async def load(
-        self, function: Function, environment: Environment, timeout_s: float
+        self,
+        function: Function,
+        environment: Environment,
+        timeout_s: float,
+        *,
+        as_zygote: bool = False,
     ) -> Loaded | Failure | None:
-        """Specialize it. What goes wrong is user code's failure and is returned.
+        """Specialize it, or make it the function's zygote.
+
+        What goes wrong is user code's failure and is returned.
 
         None: it was dead before it was asked, or was killed from outside, which is not the user
         code's doing.
         """
         if self._is_over:
             return None
-        if function.spec.limits != GENERIC_LIMITS:
+        if function.spec.limits != GENERIC_LIMITS and not as_zygote:
             try:
                 self._driver.limit(self.id, function.spec.limits)
             except OSError as error:  # the kernel refuses a memory limit below what is in use
                 why = f"the environment alone needs more than the limits allow: {error}"
                 return Failure("OutOfMemory", why)
         answer = self._expect_setup()
-        self._send(encode(_load(function, environment, timeout_s)))
+        self._send(encode(_load(function, environment, timeout_s, as_zygote=as_zygote)))
         try:
             async with asyncio.timeout(timeout_s):
                 message = await answer
@@ -181,8 +192,9 @@ class Sandbox:
             return Failure(message.kind, message.message, message.traceback)
         if not isinstance(message, Loaded):
             return Failure("ProtocolViolation", f"{type(message).__name__} instead of Loaded")
+        capabilities = LOCKED_ZYGOTE.cap_eff if as_zygote else 0
         confirmed = (message.cap_eff, message.no_new_privs, message.seccomp)
-        if self._driver.isolated and confirmed != (0, 1, 2):
+        if self._driver.isolated and confirmed != (capabilities, 1, 2):
             return Failure("InitCrashed", "the sandbox did not confirm its lock-down")
         if not 1 <= message.slots <= function.spec.concurrency:
             return Failure("ProtocolViolation", f"the sandbox offers {message.slots} places")
@@ -334,7 +346,9 @@ def _distrust(message: Message, *, is_loading: bool) -> None:
             raise ProtocolError("a time that cannot be")
 
 
-def _load(function: Function, environment: Environment, timeout_s: float) -> Load:
+def _load(
+    function: Function, environment: Environment, timeout_s: float, *, as_zygote: bool
+) -> Load:
     spec, limits = function.spec, function.spec.limits
     return Load(
         digest=spec.package,
@@ -351,7 +365,18 @@ def _load(function: Function, environment: Environment, timeout_s: float) -> Loa
         concurrency=spec.concurrency,
         preload=[] if environment.early else list(environment.preload),
         init_timeout_s=timeout_s,
+        as_zygote=as_zygote,
     )
+
+
+def left_behind(loaded: Loaded) -> str:
+    """What the import has left behind and no fork could share, in words; empty for nothing."""
+    counts = {
+        "threads": loaded.threads,
+        "child processes": loaded.children,
+        "open files or sockets": loaded.descriptors,
+    }
+    return ", ".join(f"{number} {what}" for what, number in counts.items() if number > 0)
 
 
 def _cause(violation: str, exit_: Exit | None) -> tuple[str, str]:

@@ -5,13 +5,16 @@ the state at once, and returns the commands that others carry out. The cases, fo
 
 * A warm sandbox with a free place takes the head of the queue at once, the one used last first.
 * Otherwise the invocation waits in the function's queue, bound to nothing. If a further start
-  would pay, the function makes a claim on its mold. A ready generic sandbox answers a claim at
-  once (a pool hit); else claims are answered in order, as sandboxes get ready (a pool miss).
+  would pay, the function makes a claim on its mold. A ready generic sandbox answers it (a pool
+  hit); else claims are answered in order, as sandboxes get ready (a pool miss).
 * Whichever sandbox is free first takes the head of the queue. A claim that nobody needs any more
   is taken back at once; the sandbox that was started for it stays generic.
-* Generic sandboxes are refilled as soon as one is taken. What somebody waits for starts first.
+* Generic sandboxes are refilled as soon as one is taken. A tenant's claims are served first.
+* Starting and loading keep processors busy, so `turns` shares them out between the tenants.
 * Where a mold's zygote is ready, it forks them. A refill waits for a zygote that is being warmed;
   what somebody waits for does not, and is started.
+* A function that initializes once has a mold of its own, whose zygote holds it already. Its claims
+  wait for that zygote; without one it loads like any other.
 * At the limit of sandboxes, a claim evicts the idle sandbox of least value; when the machine runs
   short of memory, so does a tick, and nothing is refilled.
 * A new version empties the old one: idle sandboxes end now, busy ones after their invocation.
@@ -20,17 +23,17 @@ Everything is indexed by function, mold and phase; nothing scans.
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from itertools import count, islice
 from typing import Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from dayfly_pool import autoscale
+from dayfly_pool import autoscale, turns
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
 
@@ -44,11 +47,25 @@ START_ENDS_S: Final = 0.25
 LOST_LOADS_MAX: Final = 3
 """So many sandboxes may be killed while importing a function before it is held against it."""
 
+CLAIMS_LOOKED_AT: Final = 64
+"""Of the claims on one mold, so many may be passed over because it is not their tenant's turn."""
+
 SHED_SHARE: Final = 0.05
 """Of the idle sandboxes, this share is evicted a tick while the machine is short of memory."""
 
-FORKS_FOR_A_START: Final = 2
+SPARE_IDLE_S: Final = 5.0
+"""A zygote that is one more goes when it was unused for this long, and a function's while the
+machine is short of memory."""
+
+ZYGOTES_MAX: Final = 8
+"""Of one mold."""
+
+START_WEIGHT: Final = 1.0
+FORK_WEIGHT: Final = 0.5
 """A fork passes from process to process, and leaves a processor idle as often as it uses one."""
+
+PRELOADED_WEIGHT: Final = 0.25
+"""Of a load whose import a zygote has done."""
 
 
 class Phase(Enum):
@@ -84,10 +101,12 @@ class Create(Struct, frozen=True):
 
 
 class Warm(Struct, frozen=True):
-    """Start a zygote."""
+    """Start a zygote; with a *function*, have *parent* fork it and load the function into it."""
 
     zygote: SandboxId
     mold: Mold
+    function: Function | None = None
+    parent: SandboxId | None = None
 
 
 class Retire(Struct, frozen=True):
@@ -142,8 +161,16 @@ class SandboxRecord:
     start: StartKind = "created"
     stale: bool = False
     zygote: SandboxId | None = None
+    work: tuple[str, float] | None = None
+    """(tenant, weight) of the start or load that is under way."""
+
     value: float = 0.0
     """What it is worth to keep it, since it fell idle; comparable within one pool."""
+
+
+def own_mold(function: Function) -> Mold:
+    """What the sandboxes of the function's own zygote are made of."""
+    return structs.replace(function.mold, function=f"{function.id}@{function.version}")
 
 
 @dataclass(slots=True, eq=False)
@@ -162,6 +189,19 @@ class FunctionRecord:
     slots: int | None = None
     handler_s: float | None = None
     specialize_s: float = DEFAULT_SPECIALIZE_S
+    load_weight: float = 1.0
+    """The share of a processor that its import keeps busy."""
+
+    home: Mold = field(init=False)
+    """Where it makes its claims: the mold of its environment, or its own."""
+
+    once: bool | None = None
+    """Whether it initializes once; None: not known yet."""
+
+    once_why: str = "it has not been loaded yet"
+    is_unfit: bool = False
+    """Whether a zygote of it was tried, and did not do."""
+
     uses: int = 0
     """Invocations since it had no sandbox."""
 
@@ -170,6 +210,14 @@ class FunctionRecord:
     failures: int = 0
     lost_loads: int = 0
     broken_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.home = self.function.mold
+
+    @property
+    def own_mold(self) -> Mold:
+        """What its zygote's sandboxes are made of."""
+        return own_mold(self.function)
 
     @property
     def places(self) -> int:
@@ -185,7 +233,13 @@ class ZygoteRecord:
     mold: Mold
     since: float
     forks: int = 0
+    forking: int = 0
+    """Of its forks, those that are not up yet."""
+
+    used_at: float = 0.0
     is_ready: bool = False
+    work: tuple[str, float] | None = None
+    """(tenant, weight) of its warming."""
 
 
 @dataclass(slots=True, eq=False)
@@ -205,24 +259,37 @@ class MoldRecord:
     retry_at: float = 0.0
     zygote: ZygoteRecord | None = None
     warming: ZygoteRecord | None = None
-    """The first one, or the successor of `zygote`, while it is not ready."""
+    """The first one, the successor of `zygote`, or one more, while it is not ready."""
 
-    used_at: float = 0.0
+    more: dict[SandboxId, ZygoteRecord] = field(default_factory=dict)
+    """Further zygotes, while one is the bottleneck."""
+
+    used_at: float = -math.inf
     zygote_failures: int = 0
     zygote_retry_at: float = 0.0
 
 
 class ZygoteLimits(Struct, frozen=True):
-    """When a zygote is replaced, and when one that nobody needs is let go."""
+    """When a zygote is replaced, and when one that nobody needs is let go.
+
+    A function whose import takes *once_s* or longer is to have one of its own. A zygote makes one
+    fork at a time: where each has *at_once* to make, another helps.
+    """
 
     forks: int = 5000
     age_s: float = 3600.0
     idle_s: float = 600.0
+    once_s: float = 0.25
+    at_once: int = 8
 
 
-def _turn(mold: MoldRecord) -> tuple[int, float]:
-    """Who has least under way is next, then who has waited longest."""
-    return mold.starting, mold.used_at
+def _forking(zygote: ZygoteRecord) -> int:
+    return zygote.forking
+
+
+def _weight(mold: MoldRecord) -> float:
+    """Of starting one more."""
+    return FORK_WEIGHT if mold.zygote else START_WEIGHT
 
 
 class PoolState:
@@ -237,7 +304,11 @@ class PoolState:
         zygotes: ZygoteLimits | None = None,
     ) -> None:
         self.generic_max = generic_max
-        self.sandboxes_max, self.starts_max = sandboxes_max, starts_max
+        self.sandboxes_max = sandboxes_max
+        self._turns = turns.Turns(starts_max)
+        self._loads: Counter[str] = Counter()
+        """Loads under way, by tenant."""
+
         self.zygote_limits = zygotes or ZygoteLimits()
         self.zygotes: dict[SandboxId, ZygoteRecord] = {}
         """Those that fork, or will."""
@@ -248,7 +319,12 @@ class PoolState:
         self.misses = 0
         self._queued: dict[InvocationId, FunctionId] = {}
         self._minimums: dict[FunctionId, FunctionRecord] = {}
-        self._starting = 0
+        self._needy: dict[str, OrderedDict[Mold, MoldRecord]] = {}
+        """By tenant: those that may lack something (a start, a load, a zygote)."""
+
+        self._cramped: dict[Mold, MoldRecord] = {}
+        """Those whose claims found no room in the pool."""
+
         self._idle: dict[float, OrderedDict[SandboxId, SandboxRecord]] = {}
         self._kept: OrderedDict[SandboxId, SandboxRecord] = OrderedDict()
         """Idle beyond their time, for a minScale; evicted last."""
@@ -286,9 +362,10 @@ class PoolState:
 
         If not *pinned*, only while there are functions of it.
         """
-        record = self.molds.setdefault(mold, MoldRecord(mold, least))
+        record = self._mold(mold)
         record.least, record.pinned = least, pinned and least > 0
         record.used_at = now
+        self._look_at(record)
         return self._start_where_needed(now)
 
     def deploy(self, function: Function, now: float) -> list[Command]:
@@ -296,11 +373,10 @@ class PoolState:
         self._mold(function.mold).functions += 1
         record = self.functions.get(function.id)
         if record is None:
-            return self._keep_min_scale(self._adopt(FunctionRecord(function)), now)
+            return self._keep_min_scale(self._adopt(FunctionRecord(function), now), now)
         commands = self._outdate(record, "updated")
-        self._keep_claims(record, 0)
-        self._leave_mold(record.function.mold)
-        fresh = self._adopt(FunctionRecord(function, record.queue, uses=record.uses))
+        self._leave_molds(record)
+        fresh = self._adopt(FunctionRecord(function, record.queue, uses=record.uses), now)
         return commands + self._keep_min_scale(fresh, now) + self._dispatch(fresh, now)
 
     def remove(self, id_: FunctionId, now: float) -> list[Command]:
@@ -317,8 +393,7 @@ class PoolState:
             del self._queued[invocation]
         refused: list[Command] = [Refuse(invocation, None) for invocation in record.queue]
         record.queue.clear()
-        self._keep_claims(record, 0)
-        self._leave_mold(record.function.mold)
+        self._leave_molds(record)
         return refused + self._outdate(record, "removed") + self._start_where_needed(now)
 
     # ---- facts about invocations --------------------------------------------------------------
@@ -380,15 +455,20 @@ class PoolState:
         mold = self.molds[box.mold]
         mold.start_s = autoscale.smoothed(mold.start_s, now - box.since)
         mold.failures, mold.retry_at = 0, 0.0
-        if mold.zygote is not None and mold.zygote.id == box.zygote:
+        if box.zygote in self.zygotes:
             mold.zygote_failures = 0
         mold.starting -= 1
-        self._starting -= 1
+        self._end_work(box)
+        self._end_fork(box)
         self._move(box, Phase.GENERIC)
         box.since = now
+        if len(mold.claims) > len(mold.generic):  # somebody waited for it
+            box.start = "created" if box.zygote is None else "forked"
+        else:
+            box.start = "generic"
         mold.generic[box.id] = box
-        start: StartKind = "created" if box.zygote is None else "forked"
-        return self._answer_claims(mold, now, start) + self._start_where_needed(now)
+        self._look_at(mold)
+        return self._start_where_needed(now)
 
     def warmed(self, zygote: SandboxId, now: float) -> list[Command]:
         """A zygote is ready to fork, in place of the one before it."""
@@ -397,33 +477,67 @@ class PoolState:
             return [Retire(zygote)]
         mold = self.molds[record.mold]
         commands: list[Command] = []
-        if mold.zygote is not None:
-            del self.zygotes[mold.zygote.id]
-            commands.append(Retire(mold.zygote.id))
-        record.is_ready, record.since = True, now
-        mold.zygote, mold.warming = record, None
+        self._end_work(record)
+        record.is_ready, record.since, record.used_at = True, now, now
+        mold.warming = None
+        if mold.zygote is not None and not self._is_worn(mold.zygote, now):
+            mold.more[record.id] = record
+        else:
+            if mold.zygote is not None:
+                commands += self._let_go(mold.zygote)
+            mold.zygote = record
         mold.retry_at = 0.0  # of starts; a fork may well work
+        self._zygote_changed(mold, now)
         return commands + self._start_where_needed(now)
 
-    def chilled(self, zygote: SandboxId, now: float, *, is_unfit: bool = False) -> list[Command]:
-        """A zygote could not be warmed, or is gone; *is_unfit*: another one would not do either."""
+    def chilled(
+        self,
+        zygote: SandboxId,
+        now: float,
+        *,
+        unfit: str = "",
+        failure: Failure | None = None,
+    ) -> list[Command]:
+        """A zygote could not be warmed, or is gone.
+
+        *unfit* says why another one would not do either; *failure* why its function did not load.
+        """
         record = self.zygotes.pop(zygote, None)
         if record is None:
             return []
         mold = self.molds[record.mold]
-        if mold.zygote is record:
-            mold.zygote = None
-        if mold.warming is record:
-            mold.warming = None
+        self._drop(mold, record)
+        self._end_work(record)
         mold.zygote_failures += 1
-        pause_s = math.inf if is_unfit else autoscale.backoff_s(mold.zygote_failures)
+        pause_s = math.inf if unfit else autoscale.backoff_s(mold.zygote_failures)
         mold.zygote_retry_at = now + pause_s
-        return self._start_where_needed(now)
+        commands: list[Command] = []
+        user = self._user(mold)
+        if user is not None and failure is not None and user.slots is None:
+            commands += self._break(user, failure, now)  # it has never been loaded anywhere
+        elif user is not None and (unfit or failure):
+            why = unfit or f"the import failed in its zygote: {failure and failure.message}"
+            user.is_unfit = True
+            self._initialize(user, once=False, why=why, now=now)
+        self._zygote_changed(mold, now)
+        return commands + self._start_where_needed(now)
 
     def loaded(
-        self, sandbox: SandboxId, slots: int, now: float, memory_bytes: int = 0
+        self,
+        sandbox: SandboxId,
+        slots: int,
+        now: float,
+        *,
+        memory_bytes: int = 0,
+        import_s: float = 0.0,
+        busy_s: float = 0.0,
+        leftovers: str = "",
     ) -> list[Command]:
-        """The function is in it, and takes so much memory, if that is known."""
+        """The function is in it.
+
+        It takes *memory_bytes*, if that is known. Its import took *import_s*, needed a processor
+        for *busy_s* of it, and has left behind what *leftovers* lists, which no fork could share.
+        """
         box = self.sandboxes.get(sandbox)
         if box is None or box.phase is not Phase.LOADING:
             return []
@@ -432,14 +546,19 @@ class PoolState:
         assert box.function is not None
         record = self.functions[box.function.id]
         record.loading -= 1
+        self._end_work(box)
         record.slots, record.failure, record.failures, record.lost_loads = slots, None, 0, 0
+        if not box.mold.function:
+            record.load_weight = autoscale.load_weight(import_s, busy_s)
+            self._weigh_import(record, import_s, leftovers, now)
         record.specialize_s = autoscale.smoothed(record.specialize_s, now - box.since)
         record.memory_bytes = memory_bytes or record.memory_bytes
         box.slots = slots
         self._rest(box, record, now)
         commands = self._dispatch(record, now)
         box.start = "warm"  # whoever comes later has not waited for this start
-        return commands + self._use_room(now)
+        self._look_at_cramped()
+        return commands + self._start_where_needed(now)
 
     def load_failed(self, sandbox: SandboxId, failure: Failure, now: float) -> list[Command]:
         """User code could not be loaded: whoever waits for it is told, then it is left alone."""
@@ -448,15 +567,20 @@ class PoolState:
             return []
         commands: list[Command] = []
         if not box.stale and box.function is not None:
-            record = self.functions[box.function.id]
-            record.failure, record.failures = failure, record.failures + 1
-            record.broken_until = now + autoscale.backoff_s(record.failures)
-            for invocation in record.queue:
-                del self._queued[invocation]
-                commands.append(Refuse(invocation, failure))
-            record.queue.clear()
-            self._keep_claims(record, 0)
+            commands += self._break(self.functions[box.function.id], failure, now)
         return [*commands, self._destroy(box, "failed"), *self._start_where_needed(now)]
+
+    def _break(self, record: FunctionRecord, failure: Failure, now: float) -> list[Command]:
+        """It cannot be loaded: whoever waits for it is told, then it is left alone for a while."""
+        commands: list[Command] = []
+        record.failure, record.failures = failure, record.failures + 1
+        record.broken_until = now + autoscale.backoff_s(record.failures)
+        for invocation in record.queue:
+            del self._queued[invocation]
+            commands.append(Refuse(invocation, failure))
+        record.queue.clear()
+        self._keep_claims(record, 0)
+        return commands
 
     def died(self, sandbox: SandboxId, now: float) -> list[Command]:
         """It is gone, whatever it was doing."""
@@ -493,6 +617,8 @@ class PoolState:
             commands += self._keep_min_scale(record, now)
         for mold in list(self.molds.values()):
             commands += self._trim(mold, now)
+        for mold in self.molds.values():
+            self._look_at(mold)
         return commands + self._start_where_needed(now)
 
     # ---- decisions ----------------------------------------------------------------------------
@@ -545,7 +671,7 @@ class PoolState:
             return 0
         serving = (len(record.sandboxes) - record.loading) * places
         waited = now - next(iter(record.queue.values()))
-        mold = self.molds[record.function.mold]
+        mold = self.molds[record.home]
         start_s = record.specialize_s + (0 if mold.generic else mold.start_s or DEFAULT_START_S)
         pays = autoscale.start_pays(waiting, serving, record.handler_s, waited, start_s)
         return min(needed, room) if pays else 0
@@ -557,37 +683,27 @@ class PoolState:
 
     def _keep_claims(self, record: FunctionRecord, number: int) -> None:
         """Take back all claims but *number*, so that nothing is started or evicted for nobody."""
+        mold = self.molds[record.home]
         while record.claims > number:
             record.claims -= 1
-            self.molds[record.function.mold].claims.remove(record.function.id)
+            mold.claims.remove(record.function.id)
+            if len(mold.claims) < len(mold.generic):  # nobody waits any more
+                for box in mold.generic.values():
+                    box.start = "generic"
 
     def _claim(self, record: FunctionRecord, number: int, now: float) -> list[Command]:
         if number <= 0:
             return []
-        mold = self.molds[record.function.mold]
+        self._settle(record, now)
+        mold = self.molds[record.home]
         mold.used_at = now
         record.claims += number
         for _ in range(number):
             mold.claims.append(record.function.id)
             mold.rate.note(now)
-        commands = self._answer_claims(mold, now, "generic")
-        self.misses += min(number, len(mold.claims))
-        return commands + self._start_where_needed(now)
-
-    def _answer_claims(self, mold: MoldRecord, now: float, start: StartKind) -> list[Command]:
-        commands: list[Command] = []
-        while mold.generic and mold.claims:
-            record = self.functions[mold.claims.popleft()]
-            record.claims -= 1
-            if len(record.sandboxes) >= record.function.spec.max_scale:
-                continue
-            _, box = mold.generic.popitem()
-            self._move(box, Phase.LOADING)
-            box.function, box.start, box.since = record.function, start, now
-            record.sandboxes[box.id] = box
-            record.loading += 1
-            commands.append(Specialize(box.id, record.function))
-        return commands
+        self.misses += min(number, max(0, len(mold.claims) - len(mold.generic)))
+        self._look_at(mold)
+        return self._start_where_needed(now)
 
     def _keep_min_scale(self, record: FunctionRecord, now: float) -> list[Command]:
         if now < record.broken_until:
@@ -597,39 +713,111 @@ class PoolState:
         room = self.sandboxes_max - len(self.sandboxes) + generic  # it evicts nobody
         return self._claim(record, min(missing, room), now)
 
-    def _start_where_needed(self, now: float) -> list[Command]:
-        """Start generic sandboxes: first what somebody waits for, then what is to be kept.
+    def _look_at(self, mold: MoldRecord) -> None:
+        """Something has changed: it may lack a start, a load or a zygote now."""
+        whose = mold.mold.namespace or str(mold.mold)  # what tenants share stands by itself
+        self._needy.setdefault(whose, OrderedDict())[mold.mold] = mold
 
-        The molds take turns: a burst of one tenant's must not keep the others from starting.
-        """
+    def _start_where_needed(self, now: float) -> list[Command]:
+        """Load and start what is lacking, while there is a turn for it."""
         commands: list[Command] = []
-        for mold in self.molds.values():
-            commands += self._keep_zygote(mold, now)
-        forks = FORKS_FOR_A_START
-        for only_claimed in (True, False):
-            needy = [mold for mold in self.molds.values() if self._lacks(mold, only_claimed, now)]
-            while needy:
-                mold = min(needy, key=_turn)
-                most = self.starts_max * (forks if mold.zygote else 1)
-                started = self._start(mold, only_claimed, now) if self._starting < most else []
-                commands += started
-                if not started and not mold.zygote:
-                    forks = 1  # or forks would take every place before it could be started
-                if not started or not self._lacks(mold, only_claimed, now):
-                    needy.remove(mold)
+        waiting = dict.fromkeys(self._needy)  # in the order in which they came
+        while waiting:
+            tenant = min(waiting, key=self._turns.under_way)
+            molds = self._needy[tenant]
+            mold = next(iter(molds.values()))
+            step = self._step(mold, now)
+            if step is None:
+                del waiting[tenant]
+            elif step:
+                commands += step
+                molds.move_to_end(mold.mold)
+            else:
+                del molds[mold.mold]
+                if not molds:
+                    del self._needy[tenant], waiting[tenant]
         return commands
 
-    def _lacks(self, mold: MoldRecord, only_claimed: bool, now: float) -> bool:
-        if now < mold.retry_at:
-            return False
-        if only_claimed:
-            return len(mold.claims) > mold.starting
+    def _step(self, mold: MoldRecord, now: float) -> list[Command] | None:
+        """One thing that *mold* lacks; [] when it lacks nothing, None when it is not its turn."""
+        zygote = self._keep_zygote(mold, now)
+        if zygote:
+            return zygote
+        is_turn = zygote is not None
+        if mold.generic and mold.claims:
+            load = self._load_next(mold, now)
+            return [load] if load else None  # to start more would not get them loaded sooner
+        is_claimed = len(mold.claims) > mold.starting
+        if now >= mold.retry_at and (is_claimed or self._lacks_generic(mold, now)):
+            if mold.mold.function and not mold.zygote:
+                pass  # it is for its zygote to fork them
+            elif (tenant := self._starter(mold, is_claimed, now)) is None:
+                is_turn = False
+            elif started := self._start(mold, is_claimed, tenant, now):
+                return started
+            elif is_claimed:
+                self._cramped[mold.mold] = mold
+        return [] if is_turn else None
+
+    def _starter(self, mold: MoldRecord, is_claimed: bool, now: float) -> str | None:
+        """Whose turn it is to start one for *mold*: in one that tenants share, a claimant's."""
+        weight, tenants = _weight(mold), [mold.mold.namespace]
+        if is_claimed and not mold.mold.namespace:
+            next_ones = islice(mold.claims, mold.starting, mold.starting + CLAIMS_LOOKED_AT)
+            tenants = [self.functions[id_].function.namespace for id_ in next_ones]
+        return next((t for t in tenants if self._turns.may(t, weight, now)), None)
+
+    def _load_next(self, mold: MoldRecord, now: float) -> Command | None:
+        """Load the first function that has a claim on *mold*, and its turn."""
+        for at, id_ in enumerate(islice(mold.claims, CLAIMS_LOOKED_AT)):
+            record = self.functions[id_]
+            tenant = record.function.namespace
+            weight = PRELOADED_WEIGHT if mold.mold.function else record.load_weight
+            # a sandbox is ready for it: its own starts do not keep it from the first load
+            if self._loads[tenant] and not self._turns.may(tenant, weight, now):
+                continue
+            del mold.claims[at]
+            record.claims -= 1
+            _, box = mold.generic.popitem()
+            self._move(box, Phase.LOADING)
+            box.function, box.since = record.function, now
+            self._begin_work(box, tenant, weight, now)
+            self._loads[tenant] += 1
+            record.sandboxes[box.id] = box
+            record.loading += 1
+            return Specialize(box.id, record.function)
+        return None
+
+    def _lacks_generic(self, mold: MoldRecord, now: float) -> bool:
         if mold.warming and not (mold.zygote or mold.zygote_failures):
             return False  # forking what is kept ready costs less, and nobody waits for it
         have = mold.starting + len(mold.generic) - len(mold.claims)
         return have < self._target(mold, now)
 
-    def _start(self, mold: MoldRecord, claimed: bool, now: float) -> list[Command]:
+    def _begin_work(
+        self, worker: SandboxRecord | ZygoteRecord, tenant: str, weight: float, now: float
+    ) -> None:
+        worker.work = tenant, weight
+        self._turns.begin(tenant, weight, now)
+
+    def _end_work(self, worker: SandboxRecord | ZygoteRecord) -> None:
+        """Its start or load is over: others may have their turn."""
+        if worker.work is None:
+            return
+        tenant, weight = worker.work
+        worker.work = None
+        self._turns.end(tenant, weight)
+        if isinstance(worker, SandboxRecord) and worker.phase is Phase.LOADING:
+            self._loads[tenant] -= 1
+            if not self._loads[tenant]:
+                del self._loads[tenant]
+
+    def _end_fork(self, box: SandboxRecord) -> None:
+        """It is up, or dead."""
+        if box.zygote is not None and box.zygote in self.zygotes:
+            self.zygotes[box.zygote].forking -= 1
+
+    def _start(self, mold: MoldRecord, claimed: bool, tenant: str, now: float) -> list[Command]:
         """Start one for *mold*; nothing when there is no room."""
         commands: list[Command] = []
         if len(self.sandboxes) >= self.sandboxes_max:
@@ -637,62 +825,191 @@ class PoolState:
             if victim is None:
                 return []
             commands.append(self._evict(victim))
-        return [*commands, self._create(mold, claimed, now)]
+        return [*commands, self._create(mold, claimed, tenant, now)]
 
     def _use_room(self, now: float) -> list[Command]:
         """A sandbox fell idle: in a full pool that is what a claim has waited for."""
+        self._look_at_cramped()
         is_full = len(self.sandboxes) >= self.sandboxes_max
         return self._start_where_needed(now) if is_full else []
 
+    def _look_at_cramped(self) -> None:
+        """There may be room now for those that found none."""
+        while self._cramped:
+            _, mold = self._cramped.popitem()
+            self._look_at(mold)
+
     def _target(self, mold: MoldRecord, now: float) -> int:
-        if not (mold.functions or mold.pinned) or self.is_short_of_memory:
+        if not (mold.functions or mold.pinned) or self.is_short_of_memory or mold.mold.function:
             return 0
         start_s = mold.start_s or DEFAULT_START_S
         rate = mold.rate.per_s(now)
         return autoscale.desired_generic(rate, start_s, mold.least, self.generic_max)
 
-    def _create(self, mold: MoldRecord, claimed: bool, now: float) -> Create:
+    def _create(self, mold: MoldRecord, claimed: bool, tenant: str, now: float) -> Create:
         box = SandboxRecord(SandboxId(f"sb-{next(self._numbers)}"), mold.mold, now)
         self.sandboxes[box.id] = box
         mold.starting += 1
-        self._starting += 1
+        self._begin_work(box, tenant, _weight(mold), now)
         mold.used_at = now
-        if mold.zygote is not None:
-            mold.zygote.forks += 1
-            box.zygote = mold.zygote.id
+        if zygote := self._least_busy(mold):
+            zygote.forks += 1
+            zygote.forking += 1
+            zygote.used_at = now
+            box.zygote = zygote.id
         return Create(box.id, mold.mold, claimed, box.zygote)
 
-    def _keep_zygote(self, mold: MoldRecord, now: float) -> list[Command]:
-        """Have one while it is of use, and a fresh one in time."""
+    def _keep_zygote(self, mold: MoldRecord, now: float) -> list[Command] | None:
+        """Have one while it is of use, and a fresh one in time; None when it is not its turn."""
         if not mold.mold.namespace:
             return []
         limits, current = self.zygote_limits, mold.zygote
         is_needed = bool(mold.functions or mold.pinned or mold.claims)
-        if not is_needed or now - mold.used_at >= limits.idle_s:
+        is_spare = self.is_short_of_memory and mold.mold.function
+        idle_s = SPARE_IDLE_S if is_spare else limits.idle_s
+        if not is_needed or (not mold.claims and now - mold.used_at >= idle_s):
             return self._let_go(current) if current else []
-        is_worn = current and (current.forks >= limits.forks or now - current.since >= limits.age_s)
-        if mold.warming or now < mold.zygote_retry_at or (current and not is_worn):
+        for spare in mold.more.values():
+            if self._is_worn(spare, now) or now - spare.used_at >= SPARE_IDLE_S:
+                return self._let_go(spare)
+        busiest = self._least_busy(mold)
+        is_narrow = (
+            busiest is not None
+            and busiest.forking >= limits.at_once
+            and len(mold.more) + 1 < ZYGOTES_MAX
+            and not mold.mold.function  # another would have to import it as well
+        )
+        is_wanted = current is None or self._is_worn(current, now) or is_narrow
+        if mold.warming or now < mold.zygote_retry_at or not is_wanted:
             return []
         if self.is_short_of_memory:
             return []
+        return self._warm_own(mold, now) if mold.mold.function else [self._warm(mold, now)]
+
+    def _warm(self, mold: MoldRecord, now: float) -> Warm:
         zygote = ZygoteRecord(SandboxId(f"sb-z{next(self._numbers)}"), mold.mold, now)
         self.zygotes[zygote.id] = mold.warming = zygote
-        return [Warm(zygote.id, mold.mold)]
+        return Warm(zygote.id, mold.mold)
+
+    def _warm_own(self, mold: MoldRecord, now: float) -> list[Command] | None:
+        """A function's zygote: forked from its environment's, once that is there."""
+        base = self.molds[structs.replace(mold.mold, function="")]
+        user = self._user(mold)
+        if base.zygote is None or user is None or now < user.broken_until:
+            base.used_at = now
+            self._look_at(base)
+            return []
+        if not self._turns.may(mold.mold.namespace, START_WEIGHT, now):
+            return None
+        warm = self._warm(mold, now)
+        self._begin_work(self.zygotes[warm.zygote], mold.mold.namespace, START_WEIGHT, now)
+        return [structs.replace(warm, function=user.function, parent=base.zygote.id)]
+
+    def _user(self, mold: MoldRecord) -> FunctionRecord | None:
+        """The function whose own mold this is, unless it has another version by now."""
+        record = self.functions.get(FunctionId(mold.mold.function.rpartition("@")[0]))
+        return record if record is not None and record.own_mold == mold.mold else None
+
+    def _has_zygote(self, mold: MoldRecord, now: float) -> bool:
+        """Whether it has a zygote, or is about to get its first."""
+        if mold.zygote or mold.zygote_failures or not mold.mold.namespace:
+            return mold.zygote is not None
+        can_warm = now >= mold.zygote_retry_at and not self.is_short_of_memory
+        return mold.warming is not None or can_warm
+
+    def _zygote_changed(self, mold: MoldRecord, now: float) -> None:
+        """Claims go to where they are answered soonest now."""
+        self._look_at(mold)
+        if user := self._user(mold):
+            self._settle(user, now)
+            return
+        for own in list(self.molds.values()):
+            if own.mold.function and structs.replace(own.mold, function="") == mold.mold:
+                self._look_at(own)
+                if user := self._user(own):
+                    self._settle(user, now)
+
+    def _settle(self, record: FunctionRecord, now: float) -> None:
+        """Have it make its claims, and move those that it has, to its own mold if that can do."""
+        home = record.function.mold
+        if record.once:
+            own = self.molds[record.own_mold]
+            is_coming = self._has_zygote(own, now) and self._has_zygote(self.molds[home], now)
+            if own.zygote or is_coming:
+                home = own.mold
+        if home == record.home:
+            return
+        claims = record.claims
+        self._keep_claims(record, 0)
+        record.home, record.claims = home, claims
+        self.molds[home].claims.extend([record.function.id] * claims)
+        self._look_at(self.molds[home])
+
+    def _initialize(self, record: FunctionRecord, *, once: bool, why: str, now: float) -> None:
+        """From now on it has a zygote of its own, or has none."""
+        if once and not record.once:
+            self._mold(record.own_mold).functions += 1
+        was_once, record.once, record.once_why = record.once, once, why
+        self._settle(record, now)
+        if was_once and not once:
+            self._leave_mold(record.own_mold)
+
+    def _weigh_import(
+        self, record: FunctionRecord, import_s: float, leftovers: str, now: float
+    ) -> None:
+        """Whether it is worth a zygote, and can have one."""
+        may_fork = record.function.mold.namespace and record.function.mold.network != "host"
+        if record.function.spec.initialize != "auto" or not may_fork:
+            return
+        if record.once or record.is_unfit:
+            return
+        limit_s = self.zygote_limits.once_s
+        took = f"its import took {import_s:.3g} s"
+        if import_s < limit_s:
+            self._initialize(record, once=False, why=f"{took}, under {limit_s:g}", now=now)
+        elif leftovers:
+            self._initialize(record, once=False, why=f"{took}, but left {leftovers}", now=now)
+        else:
+            self._initialize(record, once=True, why=took, now=now)
+            own = self.molds[record.own_mold]
+            own.used_at = now  # at once, so that the next start finds it
+            self._look_at(own)
+
+    def _is_worn(self, zygote: ZygoteRecord, now: float) -> bool:
+        limits = self.zygote_limits
+        return zygote.forks >= limits.forks or now - zygote.since >= limits.age_s
+
+    def _least_busy(self, mold: MoldRecord) -> ZygoteRecord | None:
+        """The zygote that is to fork next."""
+        if mold.zygote is None or not mold.more:
+            return mold.zygote
+        return min((mold.zygote, *mold.more.values()), key=_forking)
 
     def _let_go(self, zygote: ZygoteRecord) -> list[Command]:
         del self.zygotes[zygote.id]
-        self.molds[zygote.mold].zygote = None
+        self._drop(self.molds[zygote.mold], zygote)
         return [Retire(zygote.id)]
+
+    def _drop(self, mold: MoldRecord, zygote: ZygoteRecord) -> None:
+        """It forks no more; another takes its place, if there is one."""
+        mold.more.pop(zygote.id, None)
+        if mold.warming is zygote:
+            mold.warming = None
+        if mold.zygote is zygote:
+            mold.zygote = mold.more.pop(next(iter(mold.more))) if mold.more else None
 
     def _start_failed(self, box: SandboxRecord, now: float) -> list[Command]:
         """Leave alone for a while what failed: the zygote, if one was asked, else the mold."""
         mold = self.molds[box.mold]
         if box.zygote is not None:
-            if mold.zygote is None or mold.zygote.id != box.zygote:
+            zygote = self.zygotes.get(box.zygote)
+            if zygote is None:
                 return []  # the first of its sandboxes that failed has told
             mold.zygote_failures += 1
             mold.zygote_retry_at = now + autoscale.backoff_s(mold.zygote_failures)
-            return self._let_go(mold.zygote)
+            commands = self._let_go(zygote)
+            self._zygote_changed(mold, now)
+            return commands
         if now >= mold.retry_at:  # those that were started together count once
             mold.failures += 1
             mold.retry_at = now + autoscale.backoff_s(mold.failures)
@@ -764,7 +1081,7 @@ class PoolState:
 
     def _trim(self, mold: MoldRecord, now: float) -> list[Command]:
         """End one surplus generic sandbox at a time; forget a mold that nobody uses."""
-        if len(mold.generic) > self._target(mold, now):
+        if len(mold.generic) - len(mold.claims) > self._target(mold, now):
             return [self._destroy(next(iter(mold.generic.values())), "surplus")]
         is_used = mold.functions or mold.pinned or mold.claims
         if not (is_used or mold.starting or mold.generic or mold.zygote or mold.warming):
@@ -819,7 +1136,10 @@ class PoolState:
             mold.generic.pop(box.id, None)
             if box.phase is Phase.STARTING:
                 mold.starting -= 1
-                self._starting -= 1
+                self._end_fork(box)
+            self._look_at(mold)
+        self._end_work(box)
+        self._look_at_cramped()
         if box.function is not None and not box.stale:
             record = record or self.functions[box.function.id]
             record.sandboxes.pop(box.id, None)
@@ -830,9 +1150,17 @@ class PoolState:
         del self.sandboxes[box.id]
         return Destroy(box.id, reason)
 
-    def _adopt(self, record: FunctionRecord) -> FunctionRecord:
+    def _adopt(self, record: FunctionRecord, now: float) -> FunctionRecord:
         function = record.function
         self.functions[function.id] = record
+        if function.spec.initialize == "each":
+            record.once, record.once_why = False, "it is declared so"
+        elif not function.mold.namespace:
+            record.once, record.once_why = False, "its sandboxes are started, not forked"
+        elif function.mold.network == "host":  # a zygote is less confined than its forks are
+            record.once, record.once_why = False, "its network is the host's"
+        elif function.spec.initialize == "once":
+            self._initialize(record, once=True, why="it is declared so", now=now)
         if function.spec.min_scale:
             self._minimums[function.id] = record
         else:
@@ -842,7 +1170,15 @@ class PoolState:
     def _mold(self, mold: Mold) -> MoldRecord:
         return self.molds.setdefault(mold, MoldRecord(mold, 0))
 
+    def _leave_molds(self, record: FunctionRecord) -> None:
+        """This version claims nothing any more."""
+        self._keep_claims(record, 0)
+        self._leave_mold(record.function.mold)
+        if record.once:
+            self._leave_mold(record.own_mold)
+
     def _leave_mold(self, mold: Mold) -> None:
         record = self.molds.get(mold)
         if record is not None:
             record.functions -= 1
+            self._look_at(record)

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+from dayfly.lockdown import LOCKED_ZYGOTE
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -157,7 +158,10 @@ class FakeGuest:
 
     async def _become(self, load: Load) -> None:
         try:
-            await self._driver.on_load(self)
+            if self._driver.forked.get(self.sandbox) not in self._driver.kept:
+                await self._driver.on_load(self)
+            if load.as_zygote:
+                self._driver.kept.add(self.sandbox)
             if load.handler not in self._driver.functions:
                 raise LookupError(f"no behaviour is called {load.handler!r}")
         except Ended:
@@ -167,12 +171,17 @@ class FakeGuest:
             await self.say(Failed(kind=kind, message=str(error), traceback=""))
             return
         confirmed = (1, 2) if self._driver.isolated else (0, 0)
+        left = self._driver.leaves
         await self.say(
             Loaded(
                 slots=load.concurrency,
-                import_s=0.0,
+                import_s=self._driver.import_s,
+                busy_s=0.0,
                 lockdown_s=0.0,
-                cap_eff=0,
+                threads=left.get("threads", 0),
+                children=left.get("children", 0),
+                descriptors=left.get("descriptors", 0),
+                cap_eff=LOCKED_ZYGOTE.cap_eff if load.as_zygote and self._driver.isolated else 0,
                 no_new_privs=confirmed[0],
                 seccomp=confirmed[1],
                 landlock=0,
@@ -225,6 +234,15 @@ class FakeDriver:
         self.chill: Exception | None = None
         """What `warm` raises while it is set."""
 
+        self.import_s = 0.0
+        """What every guest says that its import took."""
+
+        self.leaves: dict[str, int] = {}
+        """What it says that its import left behind: threads, children, descriptors."""
+
+        self.kept: set[SandboxId] = set()
+        """Those that hold a function, and are zygotes."""
+
         self.is_open = False
         self.guests: dict[SandboxId, FakeGuest] = {}
         """Those that were created and not destroyed yet."""
@@ -255,6 +273,7 @@ class FakeDriver:
         mold: Mold,
         environment: Environment,
         zygote: SandboxId | None = None,
+        keeps: Function | None = None,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`, or what `refusal` holds."""
         if self.refusal is not None:
@@ -265,6 +284,8 @@ class FakeDriver:
             if zygote not in self.zygotes or zygote in self.retired:
                 raise SandboxStartFailed(f"{zygote} is gone")
             self.forked[sandbox] = zygote
+        if keeps is not None:
+            self.zygotes[sandbox] = asyncio.get_running_loop().create_future()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
@@ -311,7 +332,8 @@ class FakeDriver:
                 await forked.end(KILLED)
             if not ended.done():
                 ended.set_result(KILLED)
-            return ended.result()
+            if sandbox not in self.guests:
+                return ended.result()
         guest = self.guests.get(sandbox)
         if guest is None:
             return Exit(0)

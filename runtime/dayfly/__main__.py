@@ -13,7 +13,7 @@ import select
 import sys
 import time
 
-from dayfly import invoker, loader, output
+from dayfly import hooks, invoker, loader, output
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dayfly.keeper import Seat
+
 SOCKET = 3
+LEFTOVERS_S = 0.02
+"""An import that took longer is looked at for what it has left behind."""
+
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 NO_NETWORK = (
     b"dayfly: this function has `network: none`, so it reaches nothing outside its sandbox; "
@@ -48,6 +53,7 @@ class Settings(Record):
 
     isolated: bool
     seccomp: str
+    zygote_seccomp: str
     packages: str
     libraries: list[str]
     preload: list[str]
@@ -60,34 +66,34 @@ class Settings(Record):
 class Guest:
     """One sandbox seen from inside: generic until `Load`, then one function until its end.
 
-    *failures* are the modules that could not be preloaded.
+    *failures* are the modules that could not be preloaded. With a *seat* it is to be a function's
+    zygote: it imports the function, and every fork of it is a sandbox that waits for `Load` again.
     """
 
-    def __init__(self, settings: Settings, failures: list[str]) -> None:
-        self._settings, self._failures = settings, failures
+    def __init__(self, settings: Settings, failures: list[str], seat: Seat | None = None) -> None:
+        self._settings, self._failures, self._seat = settings, failures, seat
         self._channel = output.Channel(SOCKET)
         self._output = output.Output(self._channel)
         self._reader = FrameReader()
         self._prepared: Any = None
-        self._function: invoker.Function
+        self._function: invoker.Function | None = None
 
     def run(self) -> None:
         """Live until the pool closes the connection."""
-        self._become_generic()
         frames = self._frames()
-        load = decode(next(frames), is_trusted=True)
-        if not isinstance(load, Load):
-            raise SystemExit(f"expected Load, got {type(load).__name__}")
-        try:
-            loaded = self._specialize(load)
-        except loader.LoadFailure as failure:
-            self._output.flush(0)
-            text = (failure.kind, failure.message[:2048], failure.traceback)
-            kind, message, trace = (t.encode(errors="replace").decode() for t in text)
-            self._reply(0, Failed(kind=kind, message=message, traceback=trace))
+        if not self._become_function(frames):
             return
-        self._output.flush(0)
-        self._channel.send(encode(loaded))
+        if self._seat is not None:
+            gc.collect()
+            gc.freeze()
+            self._seat.serve()  # returns in each sandbox that it forks
+            self._seat = None
+            self._reader = FrameReader()
+            self._output.renew()
+            frames = self._frames()
+            if not self._become_function(frames):
+                return
+        assert self._function is not None
         if self._function.is_async:
             import asyncio
 
@@ -98,6 +104,24 @@ class Guest:
             request = decode(frame, is_trusted=True)
             assert isinstance(request, Invoke), request
             self._answer(frame, request)
+
+    def _become_function(self, frames: Any) -> bool:
+        """Say that it is up, wait for `Load`, and answer that; False when it could not be done."""
+        self._become_generic()
+        load = decode(next(frames), is_trusted=True)
+        if not isinstance(load, Load):
+            raise SystemExit(f"expected Load, got {type(load).__name__}")
+        try:
+            loaded = self._specialize(load)
+        except loader.LoadFailure as failure:
+            self._output.flush(0)
+            text = (failure.kind, failure.message[:2048], failure.traceback)
+            kind, message, trace = (t.encode(errors="replace").decode() for t in text)
+            self._reply(0, Failed(kind=kind, message=message, traceback=trace))
+            return False
+        self._output.flush(0)
+        self._channel.send(encode(loaded))
+        return True
 
     def _become_generic(self) -> None:
         settings = self._settings
@@ -113,20 +137,50 @@ class Guest:
         if settings.isolated:
             from dayfly import lockdown
 
-            with open(settings.seccomp, "rb") as file:
-                self._prepared = lockdown.prepare(file.read())
+            is_zygote = self._seat is not None
+            with open(settings.zygote_seccomp if is_zygote else settings.seccomp, "rb") as file:
+                self._prepared = lockdown.prepare(file.read(), is_zygote=is_zygote)
         self._output.prepare()
         gc.freeze()
         gc.enable()
 
     def _specialize(self, load: Load) -> Loaded:
         started = time.perf_counter()
-        settings = self._settings
         confirmed = (0, 0, 0, 0)
-        code = os.path.join(settings.packages, load.digest)
-        if settings.isolated:
+        code = os.path.join(self._settings.packages, load.digest)
+        if self._settings.isolated:
             confirmed, code = self._lock_down(load)
         locked = time.perf_counter()
+        if self._function is None:
+            self._function = self._import(load, code)
+            if self._seat is not None:
+                _run(hooks.before, code)
+        else:
+            os.chdir(code)
+            self._output.capture()
+            _run(hooks.after, code)
+        import_s = time.perf_counter() - locked
+        threads, children, descriptors, busy_s = 0, 0, 0, import_s
+        if import_s >= LEFTOVERS_S and self._settings.isolated:
+            threads, children, descriptors = self._leftovers()
+            busy_s = min(import_s, _busy_s())
+        cap_eff, no_new_privs, seccomp, landlock = confirmed
+        return Loaded(
+            slots=load.concurrency if self._function.is_async else 1,
+            lockdown_s=locked - started,
+            import_s=import_s,
+            busy_s=busy_s,
+            threads=threads,
+            children=children,
+            descriptors=descriptors,
+            cap_eff=cap_eff,
+            no_new_privs=no_new_privs,
+            seccomp=seccomp,
+            landlock=landlock,
+        )
+
+    def _import(self, load: Load, code: str) -> invoker.Function:
+        settings = self._settings
         home = "/tmp" if settings.isolated else os.environ.get("HOME", "/tmp")
         os.environ.update(
             {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, "LANG": "C.UTF-8"}
@@ -139,7 +193,7 @@ class Guest:
             _explain_network(self._output)
         preload(load.preload or settings.late)
         handler = loader.load(code, load.handler)
-        self._function = invoker.Function(
+        return invoker.Function(
             name=load.function,
             namespace=load.namespace,
             version=load.version,
@@ -147,32 +201,44 @@ class Guest:
             code=code,
             handler=handler,
         )
-        cap_eff, no_new_privs, seccomp, landlock = confirmed
-        return Loaded(
-            slots=load.concurrency if self._function.is_async else 1,
-            lockdown_s=locked - started,
-            import_s=time.perf_counter() - locked,
-            cap_eff=cap_eff,
-            no_new_privs=no_new_privs,
-            seccomp=seccomp,
-            landlock=landlock,
-        )
+
+    def _leftovers(self) -> tuple[int, int, int]:
+        """(threads, children, open descriptors) that are user code's."""
+        tasks = os.listdir("/proc/self/task")
+        children = 0
+        for task in tasks:
+            try:
+                with open(f"/proc/self/task/{task}/children") as file:
+                    children += len(file.read().split())
+            except OSError:
+                pass  # it has ended, or this kernel does not tell
+        ours = {0, 1, 2, SOCKET} | self._output.descriptors
+        if self._seat is not None:
+            ours.add(self._seat.fileno())
+        opened = os.listdir("/proc/self/fd")  # and the one that lists them
+        descriptors = sum(int(descriptor) not in ours for descriptor in opened) - 1
+        return max(0, len(tasks) - 2), children, descriptors
 
     def _lock_down(self, load: Load) -> tuple[tuple[int, int, int, int], str]:
         """Become untrusted; a guest that the kernel does not confirm as such ends here."""
         from dayfly import lockdown
 
         memory = load.memory_mb << 20 if self._settings.limit_memory else None
-        lockdown.mount_code(load.digest, load.tmp_mb)
+        if self._seat is None and self._function is None:
+            lockdown.mount_code(load.digest, load.tmp_mb)  # a zygote's keeper has done it
         lockdown.limit(open_files=load.open_files, memory_bytes=memory)
-        lockdown.lock_down(self._prepared, load.processes)
+        if self._seat is None:
+            lockdown.lock_down(self._prepared, load.processes)
+        else:
+            lockdown.lock_down_zygote(self._prepared)
         rights = lockdown.rights()
-        if rights != lockdown.LOCKED:
+        if rights != (lockdown.LOCKED if self._seat is None else lockdown.LOCKED_ZYGOTE):
             raise SystemExit(f"the lock-down did not hold: {rights}")
         abi = self._prepared.landlock_abi
         return (rights.cap_eff, rights.no_new_privs, rights.seccomp, abi), lockdown.CODE
 
     def _answer(self, frame: Frame, request: Invoke) -> None:
+        assert self._function is not None
         number = frame.invocation
         token = output.current.set(number)
         self._output.running = number
@@ -201,6 +267,7 @@ class Guest:
         running = set()
 
         async def answer(frame: Frame, request: Invoke) -> None:
+            assert self._function is not None
             output.current.set(frame.invocation)
             self._output.running = frame.invocation
             message, body = await invoker.call_async(self._function, request, frame.body)
@@ -271,6 +338,26 @@ def _explain_network(out: output.Output) -> None:
     sys.addaudithook(hook)
 
 
+def _run(called: list[Callable[[], Any]], code: str) -> None:
+    """Call the user's hooks. Raises `LoadFailure`."""
+    for hook in called:
+        try:
+            hook()
+        except BaseException as error:
+            trace = loader.user_traceback(error, code)
+            raise loader.LoadFailure("ImportFailed", loader.said(error), trace) from None
+
+
+def _busy_s() -> float:
+    """How long this process has had, or waited for, a processor."""
+    try:
+        with open("/proc/self/schedstat") as file:
+            ran, waited, _ = file.read().split()
+    except (OSError, ValueError):
+        return time.process_time()
+    return (int(ran) + int(waited)) / 1e9
+
+
 def _restart_with_late_preload(settings: Settings) -> None:
     """A preloaded module started threads: start again, and import them after the lock-down."""
     again = settings.__dict__ | {"preload": [], "late": settings.preload}
@@ -295,11 +382,13 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv.pop()))
     try:
         failures = warm_up(settings)
+        seat = None
         if settings.zygote:
             from dayfly import zygote
 
-            zygote.serve(has_network=settings.has_network)  # returns in every forked sandbox
-        Guest(settings, failures).run()
+            # returns in every forked sandbox
+            seat = zygote.serve(has_network=settings.has_network)
+        Guest(settings, failures, seat).run()
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the pool went away: nobody is left to tell
 

@@ -7,6 +7,9 @@ order matters: mounts need the capabilities that the later steps give away for g
     mount_code                  the one package at /code, the package store covered, /tmp sized
     lock_down                   rlimits, a user namespace without rights, no capabilities,
                                 no_new_privs, Landlock, seccomp; then the kernel is asked to confirm
+
+A function's zygote takes `lock_down_zygote` before it imports user code: the same but for the
+rights that its forks need to take `lock_down` in namespaces that are ready for them.
 """
 
 import ctypes
@@ -37,7 +40,8 @@ _WRITE = 0b10
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
 
-_NO_CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+ZYGOTE_CAPABILITIES = (8, 18, 21, 31)
+"""CAP_SETPCAP, CAP_SYS_CHROOT, CAP_SYS_ADMIN and CAP_SETFCAP: what entering namespaces takes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -92,9 +96,12 @@ class Prepared(Record):
     landlock_abi: int
 
 
-def prepare(seccomp: bytes) -> Prepared:
-    """Build the Landlock ruleset; call it in the finished mounts. *seccomp* is the filter."""
-    abi = landlock_abi()
+def prepare(seccomp: bytes, *, is_zygote: bool = False) -> Prepared:
+    """Build the Landlock ruleset; call it in the finished mounts. *seccomp* is the filter.
+
+    A zygote has no ruleset: one that names its mounts would shut its forks out of theirs.
+    """
+    abi = 0 if is_zygote else landlock_abi()
     return Prepared(
         seccomp=seccomp,
         landlock=_ruleset(abi) if abi else None,
@@ -130,9 +137,14 @@ def mount_code(digest: str, tmp_mb: int) -> None:
     # covered, not unmounted: that would wait 2-4 ms for every processor to have passed by (RCU),
     # and without capabilities nobody lifts the cover again
     mount(EMPTY, PACKAGES, None, MS_BIND)
-    options = f"size={tmp_mb}m,nr_inodes={max(1024, tmp_mb * 256)}"
+    options = tmp_options(tmp_mb)
     mount("", "/tmp", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
     mount("", "/dev/shm", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
+
+
+def tmp_options(tmp_mb: int) -> str:
+    """For a tmpfs that holds at most so many MiB, in files of 4 KiB on average."""
+    return f"size={tmp_mb}m,nr_inodes={max(1024, tmp_mb * 256)}"
 
 
 def limit(*, open_files: int, memory_bytes: int | None) -> None:
@@ -164,6 +176,16 @@ def lock_down(prepared: Prepared, processes: int) -> None:
     # maker had, and that of a forked sandbox's would count its siblings too
     _set_limits({resource.RLIMIT_NPROC: processes + 2})
     drop_rights()
+    _confine(prepared)
+
+
+def lock_down_zygote(prepared: Prepared) -> None:
+    """Give away all but what its forks need to lock themselves down. User code runs next."""
+    drop_rights(but=ZYGOTE_CAPABILITIES)
+    _confine(prepared)
+
+
+def _confine(prepared: Prepared) -> None:
     if prepared.landlock is not None:
         restricted = _libc.syscall(SYS_LANDLOCK_RESTRICT, prepared.landlock, 0)
         check(restricted, "landlock restrict")
@@ -171,13 +193,16 @@ def lock_down(prepared: Prepared, processes: int) -> None:
     _install(prepared.seccomp)
 
 
-def drop_rights() -> None:
-    """No capabilities, now or ever."""
+def drop_rights(but: tuple[int, ...] = ()) -> None:
+    """No capabilities, now or ever, *but* those."""
     for capability in range(64):
-        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+        dropped = capability in but or _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) >= 0
+        if not dropped:
             break  # one past the last capability of this kernel
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    check(_libc.capset(*_NO_CAPABILITIES), "capset")
+    kept = sum(1 << capability for capability in but)
+    header, sets = struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0)
+    check(_libc.capset(header, sets), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -219,6 +244,9 @@ class Rights(Record):
 
 
 LOCKED = Rights(cap_eff=0, no_new_privs=1, seccomp=2)
+LOCKED_ZYGOTE = Rights(
+    cap_eff=sum(1 << capability for capability in ZYGOTE_CAPABILITIES), no_new_privs=1, seccomp=2
+)
 
 
 def rights() -> Rights:

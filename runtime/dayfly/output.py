@@ -60,6 +60,11 @@ class Channel:
                 return False
             return True
 
+    def renew(self) -> None:
+        """In a fork, whose descriptor is another connection."""
+        self._lock = _thread.allocate_lock()
+        self._rest = b""
+
     def _send_now(self, data: bytes) -> int:
         return self.socket.send(data, _socket.MSG_DONTWAIT)
 
@@ -76,7 +81,8 @@ class Output:
         self._partial: dict[tuple[str, int, bool], bytearray] = {}
         self._pipes: dict[int, str] = {}
         self._waiting = select.poll()
-        self._prepared: list[tuple[int, int, str, io.TextIOWrapper]] = []
+        self._prepared: list[tuple[int, int]] = []
+        self._raws: list[_Stream] = []
         self.running = 0
         """The invocation that owns what arrives through the pipes."""
 
@@ -91,22 +97,46 @@ class Output:
                 pass  # the per-user limit on pipe memory; the default size works too
             self._pipes[reader] = stream
             self._waiting.register(reader, select.POLLIN)
-            raw = _Stream(self, stream, number)
-            text = io.TextIOWrapper(
-                io.BufferedWriter(raw), "utf-8", errors="backslashreplace", line_buffering=True
-            )
-            self._prepared.append((number, writer, stream, text))
+            self._prepared.append((number, writer))
 
     def capture(self) -> None:
-        """From now on descriptors 1 and 2, `sys.stdout` and `sys.stderr` come here."""
-        for number, writer, stream, text in self._prepared:
+        """From now on descriptors 1 and 2, `sys.stdout` and `sys.stderr` come here.
+
+        After `renew` the streams are those that there were: user code may have kept or wrapped
+        them.
+        """
+        for number, writer in self._prepared:
             os.dup2(writer, number)
             os.close(writer)
-            setattr(sys, stream, text)
-            setattr(sys, f"__{stream}__", text)
         self._prepared.clear()
+        if not self._raws:
+            for number, stream in ((1, "stdout"), (2, "stderr")):
+                self._raws.append(raw := _Stream(self, stream, number))
+                text = io.TextIOWrapper(
+                    io.BufferedWriter(raw), "utf-8", errors="backslashreplace", line_buffering=True
+                )
+                setattr(sys, stream, text)
+                setattr(sys, f"__{stream}__", text)
         # not `threading.Thread`, whose start waits until the thread has run
         _thread.start_new_thread(self._pump, ())
+
+    def renew(self) -> None:
+        """In a fork: share no lock, pipe or connection with the process it was forked from."""
+        self._channel.renew()
+        self._lock = _thread.RLock()
+        self._partial.clear()
+        self._dropped = {"stdout": 0, "stderr": 0}
+        for reader in self._pipes:
+            self._waiting.unregister(reader)
+            os.close(reader)
+        self._pipes.clear()
+        for raw in self._raws:
+            raw.owner = os.getpid()
+
+    @property
+    def descriptors(self) -> set[int]:
+        """Those that are its own, besides 1 and 2."""
+        return set(self._pipes)
 
     def write(self, stream: str, invocation: int, data: bytes, *, piped: bool = False) -> None:
         """Take *data*; whole lines go out at once, the rest with the next newline or `flush`.
@@ -207,7 +237,8 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, output: Output, name: str, descriptor: int) -> None:
         self._output, self._name, self._descriptor = output, name, descriptor
-        self._owner = os.getpid()
+        self.owner = os.getpid()
+        """The process that it speaks for directly; one that was forked by user code does not."""
 
     def writable(self) -> bool:
         return True
@@ -220,7 +251,7 @@ class _Stream(io.RawIOBase):
 
     def write(self, data: object) -> int:
         view = bytes(data)  # type: ignore[call-overload]
-        if os.getpid() != self._owner:
+        if os.getpid() != self.owner:
             return os.write(self._descriptor, view)  # a forked child speaks through the pipe
         self._output.write(self._name, current.get(), view)
         return len(view)

@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER = struct.Struct("!IBBHQ")
 BODY_BYTES_MAX = 6 * 1024 * 1024
 META_BYTES_MAX = 0xFFFF
@@ -53,7 +53,10 @@ class Hello(Record):
 
 
 class Load(Record):
-    """Pool to guest: become this function. *digest* names the package below the package store."""
+    """Pool to guest: become this function. *digest* names the package below the package store.
+
+    With *as_zygote* it keeps the right to fork sandboxes, and answers no invocation itself.
+    """
 
     digest: str
     handler: str
@@ -69,18 +72,24 @@ class Load(Record):
     concurrency: int
     preload: list[str]
     init_timeout_s: float
+    as_zygote: bool
 
 
 class Loaded(Record):
     """Guest to pool: the handler is imported. *slots* invocations may run here at once.
 
     *cap_eff*, *no_new_privs*, *seccomp* and *landlock* are what the kernel says of the guest
-    after its lock-down and before any user code ran.
+    after its lock-down and before any user code ran. Of the import's time it needed a processor
+    for *busy_s*. *threads*, *children* and *descriptors* are how many it has left behind.
     """
 
     slots: int
     import_s: float
+    busy_s: float
     lockdown_s: float
+    threads: int
+    children: int
+    descriptors: int
     cap_eff: int
     no_new_privs: int
     seccomp: int

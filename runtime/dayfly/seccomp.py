@@ -1,8 +1,9 @@
-"""The seccomp filter that every guest runs under: an allow-list, compiled to classic BPF.
+"""The seccomp filters that guests run under: an allow-list, compiled to classic BPF.
 
 Nothing here performs I/O. What is not listed answers EPERM, or ENOSYS where libraries are known to
 fall back on that (everything newer than Linux 5.1, `clone3` among it: its flags are behind a
-pointer that a filter cannot read). A foreign ABI (x32, i386) kills the process.
+pointer that a filter cannot read). A foreign ABI (x32, i386) kills the process. A function's zygote
+may call a little more, until its forks take the full filter.
 """
 
 import struct
@@ -76,6 +77,20 @@ ALLOWED: Final = {
     sendto=206 recvfrom=207 sendmsg=211 recvmsg=212 sendmmsg=269 recvmmsg=243 shutdown=210
     """,
 }
+ZYGOTE_ALLOWED: Final = {
+    "x86_64": """
+    setns=308 unshare=272 capset=126 seccomp=317 landlock_create_ruleset=444 landlock_add_rule=445
+    landlock_restrict_self=446
+    """,
+    "aarch64": """
+    setns=268 unshare=97 capset=91 seccomp=277 landlock_create_ruleset=444 landlock_add_rule=445
+    landlock_restrict_self=446
+    """,
+}
+"""What a zygote's forks need on top, to enter what is ready for them and to lock themselves down.
+
+Of `unshare` only a user namespace alone, in which a filter like ours leaves nothing to do."""
+
 AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_BIT: Final = 0x40000000
 FIRST_NEW_SYSCALL: Final = 424
@@ -92,6 +107,10 @@ SOCKET_PROTOCOLS: Final = (
 IOCTLS_REFUSED: Final = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing on somebody's terminal
 PRCTLS: Final = (1, 2, 3, 4, 15, 16, 21, 23, 29, 30, 36, 37, 38, 39, 41, 42, 0x53564D41)
 
+ZYGOTE_PRCTLS: Final = (24, 47)  # PR_CAPBSET_DROP, PR_CAP_AMBIENT
+CLONE_NEWUSER: Final = 0x10000000
+SET_MODE_FILTER: Final = 1
+
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 _LOAD, _JEQ, _JGT, _JGE, _JSET, _RET = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
@@ -104,15 +123,16 @@ _NR, _ARCH, _ARG0, _ARG1, _ARG2 = (
 )  # offsets in struct seccomp_data; the low words of arguments
 
 
-def syscalls(machine: str) -> dict[str, int]:
+def syscalls(machine: str, *, zygote: bool = False) -> dict[str, int]:
     """The allowed system calls of *machine* by name; `KeyError` for a machine without a list."""
-    pairs = (entry.split("=") for entry in ALLOWED[machine].split())
+    text = ALLOWED[machine] + (ZYGOTE_ALLOWED[machine] if zygote else "")
+    pairs = (entry.split("=") for entry in text.split())
     return {name: int(number) for name, number in pairs}
 
 
-def program(machine: str) -> bytes:
-    """The filter for *machine* as an array of `struct sock_filter`."""
-    numbers = syscalls(machine)
+def program(machine: str, *, zygote: bool = False) -> bytes:
+    """The filter for *machine* as an array of `struct sock_filter`; a function *zygote*'s."""
+    numbers = syscalls(machine, zygote=zygote)
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, _ARCH),
         (_JEQ, 1, 0, AUDIT_ARCH[machine]),
@@ -127,7 +147,13 @@ def program(machine: str) -> bytes:
     code += _when(numbers["socket"], sockets, _EAFNOSUPPORT)
     code += _when(numbers["socketpair"], _one_of(_ARG0, (1,)), _EAFNOSUPPORT)
     code += _when(numbers["ioctl"], _none_of(_ARG1, IOCTLS_REFUSED), _EPERM)
-    code += _when(numbers["prctl"], _one_of(_ARG0, PRCTLS), _EPERM)
+    prctls = PRCTLS + ZYGOTE_PRCTLS if zygote else PRCTLS
+    code += _when(numbers["prctl"], _one_of(_ARG0, prctls), _EPERM)
+    if zygote:
+        code += _when(numbers["unshare"], _one_of(_ARG0, (CLONE_NEWUSER,)), _EPERM)
+        no_flags = _one_of(_ARG1, (0,))  # no listener, which could answer for other processes
+        modes = _one_of(_ARG0, (SET_MODE_FILTER,), beyond=len(no_flags)) + no_flags
+        code += _when(numbers["seccomp"], modes, _EPERM)
     for low, high in _ranges(sorted(numbers.values())):
         code += [(_JGE, 0, 2, low), (_JGT, 1, 0, high), (_RET, 0, 0, _ALLOW)]
     code += [

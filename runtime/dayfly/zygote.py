@@ -8,7 +8,8 @@ of its own, and then is what a started one is: generic, waiting for `Load`, not 
     (waits for the next)  (groups; buries orphans)      (namespaces, mounts; `serve` returns)
 
 The launcher asks on descriptor 3, in JSON datagrams: `fork` with the sandbox's name, and as
-descriptors the guest's end of its connection and the groups' files to enter; and `retire`.
+descriptors the guest's end of its connection and the groups' files to enter; and `retire`. With
+`keep` what is forked is to be a function's zygote: see `keeper`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from typing import Any
 
+    from dayfly.keeper import Seat
+
 CONTROL = 3
 DATAGRAM_BYTES_MAX = 4096
-DESCRIPTORS_MAX = 8
+DESCRIPTORS_MAX = 16
 INIT = "dayfly-init"
 """What pid 1 of a forked sandbox is called."""
 
@@ -45,11 +48,12 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 PID_FIRST, PID_SPREAD = 300, 30000
 
 
-def serve(*, has_network: bool) -> None:
+def serve(*, has_network: bool) -> Seat | None:
     """Fork a sandbox for each request; returns in each of these, as their guest.
 
-    In the zygote it never returns: the process ends when it has been retired, or its launcher is
-    gone, and the last of its sandboxes has ended.
+    What it returns is the seat of a guest that is to be a function's zygote. In this zygote it
+    never returns: the process ends when it has been retired, or its launcher is gone, and the last
+    of its sandboxes has ended.
     """
     control = _socket.socket(fileno=CONTROL)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # the kernel buries its children
@@ -57,21 +61,20 @@ def serve(*, has_network: bool) -> None:
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
-        _say(control, say="unfit", why=f"preloading started {threads - 1} threads")
+        say(control, say="unfit", why=f"preloading started {threads - 1} threads")
         os._exit(1)
     gc.freeze()
     lockdown.rename("dayfly-zygote")
-    _say(control, say="ready")
-    while request := _receive(control):
-        sandbox, descriptors = request
+    say(control, say="ready")
+    while request := receive(control):
+        sandbox, descriptors = request["sandbox"], request["descriptors"]
         try:
-            pid = _fork(own)
+            pid = fork(own)
             if pid == 0:
-                _become(control, sandbox, descriptors, has_network)
-                return
-            _announce(control, sandbox, pid)
+                return _become(control, sandbox, descriptors, request.get("keep"), has_network)
+            announce(control, sandbox, pid)
         except OSError as error:
-            _say(control, say="refused", sandbox=sandbox, why=f"the zygote cannot fork: {error}")
+            say(control, say="refused", sandbox=sandbox, why=f"the zygote cannot fork: {error}")
         for descriptor in descriptors:
             os.close(descriptor)
     while True:
@@ -81,11 +84,11 @@ def serve(*, has_network: bool) -> None:
             os._exit(0)
 
 
-def _announce(control: Any, sandbox: str, pid: int) -> None:
+def announce(control: Any, sandbox: str, pid: int) -> None:
     """Tell the launcher; a child that nobody would know of ends."""
     pidfd = os.pidfd_open(pid)
     try:
-        _say(control, pidfd, say="forked", sandbox=sandbox)
+        say(control, pidfd, say="forked", sandbox=sandbox)
     except OSError:
         os.kill(pid, _signal.SIGKILL)
         raise
@@ -93,9 +96,14 @@ def _announce(control: Any, sandbox: str, pid: int) -> None:
         os.close(pidfd)
 
 
-def _fork(own: int) -> int:
+def fork(own: int) -> int:
     """fork(2) into a new pid namespace, where the child is pid 1."""
     lockdown.unshare(CLONE_NEWPID)
+    return fork_and_return(own)
+
+
+def fork_and_return(own: int) -> int:
+    """fork(2) into the pid namespace that was entered for children; *own* is the parent's."""
     try:
         pid = os.fork()
     except OSError:
@@ -106,47 +114,61 @@ def _fork(own: int) -> int:
     return pid
 
 
-def _become(control: Any, sandbox: str, descriptors: list[int], has_network: bool) -> None:
+def _become(
+    control: Any,
+    sandbox: str,
+    descriptors: list[int],
+    package: dict[str, Any] | None,
+    has_network: bool,
+) -> Seat | None:
     """As pid 1 of the new sandbox: fork the guest and wait for it; returns only in the guest.
 
     It does as little as it can: every page that it writes to is a copy of its own.
     """
     try:
+        if package is not None:
+            from dayfly import keeper
+
+            return keeper.keep(control, sandbox, descriptors, package, has_network)
         guest, *groups = descriptors
         os.setsid()  # process groups reach across pid namespaces
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         for group in groups:
             os.write(group, b"0")  # the caller itself, the only thread
-        _spread_pids()
+        spread_pids()
         pid = os.fork()
         if pid == 0:
             os.dup2(guest, control.detach())
             os.closerange(CONTROL + 1, 1 << 20)
-            _furnish(has_network)
-            _diverge()
-            return
+            furnish(has_network)
+            diverge()
+            return None
         os.closerange(CONTROL + 1, 1 << 20)
         lockdown.rename(INIT)
         lockdown.drop_rights()
         while (ended := os.wait())[0] != pid:
             pass  # an orphan of the guest's
         code = os.waitstatus_to_exitcode(ended[1])
-        _say(control, say="exited", sandbox=sandbox, code=code)
+        say(control, say="exited", sandbox=sandbox, code=code)
     except BaseException as error:
         os.write(2, f"zygote: {sandbox}: {error!r}\n".encode())
         os._exit(1)
     os._exit(0)
 
 
-def _furnish(has_network: bool) -> None:
-    """In the guest: everything of its own that it was not born with."""
+def furnish(has_network: bool, temporary: str = "") -> None:
+    """In the guest: everything of its own that it was not born with.
+
+    *temporary* are further options of its /tmp and /dev/shm, whose size is set at `Load` else.
+    """
     lockdown.write("/proc/self/oom_score_adj", OOM_SCORE_ADJ)
     lockdown.rename("dayfly-guest")
     lockdown.unshare(NAMESPACES if has_network else NAMESPACES | CLONE_NEWNET)
     flags = lockdown.MS_NOSUID | lockdown.MS_NODEV
     lockdown.mount("proc", "/proc", "proc", flags | MS_NOEXEC)
     for place in ("/tmp", "/dev/shm"):
-        lockdown.mount("tmpfs", place, "tmpfs", flags, "mode=1777")
+        options = f"mode=1777,{temporary}" if temporary else "mode=1777"
+        lockdown.mount("tmpfs", place, "tmpfs", flags, options)
     terminals = "newinstance,ptmxmode=0666,mode=620"
     lockdown.mount("devpts", "/dev/pts", "devpts", lockdown.MS_NOSUID | MS_NOEXEC, terminals)
     if not has_network:
@@ -156,7 +178,7 @@ def _furnish(has_network: bool) -> None:
         any_socket.close()
 
 
-def _spread_pids() -> None:
+def spread_pids() -> None:
     """Give the guest a process id that its siblings have not.
 
     Libraries tell by that number that they are in a forked process, and must not go on with the
@@ -169,7 +191,7 @@ def _spread_pids() -> None:
         pass  # a kernel without checkpoints; what we know of is reseeded by hand
 
 
-def _diverge() -> None:
+def diverge() -> None:
     """In the guest: nothing random goes on as in its siblings."""
     modules = sys.modules
     for name in ("random", "numpy.random"):
@@ -183,20 +205,22 @@ def _diverge() -> None:
         modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
 
 
-def _say(control: Any, *descriptors: int, **answer: object) -> None:
+def say(control: Any, *descriptors: int, **answer: object) -> None:
+    """Send one datagram."""
     packed = struct.pack(f"{len(descriptors)}i", *descriptors)
     rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if descriptors else []
     control.sendmsg([json.dumps(answer).encode()], rights)
 
 
-def _receive(control: Any) -> tuple[str, list[int]] | None:
-    """(sandbox, descriptors) of the next request; None to retire."""
+def receive(control: Any) -> dict[str, Any] | None:
+    """The next request, with its `descriptors`; None to retire."""
     space = _socket.CMSG_SPACE(4 * DESCRIPTORS_MAX)
     data, ancillary, _, _ = control.recvmsg(DATAGRAM_BYTES_MAX, space)
-    request = json.loads(data or b'{"do": "retire"}')
-    if request["do"] == "retire":
+    request: dict[str, Any] = json.loads(data or b'{"do": "retire"}')
+    if request.get("do") == "retire":
         return None
     descriptors: list[int] = []
     for _, _, packed in ancillary:
         descriptors += struct.unpack(f"{len(packed) // 4}i", packed)
-    return request["sandbox"], descriptors
+    request["descriptors"] = descriptors
+    return request

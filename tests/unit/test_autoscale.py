@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from dayfly_pool.autoscale import (
     BACKOFF_MAX_S,
     RATE_WINDOW_S,
+    SHORT_IMPORT_S,
+    SHORT_IMPORT_WEIGHT,
     Rate,
     backoff_s,
     desired_generic,
+    load_weight,
     smoothed,
     start_pays,
 )
@@ -108,6 +111,38 @@ def test_another_sandbox_pays_when_it_is_ready_before_the_queue_is_done(
 ):
     """A start of 50 ms against the time in which the busy ones work off the queue."""
     assert start_pays(waiting, serving, handler_s, waited_s, start_s=0.05) is pays
+
+
+@pytest.mark.parametrize(
+    ("import_s", "busy_s", "weight"),
+    [
+        (0.0, 0.0, SHORT_IMPORT_WEIGHT),
+        (0.019, 0.0, SHORT_IMPORT_WEIGHT),  # on its way from process to process
+        (0.02, 0.02, 1.0),
+        (2.0, 2.0, 1.0),  # numpy
+        (2.0, 0.5, 0.25),  # mostly a disk
+        (5.0, 0.001, 0.1),  # a network: but its start and end are work as well
+        (0.1, 0.3, 1.0),  # it waited for a processor: others may have had it meanwhile
+    ],
+)
+def test_a_load_weighs_the_share_of_a_processor_that_it_keeps_busy(
+    import_s: float, busy_s: float, weight: float
+):
+    assert load_weight(import_s, busy_s) == pytest.approx(weight)
+
+
+@given(SECONDS, SECONDS)
+def test_no_load_weighs_nothing_or_more_than_a_processor(import_s: float, busy_s: float):
+    """Whatever a guest says of it: of what weighs nothing there could be any number."""
+    assert 0.1 <= load_weight(import_s, busy_s) <= 1
+
+
+def test_a_load_too_short_to_be_measured_weighs_as_what_is_not_asleep_does():
+    """Its share is a matter of chance; and as it grows there is no gap in either direction."""
+    just = SHORT_IMPORT_S
+
+    assert load_weight(just * 0.999, 0) == load_weight(just * 0.999, just) == SHORT_IMPORT_WEIGHT
+    assert load_weight(just, 0) < SHORT_IMPORT_WEIGHT < load_weight(just, just)
 
 
 def test_a_backoff_doubles_up_to_half_a_minute():

@@ -70,8 +70,9 @@ POOL = {
     ],
     "zygotes": [
         {
-            "id": "sb-z3",
+            "id": id_,
             "namespace": "default",
+            "function": function,
             "environment": "base",
             "network": "none",
             "isReady": True,
@@ -79,6 +80,7 @@ POOL = {
             "forks": 7,
             "memoryBytes": 8 << 20,
         }
+        for id_, function in [("sb-z3", ""), ("sb-z4", "default/greet@1")]
     ],
 }
 LINE = {
@@ -616,7 +618,14 @@ def test_looks_are_shown_to_people_and_to_scripts(
 
 def test_top_shows_what_works_first() -> None:
     """A busy sandbox stands above a generic one, and the zygotes below all."""
-    assert [row[0] for row in show.sandbox_rows(POOL)] == ["sb-2", "sb-1", "sb-z3"]
+    assert [row[0] for row in show.sandbox_rows(POOL)] == ["sb-2", "sb-1", "sb-z3", "sb-z4"]
+
+
+def test_top_says_whose_every_zygote_is() -> None:
+    """An environment's is its namespace's, and a function's names the version that it holds."""
+    whose = [row[-1] for row in show.sandbox_rows(POOL)[2:]]
+
+    assert whose == ["default, 7 forks", "default/greet@1, 7 forks"]
 
 
 def test_a_followed_log_says_when_it_ends(admin: AdminServer) -> None:
@@ -697,6 +706,7 @@ def settings(**given: Any) -> up.Settings:
         "prewarm": "fork",
         "zygote_forks_max": None,
         "zygote_minutes_max": None,
+        "initialize_once_ms": None,
         "trusted_proxies": (),
     }
     return up.Settings(**(defaults | given))
@@ -720,6 +730,16 @@ def test_bounds_that_are_not_given_follow_those_that_are(
     assert (config.generic_min, config.generic_max, config.sandboxes_max) == bounds
 
 
+@pytest.mark.parametrize(("given", "once_s"), [(None, 0.25), (40.0, 0.04), (0.0, 0.0)])
+def test_how_long_an_import_may_take_before_it_is_done_once(
+    given: float | None, once_s: float
+) -> None:
+    """Given in milliseconds; 0 is every import."""
+    config, _ = up.configs(settings(initialize_once_ms=given))
+
+    assert config.initialize_once_s == once_s
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -728,6 +748,7 @@ def test_bounds_that_are_not_given_follow_those_that_are(
         ({"admin": "0.0.0.0:1"}, "give --admin-token-file FILE, or set DAYFLY_ADMIN_TOKEN"),
         ({"trusted_proxies": ("x",)}, "--trusted-proxy: 'x' does not appear"),
         ({"zygote_forks_max": 0}, "zygote-forks-max"),
+        ({"initialize_once_ms": -1}, "initialize-once-ms"),
         ({"memory_reserve_mb": -1}, "memory-reserve-mb"),
     ],
 )

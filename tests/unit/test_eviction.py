@@ -50,7 +50,7 @@ class Machine:
                 case Specialize(sandbox, each):
                     cost_s, size = self.costs[each.id]
                     self.now += cost_s
-                    self.carry_out(self.state.loaded(sandbox, 1, self.now, size))
+                    self.carry_out(self.state.loaded(sandbox, 1, self.now, memory_bytes=size))
                 case Destroy(_, "evicted"):
                     self.evicted.append(command.sandbox)
 

@@ -308,7 +308,14 @@ def test_a_thread_that_belongs_to_no_invocation_is_told_with_number_0():
 
 def test_of_much_output_of_a_child_every_byte_is_told_or_counted():
     """Half a megabyte through a pipe that a thread empties, as fast as the pool reads."""
-    heard = heard_of("os.system('head -c 500000 /dev/zero')")
+    source = """
+        os.system('head -c 500000 /dev/zero')
+        out.flush(7)
+        while out._channel._rest or any(out._dropped.values()):  # what an answer would push out
+            out._channel.send(b"")
+            out.flush(7)
+    """
+    heard = heard_of(source)
 
     assert {(number, message.stream) for number, message, _ in heard} == {(7, "stdout")}
     assert sum(len(body) + message.dropped for _, message, body in heard) == 500_000
@@ -365,3 +372,166 @@ def test_the_descriptors_are_pipes_that_close_with_the_guest():
     )
 
     assert text == b"['pipe', 'pipe']\n"
+
+
+# ---- a fork of a function's zygote --------------------------------------------------------------
+
+FORK = """
+import threading
+kept = sys.stdout
+{before}
+pid = os.fork()
+if pid:
+    os.waitpid(pid, 0)
+    {zygote}
+else:
+    out.renew()
+    out.prepare()
+    out.capture()
+    out.running = 8
+    output.current.set(8)
+    {fork}
+    out.flush(8)
+    os._exit(0)
+"""
+
+
+def forked(fork: str, *, before: str = "pass", zygote: str = "pass") -> Told:
+    """What is heard when *before* runs in the zygote, *fork* in a fork of it, then *zygote*."""
+    inside = (part.replace("\n", "\n    ") for part in (zygote, fork))
+    return guest(FORK.format(**dict(zip(("zygote", "fork"), inside, strict=True)), before=before))
+
+
+@pytest.mark.parametrize(
+    ("before", "write"),
+    [
+        ("pass", "print('text')"),
+        ("pass", "kept.write('text\\n')"),
+        ("said = print", "said('text')"),
+        ("write = sys.stdout.buffer.write", "write(b'text\\n'); sys.stdout.flush()"),
+        (
+            "import logging; logging.basicConfig(stream=sys.stdout, format='%(message)s')",
+            "logging.error('text')",
+        ),
+        (
+            "import io; mine = io.TextIOWrapper(sys.stdout.buffer)",
+            "print('text', file=mine, flush=True)",
+        ),
+        ("pass", "os.write(1, b'text\\n')"),
+        ("pass", "os.system('echo text')"),
+    ],
+)  # fmt: skip
+def test_whatever_a_fork_writes_with_it_is_told_with_the_forks_invocation(before: str, write: str):
+    """Also by what user code kept or wrapped when it was imported."""
+    assert forked(write, before=before) == [(8, "stdout", b"text\n")]
+
+
+def test_a_fork_speaks_through_its_frames_and_not_through_a_pipe():
+    """Else every line of it would be told with whatever invocation runs when the pipe is read."""
+    source = "out.running = 0\nprint('text')"
+
+    assert forked(source) == [(8, "stdout", b"text\n")]
+
+
+def test_the_streams_of_a_fork_are_those_of_its_zygote():
+    """User code compares and restores them; `sys.__stdout__` is what `sys.stdout` was."""
+    source = "print(sys.stdout is kept, sys.__stdout__ is kept, len(out._raws))"
+
+    assert forked(source) == [(8, "stdout", b"True True 2\n")]
+
+
+def test_a_stream_that_user_code_put_in_the_place_of_ours_stays_there():
+    source = "print('text'); kept.write(sys.stdout.getvalue().upper())"
+
+    assert forked(source, before="import io; sys.stdout = io.StringIO()") == [
+        (8, "stdout", b"TEXT\n")
+    ]
+
+
+def test_a_fork_has_pipes_of_its_own_and_none_of_its_zygotes():
+    """What one writes to descriptor 1 must not be read, or held up, by the other."""
+    before = """def pipes():
+    names = (f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd"))
+    return {os.readlink(name) for name in names if os.path.islink(name)} - {"/proc/self/fd"}
+mine = {name for name in pipes() if name.startswith("pipe:")}
+others = len(pipes() - mine)"""
+    source = """theirs = {name for name in pipes() if name.startswith("pipe:")}
+kept.write(f"{len(mine)} {len(theirs)} {len(mine & theirs)} {others == len(pipes() - theirs)}")"""
+
+    assert forked(source, before=before) == [(8, "stdout", b"2 2 0 True")]
+
+
+def test_the_descriptors_that_are_an_outputs_own_are_told():
+    """Of all pipes that are open, those besides 1 and 2; what else is open is user code's."""
+    before = """def pipes():
+    opened = (int(n) for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}"))
+    links = {n: os.readlink(f"/proc/self/fd/{n}") for n in opened if n > 3}
+    return {n for n, link in links.items() if link.startswith("pipe:")}
+theirs = os.pipe()
+first = pipes() - out.descriptors == set(theirs), len(out.descriptors)"""
+    source = "print(*first, pipes() - out.descriptors == set(theirs), len(out.descriptors))"
+
+    assert forked(source, before=before) == [(8, "stdout", b"True 2 True 2\n")]
+
+
+@pytest.mark.parametrize("lock", ["out._lock", "out._channel._lock"])
+def test_a_lock_that_was_held_when_it_was_forked_does_not_hold_a_fork_up(lock: str):
+    """The zygote's other thread may write at that moment; it does not exist in the fork."""
+    before = f"""held, done = threading.Event(), threading.Event()
+def hold():
+    with {lock}:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()"""
+
+    told = forked("print('text')", before=before, zygote="done.set()\nthread.join()")
+    assert told == [(8, "stdout", b"text\n")]
+
+
+def test_half_a_line_of_the_zygotes_is_told_by_the_zygote_alone():
+    """With the number that it had there, and once, however many are forked."""
+    before = "out.write('stdout', 5, b'half')"
+    source = "out.flush(5)"
+
+    assert forked(source, before=before, zygote="out.flush(5)") == [(5, "stdout", b"half")]
+
+
+def test_a_frame_that_a_zygote_could_not_finish_is_not_finished_by_its_fork():
+    """Its connection is another: the rest of a frame would be the start of nonsense there."""
+    before = "out._channel._rest = b'rest of a frame'"
+    source = "print('text')"
+
+    assert forked(source, before=before, zygote="out._channel._rest = b''") == [
+        (8, "stdout", b"text\n")
+    ]
+
+
+def test_what_a_zygote_dropped_is_not_counted_again_by_its_forks():
+    """It was told, or will be, by the zygote."""
+    before = "out._dropped['stdout'] = 1000"
+    fork = FORK.format(before=before, zygote="out._dropped['stdout'] = 0", fork="print('text')")
+    ((_, message, text),) = heard_of(fork)
+
+    assert (message.dropped, text) == (0, b"text\n")
+
+
+def test_a_fork_of_a_fork_is_told_too():
+    """User code forks as well: that child speaks through the pipe, as in any sandbox."""
+    source = """child = os.fork()
+if not child:
+    print("child")
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)"""
+
+    assert forked(source) == [(8, "stdout", b"child\n")]
+
+
+def test_a_zygote_goes_on_as_it_was_after_a_fork():
+    """Nothing that `renew` does reaches it."""
+    assert forked("print('fork')", zygote="print('zygote')") == [
+        (7, "stdout", b"zygote\n"),
+        (8, "stdout", b"fork\n"),
+    ]

@@ -350,7 +350,19 @@ def result(number: int) -> bytes:
     return encode(Result(handler_s=0.0), number, b"forged")
 
 
-LOADED = Loaded(slots=1, import_s=0, lockdown_s=0, cap_eff=0, no_new_privs=1, seccomp=2, landlock=0)
+LOADED = Loaded(
+    slots=1,
+    import_s=0,
+    busy_s=0,
+    lockdown_s=0,
+    threads=0,
+    children=0,
+    descriptors=0,
+    cap_eff=0,
+    no_new_privs=1,
+    seccomp=2,
+    landlock=0,
+)
 LIES = {
     "noise": b"\xff" * 64,
     "a length of 4 GiB": b"\xff\xff\xff\xff" + bytes(12),
@@ -433,17 +445,7 @@ async def test_a_guest_that_does_not_confirm_its_lock_down_never_runs_user_code(
 
         async def claim_nothing(guest: FakeGuest) -> None:
             await original(guest)
-            await guest.say(
-                Loaded(
-                    slots=1,
-                    import_s=0,
-                    lockdown_s=0,
-                    cap_eff=1,
-                    no_new_privs=1,
-                    seccomp=2,
-                    landlock=0,
-                )
-            )
+            await guest.say(Loaded.of(LOADED.__dict__ | {"cap_eff": 1}))
 
         driver.on_load = claim_nothing
         failure = await fail(pool, GREET)
@@ -1081,7 +1083,7 @@ async def test_a_function_that_is_removed_takes_its_zygote_with_it():
         await eventually(lambda: not driver.zygotes)
 
         assert driver.retired == {zygote}
-        await eventually(lambda: not (pool.state.molds or pool.state.zygotes or pool._zygotes))
+        await eventually(lambda: not (pool.state.molds or pool.state.zygotes or pool._warming))
 
 
 async def test_a_zygote_that_is_replaced_lives_until_the_last_of_its_sandboxes_has_ended():
@@ -1131,7 +1133,7 @@ async def test_an_unfit_environment_is_asked_for_one_zygote_and_never_again():
         pool._carry_out(pool.state.tick(time.monotonic() + 100))
 
         assert outcome.timing.start == "created"
-        assert (len(driver.asked), pool._zygotes) == (1, set())
+        assert (len(driver.asked), pool._warming) == (1, set())
 
 
 async def test_a_zygote_that_does_not_get_ready_in_time_is_given_up_and_destroyed():
@@ -1192,6 +1194,7 @@ async def test_a_zygote_that_cannot_fork_costs_its_caller_nothing_but_the_try():
             mold: Mold,
             environment: Environment,
             zygote: SandboxId | None = None,
+            keeps: Function | None = None,
         ) -> socket.socket:
             if zygote is not None:
                 raise SandboxStartFailed("no memory")
@@ -1233,9 +1236,9 @@ async def test_the_end_of_the_pool_ends_every_zygote_and_leaves_no_task(is_warm:
             await eventually(lambda: driver.retired)
         else:
             await eventually(lambda: driver.asked)
-        assert pool._zygotes
+        assert pool._warming
 
-    assert (driver.zygotes, driver.guests, pool._zygotes) == ({}, {}, set())
+    assert (driver.zygotes, driver.guests, pool._warming) == ({}, {}, set())
     assert set(driver.ended) == set(driver.asked)
     assert asyncio.all_tasks() == before
 
@@ -1263,7 +1266,7 @@ async def test_whatever_keeps_a_zygote_from_being_warmed_it_is_tried_again(why: 
     driver.chill = why
     async with running(driver, FORKED) as pool:
         await eventually(lambda: driver.asked)
-        await eventually(lambda: not pool._zygotes)
+        await eventually(lambda: not pool._warming)
         assert not pool.state.zygotes
         driver.chill = None
 
@@ -1283,7 +1286,7 @@ async def test_a_zygote_that_cannot_be_destroyed_is_replaced_all_the_same():
     driver = Helpless({"main:greet": hello})
     async with running(driver, FORKED) as pool:
         old = await warmed(pool)
-        (life,) = pool._zygotes
+        (life,) = pool._warming
         await die(driver, old)
         await asyncio.wait({life}, timeout=SOON_S)
 
@@ -1314,15 +1317,18 @@ async def test_no_zygote_is_warmed_once_the_pool_ends():
         starting.set()
         await asyncio.Event().wait()
 
-    driver = FakeDriver({"main:greet": hello}, on_start=slow)
-    async with asyncio.timeout(CLOSE_S), running(driver, GREET, tick_s=60) as pool:
-        caller = asyncio.create_task(refused(pool, GREET))
+    driver = Warming({"main:greet": hello}, on_start=slow)
+    driver.chill = COLD
+    async with asyncio.timeout(CLOSE_S), running(driver, FORKED, tick_s=60) as pool:
+        pool.keep_generic(FORKED.mold, ENVIRONMENT, 1)
         await starting.wait()
-        beside = function("shout", namespace="own")
-        pool.deploy(beside, ENVIRONMENT)  # it brings its zygote with the next fact
+        mold = pool.state.molds[FORKED.mold]
+        assert (len(driver.asked), mold.zygote_failures) == (1, 1)
+        driver.chill = None
+        mold.zygote_retry_at = 0.0  # the next fact about its sandboxes brings another
 
-    assert isinstance(await caller, Draining)
-    assert (driver.zygotes, pool._zygotes) == ({}, set())
+    assert pool.state.zygotes
+    assert (len(driver.asked), driver.zygotes, pool._warming) == (1, {}, set())
 
 
 async def test_the_end_of_the_pool_does_not_wait_for_what_was_to_start_at_this_moment():

@@ -47,9 +47,20 @@ LOAD = Load(
     concurrency=1,
     preload=["json"],
     init_timeout_s=10.0,
+    as_zygote=False,
 )
 LOADED = Loaded(
-    slots=1, import_s=0.01, lockdown_s=0.001, cap_eff=0, no_new_privs=1, seccomp=2, landlock=5
+    slots=1,
+    import_s=0.01,
+    busy_s=0.01,
+    lockdown_s=0.001,
+    threads=0,
+    children=0,
+    descriptors=0,
+    cap_eff=0,
+    no_new_privs=1,
+    seccomp=2,
+    landlock=5,
 )
 INVOKE = Invoke(id="abc", remaining_s=30, http={"method": "GET", "headers": [["a", "b"]]})
 RESULT = Result(handler_s=0.5, status=200, headers=[["content-type", "text/plain"]])

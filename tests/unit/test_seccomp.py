@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dayfly.seccomp import ALLOWED, AUDIT_ARCH, FIRST_NEW_SYSCALL, X32_BIT, program, syscalls
+from dayfly.seccomp import (
+    ALLOWED,
+    AUDIT_ARCH,
+    FIRST_NEW_SYSCALL,
+    X32_BIT,
+    ZYGOTE_ALLOWED,
+    program,
+    syscalls,
+)
 
 ALLOW, KILL = "allow", "kill"
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
@@ -106,7 +114,11 @@ NUMBERS = {
     | {name: FIRST_NEW_SYSCALL + at for at, name in enumerate(NEW.split())}
     for machine, table in TABLES.items()
 }
-PROGRAMS = {each: list(struct.iter_unpack("=HBBI", program(each))) for each in MACHINES}
+PROGRAMS = {
+    (machine, zygote): list(struct.iter_unpack("=HBBI", program(machine, zygote=zygote)))
+    for machine in MACHINES
+    for zygote in (False, True)
+}
 FILTERED = ("clone", "socket", "socketpair", "ioctl", "prctl")
 CLONE = {
     "thread": 0x3D0F00,  # what pthread_create asks for
@@ -134,12 +146,14 @@ DANGEROUS = """\
 """
 
 
-def run(machine: str, number: int, *args: int, arch: int | None = None) -> str | int:
-    """What the filter says to a system call: "allow", "kill", or the errno that it gives."""
+def run(
+    machine: str, number: int, *args: int, arch: int | None = None, zygote: bool = False
+) -> str | int:
+    """What the filter, or a *zygote*'s, says: "allow", "kill", or the errno that it gives."""
     words = struct.pack("=iIQ6Q", number, arch or AUDIT_ARCH[machine], 0, *(*args, *[0] * 6)[:6])
     accumulator = at = 0
     while True:
-        operation, if_true, if_false, k = PROGRAMS[machine][at]
+        operation, if_true, if_false, k = PROGRAMS[machine, zygote][at]
         at += 1
         match operation:
             case 0x20:  # load the word at offset k
@@ -293,3 +307,124 @@ def test_every_call_gets_an_answer(machine: str, number: int, args: list[int], a
     assert said in (ALLOW, KILL, EPERM, ENOSYS, EAFNOSUPPORT)
     if arch != AUDIT_ARCH[machine]:
         assert said == KILL
+
+
+# ---- a function's zygote ------------------------------------------------------------------------
+
+ADDED = """
+    setns unshare capset seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self
+"""
+WORDS = st.one_of(
+    st.integers(0, 2**64 - 1), st.integers(0, 64), st.sampled_from([*NAMESPACES.values(), 1 << 32])
+)
+
+
+def added(machine: str, name: str, *args: int) -> str | int:
+    return run(machine, NUMBERS[machine][name], *args, zygote=True)
+
+
+def test_what_a_zygote_may_in_addition_is_what_its_forks_need(machine: str):
+    """The kernel's own numbers, and no other name."""
+    extra = {n: v for n, v in syscalls(machine, zygote=True).items() if n not in syscalls(machine)}
+
+    assert extra == {name: NUMBERS[machine][name] for name in ADDED.split()}
+    assert extra.keys() == {pair.partition("=")[0] for pair in ZYGOTE_ALLOWED[machine].split()}
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("setns", (3, 0x20000000)),  # into the pid namespace that is ready, for its child
+        ("setns", (3, 0)),
+        ("capset", (1, 1)),
+        ("landlock_create_ruleset", (0, 0, 1)),
+        ("landlock_add_rule", (3, 1, 1, 0)),
+        ("landlock_restrict_self", (3, 0)),
+    ],
+)
+def test_a_zygotes_forks_can_enter_what_is_ready_and_lock_themselves_down(
+    machine: str, name: str, args: tuple[int, ...]
+):
+    """And a sandbox cannot."""
+    refusal = ENOSYS if NUMBERS[machine][name] >= FIRST_NEW_SYSCALL else EPERM
+
+    assert added(machine, name, *args) == ALLOW
+    assert run(machine, NUMBERS[machine][name], *args) == refusal
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 32, *NAMESPACES.values()])
+@pytest.mark.parametrize("beside", [0, *NAMESPACES.values(), 0x200, 0x400, 0x40000])
+def test_of_namespaces_a_zygote_may_make_a_user_namespace_and_nothing_beside(
+    machine: str, flags: int, beside: int
+):
+    """In that one our filter leaves nothing to do, and a mount namespace would be one to mount in.
+
+    The filter sees the low 32 bits of the flags, and all that the kernel knows are in these.
+    """
+    wanted = flags | beside
+    is_alone = wanted & 0xFFFFFFFF == NAMESPACES["user"]
+
+    assert added(machine, "unshare", wanted) == (ALLOW if is_alone else EPERM)
+
+
+@pytest.mark.parametrize("beside", [0, CLONE["fork"]])
+@pytest.mark.parametrize("kind", NAMESPACES)
+def test_a_zygote_makes_no_namespace_by_forking(machine: str, kind: str, beside: int):
+    """Not even the one that it may unshare."""
+    assert added(machine, "clone", beside | NAMESPACES[kind]) == EPERM
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4, 1 << 31])
+@pytest.mark.parametrize("flags", [0, 1, 2, 4, 8, 16, 32, 9])
+def test_a_zygote_installs_filters_and_none_with_a_listener(machine: str, mode: int, flags: int):
+    """A listener (8) would answer for other processes; TSYNC (1) and the rest nobody needs."""
+    said = added(machine, "seccomp", mode, flags)
+
+    assert said == (ALLOW if (mode, flags) == (1, 0) else EPERM)
+
+
+@pytest.mark.parametrize("option", [*range(80), 0x53564D41, 0x59616D61])
+def test_a_zygote_gives_rights_away_and_takes_none(machine: str, option: int):
+    """CAPBSET_DROP and CAP_AMBIENT on top of what any guest may ask; SECUREBITS and so on not."""
+    number = syscalls(machine)["prctl"]
+    expected = ALLOW if option in (24, 47) else run(machine, number, option)
+
+    assert run(machine, number, option, zygote=True) == expected
+
+
+def test_nothing_else_is_open_to_a_zygote(machine: str):
+    """By number, whatever has a name: with no arguments, which no filter looks into."""
+    extra = {NUMBERS[machine][name] for name in ADDED.split()}
+    for number in set(range(600)) - extra:
+        assert run(machine, number, zygote=True) == run(machine, number), number
+
+
+def test_what_opens_the_kernel_is_refused_to_a_zygote(machine: str):
+    """All but the four that are its own, one of which is looked into."""
+    dangerous = {name for name in DANGEROUS.split() if name not in ADDED.split()}
+    open_ = [name for name in dangerous if added(machine, name) != EPERM]
+
+    assert open_ == []
+    assert len(dangerous) == len(set(DANGEROUS.split())) - 4
+
+
+@given(
+    number=st.integers(0, 600) | st.integers(-(2**31), 2**31 - 1),
+    args=st.lists(WORDS, min_size=6, max_size=6),
+    arch=st.sampled_from([*AUDIT_ARCH.values(), 1]),
+)
+def test_a_zygotes_filter_differs_in_nothing_but_what_it_looks_into(
+    machine: str, number: int, args: list[int], arch: int
+):
+    """Whatever is passed: sockets, terminals, foreign machines are judged by the same rules."""
+    extra = {NUMBERS[machine][name] for name in (*ADDED.split(), "prctl")}
+    said = run(machine, number, *args, arch=arch, zygote=True)
+
+    if number not in extra or arch != AUDIT_ARCH[machine]:
+        assert said == run(machine, number, *args, arch=arch)
+    else:
+        assert said in (ALLOW, EPERM)
+
+
+def test_a_zygotes_program_fits_the_kernels_limit(machine: str):
+    assert len(program(machine, zygote=True)) // 8 < 512

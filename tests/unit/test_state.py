@@ -1,12 +1,22 @@
 """PoolState as a conversation: facts in, commands out, and the state as it reads in between."""
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
+from msgspec import structs
 
 from dayfly_pool.errors import FunctionNotFound, QueueFull
-from dayfly_pool.models import Failure, Function, InvocationId, Mold, SandboxId
+from dayfly_pool.models import (
+    Failure,
+    Function,
+    InvocationId,
+    Mold,
+    SandboxId,
+    function_id,
+)
 from dayfly_pool.state import (
     LOST_LOADS_MAX,
     NEXT,
@@ -65,8 +75,22 @@ def refill(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = Non
 def deployed(*functions: Function, **limits: int) -> PoolState:
     state = pool(**limits)
     for each in functions:
-        state.deploy(each, 0)
+        deploy(state, each, 0)
     return state
+
+
+def deploy(state: PoolState, each: Function, now: float) -> list[Command]:
+    """As `Pool.deploy` does: what a function is made of is in use from then on."""
+    commands = []
+    if each.mold not in state.molds:
+        commands = state.add_mold(each.mold, 0, now, pinned=False)
+    return commands + state.deploy(each, now)
+
+
+def of(tenant: str, name: str = "greet", **spec: Any) -> Function:
+    """A function of *tenant*'s, as its sandboxes may be forked."""
+    each = function(name, namespace=tenant, **spec)
+    return structs.replace(each, id=function_id(tenant, name))
 
 
 def play(state: PoolState, commands: Iterable[Command], now: float) -> None:
@@ -282,41 +306,159 @@ def test_a_further_start_is_not_made_when_the_busy_ones_are_faster():
     assert starts(state.tick(1.2)) == 1  # it waited longer than a start takes: the estimate is off
 
 
-def test_starts_at_once_are_limited_and_what_is_waited_for_comes_first():
-    """Each start slows the others, so the refill waits for the claims."""
-    state = deployed(GREET, starts_max=2)
-    assert starts(state.add_mold(BASE, 4, 0)) == 2
-    state.add_mold(OTHER, 4, 0)
+def test_work_at_once_is_limited_and_what_is_waited_for_comes_first():
+    """Each start slows the others, and so does each import: the refill waits for the claims."""
+    each = of("mine")
+    state = deployed(each, starts_max=2)
+    state.add_mold(each.mold, 4, 0)
+    assert state.chilled(Z1, 0, unfit="no") == [refill(S2, each.mold), refill(S3, each.mold)]
     for invocation in (I1, I2, I3):
-        assert state.submit(invocation, GREET.id, 0) == []
+        assert state.submit(invocation, each.id, 0) == []
 
-    assert state.ready(S1, 1) == [Specialize(S1, GREET), create(S3)]
-    assert state.ready(S2, 1) == [Specialize(S2, GREET), refill(S4, OTHER)]
-    assert state.ready(S3, 1) == [Specialize(S3, GREET), refill(S5)]
+    assert state.ready(S2, 1) == [Specialize(S2, each)]  # and a start is under way
+    assert state.ready(S3, 1) == [Specialize(S3, each)]
+    assert state.loaded(S2, 1, 1) == [Assign(S2, I1, "created"), create(S4, each.mold)]
+    assert state.loaded(S3, 1, 1) == [Assign(S3, I2, "created"), refill(S5, each.mold)]
+
+
+def test_what_is_ready_is_loaded_before_more_is_started():
+    """Of what waits for its turn, the load: who waits for it has waited for a start already."""
+    each = of("mine")
+    state = deployed(each, starts_max=2)
+    state.chilled(Z1, 0, unfit="no")
+    for invocation in (I1, I2, I3, I4):
+        state.submit(invocation, each.id, 0)
+    first, second = state.sandboxes
+
+    assert state.ready(first, 1) == [Specialize(first, each)]
+    assert state.ready(second, 1) == [Specialize(second, each)]
+    assert starts(state.tick(1)) == 0
+
+
+def burst(state: PoolState, each: Function, number: int, now: float) -> list[Command]:
+    """*number* first calls, all at the same moment."""
+    names = [InvocationId(f"{each.id}-{n}") for n in range(number)]
+    return [command for name in names for command in state.submit(name, each.id, now)]
+
+
+def made_for(commands: Iterable[Command]) -> list[str]:
+    """The namespace of every sandbox that is made."""
+    return [command.mold.namespace for command in commands if isinstance(command, Create)]
 
 
 def test_a_burst_of_one_tenants_does_not_keep_another_from_starting():
-    """Molds take turns: who comes after a hundred waits for one start, not for a hundred."""
-    own = [function(f"f{i}", environment="mine") for i in range(100)]
-    other = function("other", environment="theirs")
-    state = deployed(*own, other, starts_max=2, sandboxes_max=500)
-    for i, each in enumerate(own):
-        state.submit(InvocationId(f"own-{i}"), each.id, 0)
-    state.submit(InvocationId("other"), other.id, 1)
+    """Who comes after a hundred waits for nothing: there is always room for one of its own."""
+    mine = [of("mine", f"f{i}") for i in range(100)]
+    theirs = of("theirs")
+    state = deployed(*mine, theirs, starts_max=2, sandboxes_max=500)
+    assert sum(starts(burst(state, each, 1, 0)) for each in mine) == 2
 
-    first = [command for command in state.ready(S1, 2) if isinstance(command, Create)]
-
-    assert [command.mold.environment for command in first] == ["theirs"]
+    assert made_for(burst(state, theirs, 1, 0.1)) == ["theirs"]
 
 
-def test_a_waiting_invocation_of_one_mold_starts_before_the_refill_of_another():
-    """The order of declaration is no rank."""
-    foreign = function("greet", environment="other")
-    state = deployed(foreign, starts_max=1)
-    state.add_mold(BASE, 3, 0)
-    state.submit(I1, foreign.id, 0)
+def test_two_tenants_that_want_the_processors_have_half_of_them_each():
+    """The burst that was first gives way as its starts end, and gets no more than its part."""
+    mine, theirs = of("mine"), of("theirs")
+    state = deployed(mine, theirs, starts_max=4, sandboxes_max=500)
+    assert made_for(burst(state, mine, 50, 0)) == ["mine"] * 4
+    assert made_for(burst(state, theirs, 50, 0)) == ["theirs"]
 
-    assert state.ready(S1, 1) == [create(S2, OTHER)]
+    for _ in range(20):
+        starting = [b.id for b in state.sandboxes.values() if b.phase is Phase.STARTING]
+        for box in starting:
+            play_one(state, box, 0.5)
+    under_way = Counter(b.work[0] for b in state.sandboxes.values() if b.work)
+    assert under_way == {"mine": 2, "theirs": 2}
+
+
+def play_one(state: PoolState, box: SandboxId, now: float) -> None:
+    """*box* gets ready, and all that can be loaded is loaded."""
+    state.ready(box, now)
+    while loading := [b.id for b in state.sandboxes.values() if b.phase is Phase.LOADING]:
+        state.loaded(loading[0], 1, now)
+
+
+def test_a_claim_of_one_tenants_does_not_wait_for_the_refills_of_another():
+    """Nor do forks, which cost half, take what is kept free."""
+    mine, theirs = of("mine"), of("theirs")
+    state = deployed(theirs, mine, starts_max=1)
+    state.tick(0)
+    (zygote,) = (z.id for z in state.zygotes.values() if z.mold == mine.mold)
+    state.warmed(zygote, 0)
+    assert forks(state.add_mold(mine.mold, 5, 0)) == [zygote, zygote]
+
+    assert forks(state.submit(I1, theirs.id, 0)) == [None]
+
+
+def test_within_a_tenant_molds_take_turns():
+    """A claim on one waits for one refill of another's, not for all."""
+    here, there = of("mine"), of("mine", "shout", environment="other")
+    state = deployed(here, there, starts_max=1, sandboxes_max=50)
+    for zygote in warms(state.tick(0)):
+        state.chilled(zygote, 0, unfit="no")
+    refills = state.add_mold(here.mold, 10, 0)
+    state.submit(I1, there.id, 0)
+    made = [command for command in refills if isinstance(command, Create)]
+    while made[-1].mold != there.mold:
+        made += [c for c in state.ready(made[-1].sandbox, 0) if isinstance(c, Create)]
+
+    assert [command.mold for command in made] == [here.mold, here.mold, there.mold]
+
+
+def test_a_tenants_work_in_foreign_molds_keeps_no_other_tenants_from_starting_there():
+    """Nothing is forked for either; their sandboxes are the same until they are loaded."""
+    mine = structs.replace(function("greet"), id=function_id("mine", "greet"))
+    theirs = function("greet", environment="other")
+    state = deployed(mine, theirs, starts_max=2)
+    assert starts(burst(state, mine, 4, 0)) == 2
+
+    assert starts(burst(state, theirs, 1, 0.1)) == 1
+
+
+def test_a_tenants_claims_are_passed_over_when_it_is_anothers_turn_to_load():
+    """In the mold that they share, the first in the queue may have enough under way."""
+    mine = structs.replace(GREET, id=function_id("mine", "greet"))
+    theirs = structs.replace(GREET, id=function_id("theirs", "greet"))
+    state = deployed(mine, theirs, starts_max=4)
+    state.add_mold(BASE, 4, 0)
+    burst(state, mine, 4, 0)
+    burst(state, theirs, 1, 0)
+    loaded = [c for s in (S1, S2, S3) for c in state.ready(s, 0) if isinstance(c, Specialize)]
+
+    assert theirs in [command.function for command in loaded]
+
+
+def test_tenants_that_have_as_much_under_way_come_in_the_order_in_which_they_asked():
+    """And not in an order that changes from run to run."""
+    each = [of(f"tenant{i}") for i in range(20)]
+    state = deployed(*each)
+
+    warmed = [command.mold for command in state.tick(0) if isinstance(command, Warm)]
+    assert warmed == [function.mold for function in each]
+
+
+def test_a_generic_sandbox_that_somebody_waits_for_is_no_surplus():
+    """It waits for a turn to be loaded: another would have to be started in its place."""
+    mine, theirs = of("mine"), of("theirs")
+    state = deployed(mine, theirs, starts_max=2)
+    first, second = (c.sandbox for c in burst(state, mine, 2, 0) if isinstance(c, Create))
+    burst(state, theirs, 1, 0)
+    assert state.ready(first, 0) == [Specialize(first, mine)]
+    assert state.ready(second, 0) == []
+
+    assert [c for c in state.tick(0.1) if isinstance(c, Destroy)] == []
+    assert state.loaded(first, 1, 0.2)[-1] == Specialize(second, mine)
+
+
+def test_a_sandbox_that_is_ready_is_loaded_though_its_tenants_starts_take_all_of_its_part():
+    """Starts would otherwise go on and on, and nothing ever be loaded; further ones wait."""
+    mine, theirs = of("mine"), of("theirs")
+    state = deployed(mine, theirs, starts_max=4)
+    first, second, *_ = (c.sandbox for c in burst(state, mine, 4, 0) if isinstance(c, Create))
+    burst(state, theirs, 1, 0)
+
+    assert state.ready(first, 0) == [Specialize(first, mine)]
+    assert state.ready(second, 0) == []
 
 
 def test_more_arrivals_keep_more_generic_sandboxes():
@@ -872,6 +1014,15 @@ def forking(*functions: Function, **limits: int) -> PoolState:
     return state
 
 
+def worn() -> PoolState:
+    """Z1 has made all its forks (2 to 4), and its successor Z5 is being warmed."""
+    state = forking()
+    commands = [c for i in (I1, I2, I3) for c in state.submit(i, FORKED.id, 1)]
+
+    assert (forks(commands), warms(commands)) == ([Z1, Z1, Z1], [Z5])
+    return state
+
+
 def warms(commands: Iterable[Command]) -> list[SandboxId]:
     return [command.zygote for command in commands if isinstance(command, Warm)]
 
@@ -918,13 +1069,14 @@ def test_every_namespace_has_a_zygote_of_its_own():
     """Nothing is forked for one namespace from what the other's is made of."""
     foreign = function("shout", namespace="theirs")
     state = deployed(FORKED, foreign)
+    zygotes = {c.mold: c.zygote for c in state.tick(0) if isinstance(c, Warm)}
 
-    assert state.tick(0) == [Warm(Z1, OWN), Warm(Z2, THEIRS)]
-    state.warmed(Z1, 0)
-    assert state.submit(I1, foreign.id, 1) == [create(SandboxId("sb-3"), THEIRS)]
-    state.warmed(Z2, 1)
-    assert forks(state.submit(I2, foreign.id, 2)) == [Z2]
-    assert forks(state.submit(I3, FORKED.id, 2)) == [Z1]
+    assert zygotes.keys() == {OWN, THEIRS}
+    state.warmed(zygotes[OWN], 0)
+    assert state.submit(I1, foreign.id, 1) == [create(S3, THEIRS)]
+    state.warmed(zygotes[THEIRS], 1)
+    assert forks(state.submit(I2, foreign.id, 2)) == [zygotes[THEIRS]]
+    assert forks(state.submit(I3, FORKED.id, 2)) == [zygotes[OWN]]
 
 
 def test_a_refill_waits_for_the_first_zygote_and_a_claim_does_not():
@@ -955,26 +1107,13 @@ def test_a_zygote_does_not_count_as_a_sandbox_or_as_a_start():
 
 
 def test_twice_as_many_may_be_forked_at_once_as_started():
-    """A fork leaves a processor idle half the time; what is started meanwhile gets no more."""
-    beside = function("beside")
-    state = forking(FORKED, beside, starts_max=1)
-    commands = [c for i in (I1, I2, I3) for c in state.submit(i, FORKED.id, 1)]
+    """A fork leaves a processor idle half the time."""
+    each = of("mine")
+    state = deployed(each, starts_max=2)
+    assert starts(burst(state, each, 6, 0)) == 2
+    state = forking(each, starts_max=2)
 
-    assert forks(commands) == [Z1, Z1]
-    assert state.submit(I4, beside.id, 1) == []
-    state.died(S2, 2)  # no zygote any more
-    assert state.phases()[Phase.STARTING] == 1
-
-
-def test_a_claim_that_cannot_be_forked_starts_before_the_refill_that_can():
-    """What somebody waits for starts first, whatever it is made of."""
-    beside = function("beside")
-    state = forking(FORKED, beside, starts_max=1)
-    assert state.add_mold(OWN, 5, 1) == [refill(S2, OWN, Z1), refill(S3, OWN, Z1)]
-    assert state.submit(I1, beside.id, 1) == []
-
-    assert forks(state.ready(S2, 2)) == []
-    assert state.ready(S3, 2)[0] == create(S4)
+    assert forks(burst(state, each, 6, 0)) == [Z1] * 4
 
 
 @pytest.mark.parametrize(
@@ -1017,11 +1156,9 @@ def test_a_sandbox_that_was_started_before_the_zygote_was_ready_stays_created():
 
 def test_after_its_forks_a_zygote_is_replaced_and_forks_until_the_other_is_ready():
     """Nobody waits for the change: the successor is warmed beside it, once."""
-    state = forking()
-    commands = [c for i in (I1, I2, I3) for c in state.submit(i, FORKED.id, 1)]
-    assert (forks(commands), warms(commands)) == ([Z1, Z1, Z1], [])
+    state = worn()
 
-    assert state.submit(I4, FORKED.id, 2) == [Warm(Z5, OWN), create(SandboxId("sb-6"), OWN, Z1)]
+    assert state.submit(I4, FORKED.id, 2) == [create(SandboxId("sb-6"), OWN, Z1)]
     assert state.submit(I5, FORKED.id, 3) == [create(SandboxId("sb-7"), OWN, Z1)]
     assert state.add_mold(OWN, 1, 4) == [refill(SandboxId("sb-8"), OWN, Z1)]
     assert state.tick(4) == []
@@ -1047,10 +1184,7 @@ def test_at_its_age_a_zygote_is_replaced():
 
 def test_a_successor_that_cannot_be_warmed_leaves_the_old_one_in_place():
     """It forks on, and another successor is tried after a pause."""
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
-    assert state.tick(2) == [Warm(Z5, OWN)]
+    state = worn()
 
     assert state.chilled(Z5, 3) == []
     assert forks(state.submit(I4, FORKED.id, 3)) == [Z1]
@@ -1061,10 +1195,7 @@ def test_a_successor_that_cannot_be_warmed_leaves_the_old_one_in_place():
 
 def test_a_zygote_that_dies_while_its_successor_is_warmed_is_followed_by_it():
     """Meanwhile sandboxes are started, also those that are only kept ready."""
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
-    assert state.tick(2) == [Warm(Z5, OWN)]
+    state = worn()
 
     assert state.chilled(Z1, 3) == []
     assert forks(state.add_mold(OWN, 1, 3)) == [None]
@@ -1129,7 +1260,7 @@ def test_an_environment_that_is_unfit_is_never_tried_again():
     """Another interpreter with the same modules in it would not do either."""
     state = deployed(FORKED)
     assert state.tick(0) == [Warm(Z1, OWN)]
-    state.chilled(Z1, 1, is_unfit=True)
+    state.chilled(Z1, 1, unfit="3 threads run in it")
     commands = state.add_mold(OWN, 1, 1)
     for now in (2, 100, 10_000, 1_000_000):
         play(state, some := state.submit(InvocationId(f"at {now}"), FORKED.id, now), now)
@@ -1154,25 +1285,20 @@ def test_a_fork_that_fails_dismisses_the_zygote_and_a_sandbox_is_started():
 
 def test_forks_that_fail_together_count_as_one_failure():
     """Those that a zygote leaves behind do not dismiss its successor, however late they fail."""
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
+    state = worn()
 
     assert retired(state.died(S2, 1)) == [Z1]
     assert retired(state.died(S3, 1)) == []
-    (successor,) = warms(state.tick(1.5))
-    state.warmed(successor, 2)
+    assert state.molds[OWN].zygote_failures == 1
+    state.warmed(Z5, 2)
     assert retired(state.died(S4, 3)) == []
-    assert state.molds[OWN].zygote is state.zygotes[successor]
+    assert state.molds[OWN].zygote is state.zygotes[Z5]
     assert state.molds[OWN].failures == 0
 
 
 def test_a_fork_that_fails_while_a_successor_is_warmed_waits_for_no_pause():
     """The successor is on its way, and takes its place as soon as it is ready."""
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
-    assert state.tick(2) == [Warm(Z5, OWN)]
+    state = worn()
 
     assert retired(state.died(S2, 3)) == [Z1]
     assert state.warmed(Z5, 3.1) == []
@@ -1256,10 +1382,7 @@ def test_a_mold_that_nobody_uses_any_more_while_its_zygote_is_warmed_is_forgotte
 
 
 def test_a_worn_zygote_that_nobody_uses_any_more_goes_with_its_successor():
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
-    assert state.tick(2) == [Warm(Z5, OWN)]
+    state = worn()
 
     assert retired(state.remove(FORKED.id, 3)) == [Z1]
     assert state.warmed(Z5, 4) == [Retire(Z5)]
@@ -1271,7 +1394,7 @@ def test_a_function_that_moves_takes_the_zygote_of_its_new_mold():
     moved = function("greet", version="2", environment="other", namespace="own")
     state = forking()
 
-    commands = state.deploy(moved, 1) + state.tick(1)
+    commands = deploy(state, moved, 1) + state.tick(1)
 
     assert (retired(commands), warms(commands)) == ([Z1], [Z2])
     state.warmed(Z2, 2)
@@ -1286,7 +1409,7 @@ def test_what_waits_when_its_function_moves_is_made_in_the_new_mold():
     state = forking()
     assert state.submit(I1, FORKED.id, 1) == [create(S2, OWN, Z1)]
 
-    assert state.deploy(moved, 2) == [Retire(Z1), create(S3, BASE)]
+    assert state.deploy(moved, 2) == [create(S3, BASE), Retire(Z1)]
     assert state.ready(S2, 3) == []
     assert state.tick(4) == [Destroy(S2, "surplus")]
     state.tick(5)
@@ -1312,7 +1435,7 @@ def test_late_facts_about_an_unknown_zygote_do_nothing_but_retire_it():
 
     assert state.warmed(Z7, 1) == [Retire(Z7)]
     assert state.chilled(Z7, 1) == []
-    assert state.chilled(Z7, 1, is_unfit=True) == []
+    assert state.chilled(Z7, 1, unfit="3 threads run in it") == []
     assert repr(state) == before
     assert list(state.zygotes) == [Z1]
     assert state.molds[OWN].zygote_failures == 0
@@ -1320,10 +1443,7 @@ def test_late_facts_about_an_unknown_zygote_do_nothing_but_retire_it():
 
 def test_a_zygote_that_was_replaced_and_ends_is_no_failure():
     """It ends with the last of its sandboxes, when everybody has forgotten it."""
-    state = forking()
-    for invocation in (I1, I2, I3):
-        state.submit(invocation, FORKED.id, 1)
-    state.tick(2)
+    state = worn()
     state.warmed(Z5, 3)
 
     assert state.chilled(Z1, 4) == []
@@ -1366,7 +1486,7 @@ def test_the_claim_that_brings_a_zygote_back_lets_the_refill_wait_for_it():
     play(state, state.add_mold(OWN, 1, 0), 0)
     assert state.tick(50) == [Retire(Z1)]
 
-    assert state.submit(I1, FORKED.id, 1000) == [Specialize(S2, FORKED), Warm(Z3, OWN)]
+    assert state.submit(I1, FORKED.id, 1000) == [Warm(Z3, OWN), Specialize(S2, FORKED)]
 
 
 def test_a_function_is_blamed_when_sandboxes_die_again_and_again_while_importing_it():

@@ -17,11 +17,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec import structs
 
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
 from dayfly_pool.state import (
-    FORKS_FOR_A_START,
     Assign,
     Command,
     Create,
@@ -48,6 +48,7 @@ SPECS = st.fixed_dictionaries(
         "concurrency": st.sampled_from((1, 1, 2, 3)),
         "keep_alive_seconds": st.sampled_from((0, 1, 60)),
         "queue_max": st.sampled_from((2, 50)),
+        "initialize": st.sampled_from(("auto", "auto", "once", "each")),
     }
 )
 
@@ -67,17 +68,23 @@ class Machine(RuleBasedStateMachine):
     """Carries out every command on a modelled machine, which refuses what no machine could do."""
 
     @initialize(
-        sandboxes_max=st.integers(1, 6), starts_max=st.integers(1, 3), generic_max=st.integers(0, 2)
+        sandboxes_max=st.integers(1, 6),
+        starts_max=st.integers(1, 3),
+        generic_max=st.integers(0, 2),
+        at_once=st.integers(1, 3),
     )
-    def begin(self, sandboxes_max: int, starts_max: int, generic_max: int) -> None:
+    def begin(self, sandboxes_max: int, starts_max: int, generic_max: int, at_once: int) -> None:
         self.state = PoolState(
             generic_max=min(generic_max, sandboxes_max),
             sandboxes_max=sandboxes_max,
             starts_max=starts_max,
-            zygotes=ZygoteLimits(forks=3, age_s=200.0, idle_s=50.0),
+            zygotes=ZygoteLimits(forks=3, age_s=200.0, idle_s=50.0, once_s=1.0, at_once=at_once),
         )
         self.zygotes: dict[SandboxId, bool] = {}
         """Those that live, and whether they are ready."""
+
+        self.molds: dict[SandboxId, Mold] = {}
+        """What the zygotes' sandboxes are made of."""
 
         self.now, self.numbers, self.versions = 0.0, count(1), count(1)
         self.alive: dict[SandboxId, Live] = {}
@@ -93,24 +100,31 @@ class Machine(RuleBasedStateMachine):
     def carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
-                case Warm(zygote, mold):
+                case Warm(zygote, mold, function, parent):
                     assert mold.namespace, "nothing may be forked there"
                     assert zygote not in self.zygotes
-                    self.zygotes[zygote] = False
+                    assert (function is None) == (parent is None) == (mold.function == "")
+                    if function is not None and parent is not None:
+                        assert self.zygotes[parent], "it cannot fork"
+                        assert self.molds[parent] == function.mold
+                        assert self.deployed[function.id] is function, "an old version is loaded"
+                        assert function.spec.initialize != "each"
+                    self.zygotes[zygote], self.molds[zygote] = False, mold
                 case Retire(zygote):
                     self.zygotes.pop(zygote, None)
                 case Create(sandbox, mold, _, zygote):
                     assert zygote is None or self.zygotes[zygote], "it cannot fork"
+                    assert zygote is None or self.molds[zygote] == mold
+                    assert zygote is not None or not mold.function
                     assert sandbox not in self.alive
                     assert sandbox not in self.gone, "a sandbox's name is never used again"
                     self.alive[sandbox] = Live(mold)
                     assert len(self.alive) <= self.state.sandboxes_max
-                    most = self.state.starts_max * (1 if zygote is None else FORKS_FOR_A_START)
-                    assert len(self.in_phase(Phase.STARTING)) <= most
                 case Specialize(sandbox, function):
                     live = self.alive[sandbox]
                     assert live.phase is Phase.GENERIC
-                    assert live.mold == function.mold
+                    own = f"{function.id}@{function.version}" if live.mold.function else ""
+                    assert live.mold == structs.replace(function.mold, function=own)
                     assert self.deployed[function.id] is function, "an old version is loaded"
                     live.phase, live.function = Phase.LOADING, function
                 case Assign(sandbox, invocation):
@@ -172,11 +186,12 @@ class Machine(RuleBasedStateMachine):
         self.carry_out(self.state.warmed(zygote, self.now))
 
     @precondition(lambda self: self.zygotes)
-    @rule(data=st.data(), is_unfit=st.booleans())
-    def chilled(self, data: st.DataObject, is_unfit: bool) -> None:
+    @rule(data=st.data(), unfit=st.sampled_from(("", "no")), has_failed=st.booleans())
+    def chilled(self, data: st.DataObject, unfit: str, has_failed: bool) -> None:
         zygote = data.draw(st.sampled_from(list(self.zygotes)))
         del self.zygotes[zygote]
-        self.carry_out(self.state.chilled(zygote, self.now, is_unfit=is_unfit))
+        failure = Failure("ImportFailed", "no") if has_failed else None
+        self.carry_out(self.state.chilled(zygote, self.now, unfit=unfit, failure=failure))
         assert self.state.chilled(zygote, self.now) == []
 
     @rule(name=st.sampled_from(NAMES), number=st.integers(1, 4))
@@ -207,15 +222,23 @@ class Machine(RuleBasedStateMachine):
         self.carry_out(self.state.ready(sandbox, self.now))
 
     @precondition(lambda self: self.in_phase(Phase.LOADING))
-    @rule(data=st.data(), slots=st.integers(1, 3))
-    def loaded(self, data: st.DataObject, slots: int) -> None:
-        self.get_loaded(self.choose(data, Phase.LOADING), slots)
+    @rule(
+        data=st.data(),
+        slots=st.integers(1, 3),
+        import_s=st.sampled_from((0.001, 0.1, 5.0)),
+        leftovers=st.sampled_from(("", "", "2 threads")),
+    )
+    def loaded(self, data: st.DataObject, slots: int, import_s: float, leftovers: str) -> None:
+        self.get_loaded(self.choose(data, Phase.LOADING), slots, import_s, leftovers)
 
-    def get_loaded(self, sandbox: SandboxId, slots: int) -> None:
+    def get_loaded(
+        self, sandbox: SandboxId, slots: int, import_s: float = 0.001, leftovers: str = ""
+    ) -> None:
         live = self.alive[sandbox]
         assert live.function is not None
         live.phase, live.slots = Phase.IDLE, min(slots, live.function.spec.concurrency)
-        self.carry_out(self.state.loaded(sandbox, live.slots, self.now))
+        facts = {"import_s": import_s, "busy_s": import_s / 2, "leftovers": leftovers}
+        self.carry_out(self.state.loaded(sandbox, live.slots, self.now, **facts))  # type: ignore[arg-type]
 
     @precondition(lambda self: self.in_phase(Phase.LOADING))
     @rule(data=st.data())
@@ -295,7 +318,6 @@ class Machine(RuleBasedStateMachine):
         state = self.state
 
         assert len(state.sandboxes) <= state.sandboxes_max
-        assert state.phases()[Phase.STARTING] <= state.starts_max * FORKS_FOR_A_START
         for record in state.functions.values():
             assert len(record.sandboxes) <= record.function.spec.max_scale
             assert len(record.queue) <= 50
@@ -321,15 +343,19 @@ class Machine(RuleBasedStateMachine):
         state = self.state
         for mold, record in state.molds.items():
             boxes = [box for box in state.sandboxes.values() if box.mold == mold]
-            users = [r for r in state.functions.values() if r.function.mold == mold]
+            users = [r for r in state.functions.values() if r.home == mold]
+            declared = [
+                r
+                for r in state.functions.values()
+                if mold == r.function.mold or (r.once and mold == r.own_mold)
+            ]
 
             assert set(record.generic) == {b.id for b in boxes if b.phase is Phase.GENERIC}
             assert record.starting == sum(box.phase is Phase.STARTING for box in boxes)
-            assert record.functions == len(users)
+            assert record.functions == len(declared)
             assert Counter(record.claims) == Counter(
                 {user.function.id: user.claims for user in users if user.claims}
             )
-        assert state._starting == state.phases()[Phase.STARTING]
         idle = [id_ for group in state._idle.values() for id_ in group] + list(state._kept)
         assert sorted(idle) == sorted(i for r in state.functions.values() for i in r.idle)
 
@@ -349,23 +375,59 @@ class Machine(RuleBasedStateMachine):
         assert unkept <= set(ranked) | (idle - unkept)
 
     @invariant()
-    def a_mold_has_a_zygote_and_a_successor_at_most(self) -> None:
+    def every_zygote_is_a_molds_and_knows_its_forks(self) -> None:
         known = {}
         for record in self.state.molds.values():
             if record.zygote is not None:
                 known[record.zygote.id] = True
             if record.warming is not None:
                 known[record.warming.id] = False
+            known |= dict.fromkeys(record.more, True)
+            assert not record.more or (record.zygote and not record.mold.function)
 
+        forking = Counter(
+            box.zygote for box in self.state.sandboxes.values() if box.phase is Phase.STARTING
+        )
+        assert all(each.forking == forking[each.id] for each in self.state.zygotes.values())
         assert known == self.zygotes
         assert known.keys() == self.state.zygotes.keys()
+
+    @invariant()
+    def cold_work_is_bounded_and_each_tenant_has_a_part(self) -> None:
+        state = self.state
+        workers = [*state.sandboxes.values(), *state.zygotes.values()]
+        work: dict[str, list[float]] = {}
+        for worker in workers:
+            if worker.work is not None:
+                tenant, weight = worker.work
+                work.setdefault(tenant, []).append(weight)
+
+        assert {t: sum(weights) for t, weights in work.items()} == pytest.approx(
+            state._turns._under_way
+        )
+        loading = [box for box in state.sandboxes.values() if box.phase is Phase.LOADING]
+        loads = Counter(box.work[0] for box in loading if box.work)
+        assert loads == state._loads
+        for tenant, weights in work.items():
+            first_load = max(weights) if loads[tenant] else 0.0
+            assert len(weights) == 1 or sum(weights) - first_load <= state._turns._most
+        for box in state.sandboxes.values():
+            assert (box.work is not None) == (box.phase in (Phase.STARTING, Phase.LOADING))
 
     @invariant()
     def nobody_waits_beside_a_free_place(self) -> None:
         for record in self.state.functions.values():
             assert not (record.queue and (record.idle or record.open))
         for mold in self.state.molds.values():
-            assert not (mold.claims and mold.generic)
+            if mold.claims and mold.generic:
+                tenant = self.state.functions[mold.claims[0]].function.namespace
+                assert self.state._loads[tenant], "it would be its turn"
+
+    @invariant()
+    def claims_wait_only_for_what_comes(self) -> None:
+        for mold in self.state.molds.values():
+            if mold.claims and mold.mold.function:
+                assert not mold.zygote_failures or mold.zygote
 
     def teardown(self) -> None:
         """When everything succeeds everyone is answered, and what is removed leaves nothing."""
@@ -382,7 +444,8 @@ class Machine(RuleBasedStateMachine):
 
         assert (state.sandboxes, state.molds, state.functions) == ({}, {}, {})
         assert (state._queued, state._minimums, state._idle) == ({}, {}, {})
-        assert (dict(state._kept), state._starting) == ({}, 0)
+        assert dict(state._kept) == {}
+        assert (state._turns._under_way, state._turns._total, state._cramped) == ({}, 0, {})
 
     def settle(self) -> None:
         """Everything that is under way succeeds, until time changes nothing any more."""

@@ -185,12 +185,17 @@ def leftovers(tree: Tree) -> list[str]:
 def processes(folder: str) -> list[int]:
     """Every process in the sandboxes' groups below *folder*; never one beside them."""
     return [
-        int(pid)
+        pid
         for name in sorted(os.listdir(folder))
         if name.startswith(SANDBOX)
         for place, _, _ in os.walk(os.path.join(folder, name))
-        for pid in _read(os.path.join(place, "cgroup.procs")).split()
+        for pid in members(place)
     ]
+
+
+def members(folder: str) -> list[int]:
+    """The processes of one group."""
+    return [int(pid) for pid in _read(os.path.join(folder, "cgroup.procs")).split()]
 
 
 def remove_tree(folder: str) -> bool:

@@ -36,6 +36,7 @@ ETC_WRITTEN: Final = {
     "gai.conf": "",
 }
 SECCOMP: Final = "seccomp.bpf"
+ZYGOTE_SECCOMP: Final = "seccomp-zygote.bpf"
 BOOT: Final = "import sys; sys.path.append({root!r}); from dayfly.__main__ import main; main()"
 
 
@@ -55,8 +56,9 @@ def install(data: Path) -> Path:
         shutil.copytree(
             source, building / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyi")
         )
-    if os.uname().machine in seccomp.ALLOWED:
-        (building / SECCOMP).write_bytes(seccomp.program(os.uname().machine))
+    if (machine := os.uname().machine) in seccomp.ALLOWED:
+        (building / SECCOMP).write_bytes(seccomp.program(machine))
+        (building / ZYGOTE_SECCOMP).write_bytes(seccomp.program(machine, zygote=True))
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(
         building, quiet=2, stripdir=building, prependdir="/", invalidation_mode=mode
@@ -114,6 +116,7 @@ def command(
     settings = {
         "isolated": isolated,
         "seccomp": f"{root}/{SECCOMP}",
+        "zygote_seccomp": f"{root}/{ZYGOTE_SECCOMP}",
         "packages": packages,
         "libraries": [libraries] if environment.path else [],
         "preload": list(environment.preload) if environment.early else [],

@@ -49,7 +49,7 @@ class _Forked(NamedTuple):
 
 
 class Launcher:
-    """Serves create, fork, retire, terminate and kill.
+    """Serves create, zygote, fork, retire, terminate and kill.
 
     Reports created, refused and exited, and of zygotes ready and unfit.
     """
@@ -99,7 +99,7 @@ class Launcher:
             case "zygote":
                 self._create_zygote(request)
             case "fork":
-                self._fork(request, descriptors[0])
+                self._fork(request, descriptors)
             case "retire":
                 self._retire(request["sandbox"])
             case "terminate":
@@ -130,23 +130,31 @@ class Launcher:
         self._tell({"say": "created", "sandbox": sandbox, "pid": pid})
 
     def _create_zygote(self, request: dict[str, Any]) -> None:
+        self._create(request, self._connect(request["sandbox"]))
+
+    def _connect(self, zygote: str) -> int:
+        """The zygote's end of a connection that it will be asked on."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        zygote = request["sandbox"]
         self._zygotes[zygote] = ours
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(zygote) or True)
-        self._create(request, theirs.detach())
+        return theirs.detach()
 
-    def _fork(self, request: dict[str, Any], guest: int) -> None:
-        """Have a zygote fork; the answer comes to `_hear`."""
+    def _fork(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        """Have a zygote fork; the answer comes to `_hear`.
+
+        With `keep` it forks another zygote, of a function; see `dayfly.keeper`.
+        """
         sandbox, zygote, folders = request["sandbox"], request["zygote"], request["folders"]
-        descriptors = [guest]
         try:
             if zygote not in self._zygotes or zygote in self._retired:
                 raise OSError(f"{zygote} is gone")
             cgroups.create(folders)
+            if request["keep"]:
+                descriptors.append(self._connect(sandbox))
             descriptors += cgroups.entries(folders)
-            ask = json.dumps({"do": "fork", "sandbox": sandbox}).encode()
+            asked = {name: request[name] for name in ("do", "sandbox", "keep")}
+            ask = json.dumps(asked).encode()
             socket.send_fds(self._zygotes[zygote], [ask], descriptors)
         except OSError as error:
             cgroups.remove(folders)
@@ -187,12 +195,19 @@ class Launcher:
                 self._take(sandbox, zygote, descriptors[0])
             case "refused" | "forked":  # the latter without a descriptor: we have no room for one
                 self._refuse(sandbox, answer.get("why", "the launcher has too many files open"))
-            case "exited" if sandbox in self._forked or sandbox in self._asked:
+            case "exited" if sandbox in self._asked:
                 self._codes.setdefault(sandbox, answer["code"])
+            case "exited" if sandbox in self._forked and self._forked[sandbox].zygote == zygote:
+                self._codes.setdefault(sandbox, answer["code"])
+                self._kill(self._forked[sandbox])  # whom a function's zygote forked left its init
         return True
 
     def _take(self, sandbox: str, zygote: str, pidfd: int) -> None:
         """It has been forked, and may be dead already."""
+        if sandbox not in self._asked:  # it was given up meanwhile
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+            return
         _, folders = self._asked.pop(sandbox)
         pid = _pid_of(pidfd)
         self._forked[sandbox] = _Forked(zygote, folders, pid, pidfd)
@@ -211,7 +226,9 @@ class Launcher:
                 self._refuse(sandbox, f"{zygote} died")
 
     def _refuse(self, sandbox: str, why: str) -> None:
-        """It was asked of a zygote, and will not come."""
+        """It was asked of a zygote, and will not come, or is not wanted any more."""
+        if sandbox not in self._asked:
+            return
         _, folders = self._asked.pop(sandbox)
         self._codes.pop(sandbox, None)
         if not cgroups.remove(folders):
@@ -259,19 +276,18 @@ class Launcher:
         """Signal bwrap's pid 1 inside (depth 1: everything there dies with it) or the guest (2)."""
         pid = self._pids.get(sandbox)
         if pid is None:
+            if number == signal.SIGKILL:
+                self._refuse(sandbox, "it was killed before its zygote had forked it")
             return
         target = pid
         if forked := self._forked.get(sandbox):
             depth -= 1  # what a zygote forks is pid 1 itself
             if number == signal.SIGKILL:
                 self._codes.setdefault(sandbox, -signal.SIGKILL)
-                try:
-                    signal.pidfd_send_signal(forked.pidfd, number)
-                except ProcessLookupError:
-                    pass  # dead by itself; that is the next thing to be read
+                self._kill(forked)
                 return
         for _ in range(depth):
-            children = _children(target)
+            children = _children(target) or _others(target, forked)
             if not children:
                 break
             target = children[0]
@@ -281,6 +297,13 @@ class Launcher:
             os.kill(target, number)
         except ProcessLookupError:
             pass
+
+    def _kill(self, forked: _Forked) -> None:
+        """All of it, by its pid 1."""
+        try:
+            signal.pidfd_send_signal(forked.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # dead by itself; that is the next thing to be read
 
     def _reap(self) -> None:
         while True:
@@ -344,6 +367,13 @@ def _children(pid: int) -> list[int]:
             return [int(child) for child in file.read().split()]
     except OSError:
         return []
+
+
+def _others(init: int, forked: _Forked | None) -> list[int]:
+    """The processes of a forked sandbox but its pid 1, whose children they need not be."""
+    if forked is None or not forked.folders:
+        return []
+    return [pid for pid in cgroups.members(forked.folders[0]) if pid != init]
 
 
 def _pid_of(pidfd: int) -> int:

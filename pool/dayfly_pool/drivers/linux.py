@@ -23,7 +23,7 @@ import dayfly
 from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit
 from dayfly_pool.drivers import cgroups, guest
 from dayfly_pool.errors import DriverUnavailable, SandboxStartFailed, ZygoteUnfit
-from dayfly_pool.models import Environment, Limits, Mold, SandboxId
+from dayfly_pool.models import Environment, Function, Limits, Mold, SandboxId
 
 log = logging.getLogger("dayfly.driver")
 
@@ -35,6 +35,16 @@ CAPABILITIES: Final = (
     "CAP_SETGID",
     "CAP_SETFCAP",
 )
+ZYGOTE_CAPABILITIES: Final = ("CAP_NET_ADMIN", "CAP_SYS_CHROOT")
+PAGES_A_TABLE_PAGE: Final = 512
+"""A fork has page tables of its own for all that it shares."""
+
+FORK_BYTES: Final = 256 * 1024
+"""What else the kernel keeps for a fork, charged to the zygote: stacks, descriptors, accounts."""
+
+FORKS_PASSING_THROUGH: Final = 32
+"""Processes that are in a zygote's group before they enter their own, and those of its keeper."""
+
 ETC_NETWORK: Final = ("hosts", "resolv.conf", "nsswitch.conf", "services", "protocols", "gai.conf")
 STDERR_LINES_PER_S_MAX: Final = 50
 RESTART_DELAY_S: Final = 0.2
@@ -157,18 +167,30 @@ class LinuxDriver:
         mold: Mold,
         environment: Environment,
         zygote: SandboxId | None = None,
+        keeps: Function | None = None,
     ) -> socket.socket:
-        """Start one sandbox, or have *zygote* fork it; raises `SandboxStartFailed`."""
+        """Start one sandbox, or have *zygote* fork it; raises `SandboxStartFailed`.
+
+        Raises `ZygoteUnfit` for one that *keeps* a function where nothing limits its processes.
+        """
+        if keeps is not None and not self._tree.version:
+            raise ZygoteUnfit(f"there are no control groups to limit it by: {self._tree.reason}")
         ours, theirs = socket.socketpair()
         request: dict[str, Any] = {"sandbox": sandbox, "folders": self._tree.folders(sandbox)}
         if zygote is None:
             request |= {"do": "create"} | self._started(sandbox, mold, environment)
         else:
-            request |= {"do": "fork", "zygote": zygote}
+            request |= {"do": "fork", "zygote": zygote, "keep": None}
+            if keeps is not None:
+                tmp_mb = keeps.spec.limits.tmp_mb
+                request["keep"] = {"digest": keeps.spec.package, "tmp_mb": tmp_mb}
         try:
             with theirs:
                 await self._made(sandbox, request, theirs.fileno())
-            self.limit(sandbox, GENERIC_LIMITS)
+            if keeps is None:
+                self.limit(sandbox, GENERIC_LIMITS)
+            else:
+                self._limit_zygote(sandbox, keeps)
         except BaseException:
             ours.close()
             raise
@@ -201,7 +223,7 @@ class LinuxDriver:
             self._uids[sandbox] = (
                 self._free_uids.pop() if self._free_uids else self._uid_first + len(self._uids)
             )
-        capabilities = (*CAPABILITIES, "CAP_NET_ADMIN") if zygote else CAPABILITIES
+        capabilities = (*CAPABILITIES, *ZYGOTE_CAPABILITIES) if zygote else CAPABILITIES
         return {
             "bwrap": self._bwrap,
             "arguments": self._arguments(mold, environment, capabilities),
@@ -289,6 +311,15 @@ class LinuxDriver:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
             # it has just died; whoever waits for it will be told
+
+    def _limit_zygote(self, sandbox: SandboxId, function: Function) -> None:
+        """The function's own limits, and what the kernel needs for each of its forks."""
+        limits, forks = function.spec.limits, function.spec.max_scale
+        memory_mb = limits.memory_mb + MEMORY_HEADROOM_MB
+        tables = (limits.memory_mb << 20) // PAGES_A_TABLE_PAGE + FORK_BYTES
+        processes = limits.processes + FORKS_PASSING_THROUGH
+        groups = cgroups.Limits((memory_mb << 20) + forks * tables, processes, limits.cpu)
+        cgroups.limit(self._tree, sandbox, groups)
 
     async def terminate(self, sandbox: SandboxId) -> None:
         """Send SIGTERM to the guest."""

@@ -17,7 +17,7 @@ from typing import Final
 from dayfly_pool.driver import Exit
 from dayfly_pool.drivers import guest
 from dayfly_pool.errors import SandboxStartFailed, ZygoteUnfit
-from dayfly_pool.models import Environment, Limits, Mold, SandboxId
+from dayfly_pool.models import Environment, Function, Limits, Mold, SandboxId
 
 log = logging.getLogger("dayfly.driver")
 END_WITH_PARENT: Final = "import ctypes; ctypes.CDLL(None).prctl(1, 9); "
@@ -53,6 +53,7 @@ class ProcessDriver:
         mold: Mold,
         environment: Environment,
         zygote: SandboxId | None = None,
+        keeps: Function | None = None,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`."""
         assert zygote is None
