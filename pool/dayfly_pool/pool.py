@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
-from dayfly_pool import memory, state
+from dayfly_pool import commands, memory, records, state
 from dayfly_pool.config import Config
 from dayfly_pool.deadlines import Deadlines
 from dayfly_pool.driver import Driver
@@ -82,7 +82,7 @@ class Pool:
             generic_max=config.generic_max,
             sandboxes_max=config.sandboxes_max,
             starts_max=config.starts_max,
-            zygotes=state.ZygoteLimits(
+            zygotes=records.ZygoteLimits(
                 config.zygote_forks_max,
                 config.zygote_s_max,
                 config.zygote_idle_s,
@@ -201,7 +201,7 @@ class Pool:
                 why += f"; the last start failed: {self._last_start_error}"
             call.future.set_exception(NoCapacity(why))
 
-    def _assign(self, command: state.Assign) -> None:
+    def _assign(self, command: commands.Assign) -> None:
         call = self._calls[command.invocation]
         box = self._boxes[command.sandbox]
         if box.sandbox.is_over:
@@ -316,30 +316,30 @@ class Pool:
 
     # ---- commands -----------------------------------------------------------------------------
 
-    def _carry_out(self, commands: Iterable[state.Command]) -> None:
-        for command in commands:
+    def _carry_out(self, decided: Iterable[commands.Command]) -> None:
+        for command in decided:
             match command:
-                case state.Assign():
+                case commands.Assign():
                     self._assign(command)
-                case state.Create() | state.Warm() if self._is_draining:
+                case commands.Create() | commands.Warm() if self._is_draining:
                     pass  # what is destroyed now is not to be replaced
-                case state.Create():
+                case commands.Create():
                     self._spawn(self._create(command))
-                case state.Warm():
+                case commands.Warm():
                     self._spawn_zygote(command)
-                case state.Retire(zygote=id_):
+                case commands.Retire(zygote=id_):
                     self._spawn(self._driver.retire(id_))
-                case state.Specialize():
+                case commands.Specialize():
                     self._spawn(self._specialize(command))
-                case state.Destroy(sandbox=id_, reason=reason):
+                case commands.Destroy(sandbox=id_, reason=reason):
                     if box := self._boxes.pop(id_, None):
                         self._spawn(self._destroy(box, reason))
-                case state.Refuse():
+                case commands.Refuse():
                     self._refuse(command)
                 case _:
                     assert_never(command)
 
-    def _refuse(self, command: state.Refuse) -> None:
+    def _refuse(self, command: commands.Refuse) -> None:
         call = self._calls.get(command.invocation)
         if call is None or call.future.done():
             return
@@ -361,7 +361,7 @@ class Pool:
             work.close()
             return None
 
-    async def _create(self, command: state.Create) -> None:
+    async def _create(self, command: commands.Create) -> None:
         id_ = command.sandbox
         sandbox = Sandbox(
             id_, self._driver, on_log=self._on_log, on_death=self._died, spawn=self._spawn
@@ -386,7 +386,7 @@ class Pool:
         log.info("sandbox ready", extra={"sandbox": id_, "took_s": box.create_s})
         self._carry_out(self.state.ready(id_, time.monotonic()))
 
-    def _spawn_zygote(self, command: state.Warm) -> None:
+    def _spawn_zygote(self, command: commands.Warm) -> None:
         work = self._warm(command)
         task = self._spawn(work)
         if task is not None:
@@ -394,7 +394,7 @@ class Pool:
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
 
-    async def _warm(self, command: state.Warm) -> None:
+    async def _warm(self, command: commands.Warm) -> None:
         """A zygote's life: warmed, at work, gone."""
         zygote, unfit, failure = command.zygote, "", None
         environment = self._environments[command.mold.environment]
@@ -420,7 +420,7 @@ class Pool:
         now = time.monotonic()
         self._carry_out(self.state.chilled(zygote, now, unfit=unfit, failure=failure))
 
-    async def _load_zygote(self, command: state.Warm, function: Function) -> Failure | None:
+    async def _load_zygote(self, command: commands.Warm, function: Function) -> Failure | None:
         """Have a function's zygote forked from its environment's, and import the function there.
 
         What user code does wrong is returned. Raises `SandboxStartFailed`, `ZygoteUnfit`.
@@ -458,7 +458,7 @@ class Pool:
 
         self._spawn(destroy())
 
-    async def _specialize(self, command: state.Specialize) -> None:
+    async def _specialize(self, command: commands.Specialize) -> None:
         function = command.function
         box = self._boxes[command.sandbox]
         box.function = function
@@ -503,7 +503,7 @@ class Pool:
     def _died(self, id_: SandboxId, why: str) -> None:
         log.info("sandbox died", extra={"sandbox": id_, "why": why})
         record = self.state.sandboxes.get(id_)
-        if record is not None and record.phase is state.Phase.LOADING:
+        if record is not None and record.phase is records.Phase.LOADING:
             return  # `_specialize` is told as well, and knows whose failure it is
         self._carry_out(self.state.died(id_, time.monotonic()))
         if box := self._boxes.pop(id_, None):
@@ -544,7 +544,7 @@ class Pool:
 
     def zygote_of(self, function: Function) -> SandboxId | None:
         """The zygote that holds this version of the function, if there is one."""
-        mold = self.state.molds.get(state.own_mold(function))
+        mold = self.state.molds.get(records.own_mold(function))
         return mold.zygote.id if mold is not None and mold.zygote is not None else None
 
     @property

@@ -23,24 +23,37 @@ Everything is indexed by function, mold and phase; nothing scans.
 """
 
 import math
-from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from heapq import heapify, heappop, heappush, heapreplace
+from collections import Counter, OrderedDict
 from itertools import count, islice
-from typing import Final, Literal
+from typing import Final
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from dayfly_pool import autoscale, turns
+from dayfly_pool import autoscale, eviction, turns
+from dayfly_pool.commands import (
+    Assign,
+    Command,
+    Create,
+    Destroy,
+    Refuse,
+    Retire,
+    Specialize,
+    StartKind,
+    Warm,
+)
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
+from dayfly_pool.records import (
+    NEXT,
+    FunctionRecord,
+    MoldRecord,
+    Phase,
+    SandboxRecord,
+    ZygoteLimits,
+    ZygoteRecord,
+)
 
-StartKind = Literal["warm", "generic", "forked", "created"]
 DEFAULT_START_S: Final = 0.05
-DEFAULT_SPECIALIZE_S: Final = 0.005
-DEFAULT_MEMORY_BYTES: Final = 4 << 20
 START_ENDS_S: Final = 0.25
 """A generic sandbox that dies this soon after it said that it is up did not start well."""
 
@@ -66,225 +79,6 @@ FORK_WEIGHT: Final = 0.5
 
 PRELOADED_WEIGHT: Final = 0.25
 """Of a load whose import a zygote has done."""
-
-
-class Phase(Enum):
-    """Where a sandbox is in its life."""
-
-    STARTING = "starting"
-    GENERIC = "generic"
-    LOADING = "loading"
-    IDLE = "idle"
-    BUSY = "busy"
-    DEAD = "dead"
-
-    __hash__ = object.__hash__  # Enum's own is a Python function, too slow for every move
-
-
-NEXT: Final[Mapping[Phase, frozenset[Phase]]] = {
-    Phase.STARTING: frozenset({Phase.GENERIC, Phase.DEAD}),
-    Phase.GENERIC: frozenset({Phase.LOADING, Phase.DEAD}),
-    Phase.LOADING: frozenset({Phase.IDLE, Phase.DEAD}),
-    Phase.IDLE: frozenset({Phase.BUSY, Phase.DEAD}),
-    Phase.BUSY: frozenset({Phase.IDLE, Phase.DEAD}),
-    Phase.DEAD: frozenset(),
-}
-
-
-class Create(Struct, frozen=True):
-    """Start a generic sandbox, or have *zygote* fork it; *claimed* when somebody waits for one."""
-
-    sandbox: SandboxId
-    mold: Mold
-    claimed: bool
-    zygote: SandboxId | None = None
-
-
-class Warm(Struct, frozen=True):
-    """Start a zygote; with a *function*, have *parent* fork it and load the function into it."""
-
-    zygote: SandboxId
-    mold: Mold
-    function: Function | None = None
-    parent: SandboxId | None = None
-
-
-class Retire(Struct, frozen=True):
-    """Let a zygote end after the last of its sandboxes."""
-
-    zygote: SandboxId
-
-
-class Specialize(Struct, frozen=True):
-    """Load *function* into a generic sandbox."""
-
-    sandbox: SandboxId
-    function: Function
-
-
-class Assign(Struct, frozen=True):
-    """Run the invocation there."""
-
-    sandbox: SandboxId
-    invocation: InvocationId
-    start: StartKind
-
-
-class Destroy(Struct, frozen=True):
-    """End a sandbox: reaped, evicted, updated, removed, surplus, failed."""
-
-    sandbox: SandboxId
-    reason: str
-
-
-class Refuse(Struct, frozen=True):
-    """The invocation will not run: its function cannot be loaded, or is gone."""
-
-    invocation: InvocationId
-    failure: Failure | None
-
-
-Command = Create | Warm | Retire | Specialize | Assign | Destroy | Refuse
-
-
-@dataclass(slots=True, eq=False)
-class SandboxRecord:
-    """One sandbox as the decisions see it."""
-
-    id: SandboxId
-    mold: Mold
-    since: float
-    phase: Phase = Phase.STARTING
-    function: Function | None = None
-    slots: int = 1
-    running: set[InvocationId] = field(default_factory=set)
-    start: StartKind = "created"
-    stale: bool = False
-    zygote: SandboxId | None = None
-    work: tuple[str, float] | None = None
-    """(tenant, weight) of the start or load that is under way."""
-
-    value: float = 0.0
-    """What it is worth to keep it, since it fell idle; comparable within one pool."""
-
-
-def own_mold(function: Function) -> Mold:
-    """What the sandboxes of the function's own zygote are made of."""
-    return structs.replace(function.mold, function=f"{function.id}@{function.version}")
-
-
-@dataclass(slots=True, eq=False)
-class FunctionRecord:
-    """One function: its queue and its sandboxes of the current version."""
-
-    function: Function
-    queue: OrderedDict[InvocationId, float] = field(default_factory=OrderedDict)
-    sandboxes: dict[SandboxId, SandboxRecord] = field(default_factory=dict)
-    idle: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
-    open: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
-    """Busy, with a free place (concurrency over 1)."""
-
-    loading: int = 0
-    claims: int = 0
-    slots: int | None = None
-    handler_s: float | None = None
-    specialize_s: float = DEFAULT_SPECIALIZE_S
-    load_weight: float = 1.0
-    """The share of a processor that its import keeps busy."""
-
-    home: Mold = field(init=False)
-    """Where it makes its claims: the mold of its environment, or its own."""
-
-    once: bool | None = None
-    """Whether it initializes once; None: not known yet."""
-
-    once_why: str = "it has not been loaded yet"
-    is_unfit: bool = False
-    """Whether a zygote of it was tried, and did not do."""
-
-    uses: int = 0
-    """Invocations since it had no sandbox."""
-
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
-    failure: Failure | None = None
-    failures: int = 0
-    lost_loads: int = 0
-    broken_until: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.home = self.function.mold
-
-    @property
-    def own_mold(self) -> Mold:
-        """What its zygote's sandboxes are made of."""
-        return own_mold(self.function)
-
-    @property
-    def places(self) -> int:
-        """Invocations that one sandbox of this function takes at once."""
-        return self.slots or self.function.spec.concurrency
-
-
-@dataclass(slots=True, eq=False)
-class ZygoteRecord:
-    """One zygote."""
-
-    id: SandboxId
-    mold: Mold
-    since: float
-    forks: int = 0
-    forking: int = 0
-    """Of its forks, those that are not up yet."""
-
-    used_at: float = 0.0
-    is_ready: bool = False
-    work: tuple[str, float] | None = None
-    """(tenant, weight) of its warming."""
-
-
-@dataclass(slots=True, eq=False)
-class MoldRecord:
-    """The generic sandboxes of one mold, and the functions that wait for one."""
-
-    mold: Mold
-    least: int
-    pinned: bool = False
-    generic: OrderedDict[SandboxId, SandboxRecord] = field(default_factory=OrderedDict)
-    starting: int = 0
-    claims: deque[FunctionId] = field(default_factory=deque)
-    functions: int = 0
-    rate: autoscale.Rate = field(default_factory=autoscale.Rate)
-    start_s: float | None = None
-    failures: int = 0
-    retry_at: float = 0.0
-    zygote: ZygoteRecord | None = None
-    warming: ZygoteRecord | None = None
-    """The first one, the successor of `zygote`, or one more, while it is not ready."""
-
-    more: dict[SandboxId, ZygoteRecord] = field(default_factory=dict)
-    """Further zygotes, while one is the bottleneck."""
-
-    used_at: float = -math.inf
-    zygote_failures: int = 0
-    zygote_retry_at: float = 0.0
-
-
-class ZygoteLimits(Struct, frozen=True):
-    """When a zygote is replaced, and when one that nobody needs is let go.
-
-    A function whose import takes *once_s* or longer is to have one of its own. A zygote makes one
-    fork at a time: where each has *at_once* to make, another helps.
-    """
-
-    forks: int = 5000
-    age_s: float = 3600.0
-    idle_s: float = 600.0
-    once_s: float = 0.25
-    at_once: int = 8
-
-
-def _forking(zygote: ZygoteRecord) -> int:
-    return zygote.forking
 
 
 def _weight(mold: MoldRecord) -> float:
@@ -325,18 +119,8 @@ class PoolState:
         self._cramped: dict[Mold, MoldRecord] = {}
         """Those whose claims found no room in the pool."""
 
-        self._idle: dict[float, OrderedDict[SandboxId, SandboxRecord]] = {}
-        self._kept: OrderedDict[SandboxId, SandboxRecord] = OrderedDict()
-        """Idle beyond their time, for a minScale; evicted last."""
-
+        self._shelf = eviction.Shelf(self.functions)
         self.is_short_of_memory = False
-        self._clock = 0.0
-        """The value of the sandbox evicted last: what falls idle now is worth that much more."""
-
-        self._ranking: list[tuple[float, float, FunctionId]] = []
-        """A heap: every function with idle sandboxes, by the value of the oldest when looked at."""
-
-        self._ranked: set[FunctionId] = set()
         self._numbers = count(1)
 
     def __repr__(self) -> str:
@@ -385,10 +169,7 @@ class PoolState:
         if record is None:
             return []
         self._minimums.pop(id_, None)
-        if id_ in self._ranked:
-            self._ranked.discard(id_)
-            self._ranking = [entry for entry in self._ranking if entry[2] != id_]
-            heapify(self._ranking)
+        self._shelf.forget(id_)
         for invocation in record.queue:
             del self._queued[invocation]
         refused: list[Command] = [Refuse(invocation, None) for invocation in record.queue]
@@ -480,7 +261,7 @@ class PoolState:
         self._end_work(record)
         record.is_ready, record.since, record.used_at = True, now, now
         mold.warming = None
-        if mold.zygote is not None and not self._is_worn(mold.zygote, now):
+        if mold.zygote is not None and not self.zygote_limits.is_worn(mold.zygote, now):
             mold.more[record.id] = record
         else:
             if mold.zygote is not None:
@@ -506,7 +287,7 @@ class PoolState:
         if record is None:
             return []
         mold = self.molds[record.mold]
-        self._drop(mold, record)
+        mold.drop(record)
         self._end_work(record)
         mold.zygote_failures += 1
         pause_s = math.inf if unfit else autoscale.backoff_s(mold.zygote_failures)
@@ -852,7 +633,7 @@ class PoolState:
         mold.starting += 1
         self._begin_work(box, tenant, _weight(mold), now)
         mold.used_at = now
-        if zygote := self._least_busy(mold):
+        if zygote := mold.least_busy():
             zygote.forks += 1
             zygote.forking += 1
             zygote.used_at = now
@@ -870,19 +651,21 @@ class PoolState:
         if not is_needed or (not mold.claims and now - mold.used_at >= idle_s):
             return self._let_go(current) if current else []
         for spare in mold.more.values():
-            if self._is_worn(spare, now) or now - spare.used_at >= SPARE_IDLE_S:
+            if self.zygote_limits.is_worn(spare, now) or now - spare.used_at >= SPARE_IDLE_S:
                 return self._let_go(spare)
-        busiest = self._least_busy(mold)
+        busiest = mold.least_busy()
         is_narrow = (
             busiest is not None
             and busiest.forking >= limits.at_once
             and len(mold.more) + 1 < ZYGOTES_MAX
             and not mold.mold.function  # another would have to import it as well
         )
-        is_wanted = current is None or self._is_worn(current, now) or is_narrow
+        is_wanted = current is None or self.zygote_limits.is_worn(current, now) or is_narrow
         if mold.warming or now < mold.zygote_retry_at or not is_wanted:
             return []
         if self.is_short_of_memory:
+            if user := self._user(mold):
+                self._settle(user, now)  # what waits for it here must not wait for memory
             return []
         return self._warm_own(mold, now) if mold.mold.function else [self._warm(mold, now)]
 
@@ -975,28 +758,10 @@ class PoolState:
             own.used_at = now  # at once, so that the next start finds it
             self._look_at(own)
 
-    def _is_worn(self, zygote: ZygoteRecord, now: float) -> bool:
-        limits = self.zygote_limits
-        return zygote.forks >= limits.forks or now - zygote.since >= limits.age_s
-
-    def _least_busy(self, mold: MoldRecord) -> ZygoteRecord | None:
-        """The zygote that is to fork next."""
-        if mold.zygote is None or not mold.more:
-            return mold.zygote
-        return min((mold.zygote, *mold.more.values()), key=_forking)
-
     def _let_go(self, zygote: ZygoteRecord) -> list[Command]:
         del self.zygotes[zygote.id]
-        self._drop(self.molds[zygote.mold], zygote)
+        self.molds[zygote.mold].drop(zygote)
         return [Retire(zygote.id)]
-
-    def _drop(self, mold: MoldRecord, zygote: ZygoteRecord) -> None:
-        """It forks no more; another takes its place, if there is one."""
-        mold.more.pop(zygote.id, None)
-        if mold.warming is zygote:
-            mold.warming = None
-        if mold.zygote is zygote:
-            mold.zygote = mold.more.pop(next(iter(mold.more))) if mold.more else None
 
     def _start_failed(self, box: SandboxRecord, now: float) -> list[Command]:
         """Leave alone for a while what failed: the zygote, if one was asked, else the mold."""
@@ -1017,37 +782,15 @@ class PoolState:
 
     def _victim(self, claimant: MoldRecord) -> SandboxRecord | None:
         """The idle one of least value, else a generic one of another mold, else a minScale's."""
-        if victim := self._least_valuable():
+        if victim := self._shelf.least():
             return victim
         for mold in self.molds.values():
             if mold is not claimant and mold.generic:
                 return next(iter(mold.generic.values()))
-        return next(iter(self._kept.values()), None)
-
-    def _least_valuable(self) -> SandboxRecord | None:
-        """The idle sandbox to evict first, by greedy-dual (FaasCache, ASPLOS 2021).
-
-        Values grow with every use, so the head of the ranking is looked at again and put back if
-        it is worth more by now.
-        """
-        ranking = self._ranking
-        while ranking:
-            _, _, id_ = ranking[0]
-            idle = self.functions[id_].idle.values()
-            box = next((box for box in idle if box.id not in self._kept), None)
-            if box is None:
-                heappop(ranking)
-                self._ranked.discard(id_)
-                continue
-            entry = (box.value, box.since, id_)
-            if entry == ranking[0]:
-                return box
-            heapreplace(ranking, entry)
-        return None
+        return self._shelf.last_resort()
 
     def _evict(self, box: SandboxRecord) -> Destroy:
-        if box.value < math.inf:
-            self._clock = max(self._clock, box.value)
+        self._shelf.evicted(box)
         record = self.functions[box.function.id] if box.function else None
         done = self._destroy(box, "evicted")
         if record is not None and not record.sandboxes:
@@ -1057,9 +800,8 @@ class PoolState:
     def _shed(self) -> list[Command]:
         """Some of what is idle, the least valuable first."""
         commands: list[Command] = []
-        idle = sum(len(group) for group in self._idle.values())
-        for _ in range(math.ceil(idle * SHED_SHARE)):
-            box = self._least_valuable()
+        for _ in range(math.ceil(len(self._shelf) * SHED_SHARE)):
+            box = self._shelf.least()
             if box is None or box.value == math.inf:
                 break
             commands.append(self._evict(box))
@@ -1067,16 +809,13 @@ class PoolState:
 
     def _reap(self, now: float) -> list[Command]:
         commands: list[Command] = []
-        for keep_alive_s, group in list(self._idle.items()):
-            while group and now - next(iter(group.values())).since >= keep_alive_s:
-                box = next(iter(group.values()))
-                assert box.function is not None
-                record = self.functions[box.function.id]
-                if len(record.sandboxes) <= record.function.spec.min_scale:
-                    del group[box.id]
-                    self._kept[box.id] = box  # for good, until it has worked again
-                else:
-                    commands.append(self._destroy(box, "reaped"))
+        for box in self._shelf.due(now):
+            assert box.function is not None
+            record = self.functions[box.function.id]
+            if len(record.sandboxes) <= record.function.spec.min_scale:
+                self._shelf.keep(box, record)
+            else:
+                commands.append(self._destroy(box, "reaped"))
         return commands
 
     def _trim(self, mold: MoldRecord, now: float) -> list[Command]:
@@ -1098,25 +837,13 @@ class PoolState:
         """Become idle: last in the order of reaping, first in the order of use."""
         self._move(box, Phase.IDLE)
         box.since = now
-        box.value = self._clock + record.uses * record.specialize_s / record.memory_bytes
-        if len(record.sandboxes) <= record.function.spec.min_scale:
-            box.value = math.inf
-        if record.function.id not in self._ranked:
-            self._ranked.add(record.function.id)
-            heappush(self._ranking, (box.value, now, record.function.id))
         record.open.pop(box.id, None)
         record.idle[box.id] = box
-        self._idle.setdefault(record.function.spec.keep_alive_seconds, OrderedDict())[box.id] = box
+        self._shelf.put(box, record)
 
     def _leave_idle(self, box: SandboxRecord, record: FunctionRecord) -> None:
-        record.idle.pop(box.id, None)
-        self._kept.pop(box.id, None)
-        keep_alive_s = record.function.spec.keep_alive_seconds
-        group = self._idle.get(keep_alive_s)
-        if group is not None:
-            group.pop(box.id, None)
-            if not group:
-                del self._idle[keep_alive_s]
+        if record.idle.pop(box.id, None) is not None:
+            self._shelf.take(box, record)
 
     def _outdate(self, record: FunctionRecord, reason: str) -> list[Command]:
         """Idle sandboxes end now, the others when they have finished."""

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from dayfly_pool import memory
+from dayfly_pool.commands import Command, Create, Destroy, Specialize
 from dayfly_pool.models import Function, InvocationId
-from dayfly_pool.state import Command, Create, Destroy, PoolState, Specialize
+from dayfly_pool.state import PoolState
 from dayfly_pool.testing import function
 
 MIB = 1 << 20
@@ -131,8 +132,8 @@ def test_deleting_and_deploying_again_leaves_nothing_in_the_ranking():
         machine.use(each)
         machine.carry_out(machine.state.remove(each.id, machine.now))
 
-    assert machine.state._ranking == []
-    assert machine.state._ranked == set()
+    assert machine.state._shelf._ranking == []
+    assert machine.state._shelf._ranked == set()
 
 
 def test_the_ranking_holds_a_function_once_however_often_it_falls_idle():
@@ -140,7 +141,7 @@ def test_the_ranking_holds_a_function_once_however_often_it_falls_idle():
     each = machine.deploy("a")
     machine.use(each, 100)
 
-    assert len(machine.state._ranking) == 1
+    assert len(machine.state._shelf._ranking) == 1
 
 
 def test_a_machine_short_of_memory_sheds_the_least_valuable_and_refills_nothing():
@@ -177,7 +178,7 @@ def test_when_nothing_else_is_idle_even_a_minimum_makes_room():
     machine.use(other)
 
     assert machine.homes() == {"other"}
-    assert machine.state._clock < math.inf
+    assert machine.state._shelf._clock < math.inf
 
 
 def test_memory_is_read_from_the_kernel(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dayfly.lockdown import LOCKED_ZYGOTE
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -52,6 +53,7 @@ from dayfly_pool.models import (
     Success,
 )
 from dayfly_pool.pool import Pool, _Call
+from dayfly_pool.sandbox import left_behind
 from dayfly_pool.testing import Ended, FakeDriver, FakeGuest, function
 
 ENVIRONMENT = Environment(digest=BASE)
@@ -1355,3 +1357,440 @@ async def test_a_pool_that_ends_as_soon_as_a_zygote_is_wanted_leaves_no_warning(
 
     assert [text for each in told if "Pool." in (text := str(each.message))] == []
     assert driver.zygotes == {}
+
+
+# ---- functions' zygotes -------------------------------------------------------------------------
+
+KEPT = function("greet", namespace="own", initialize="once")
+HEAVY = function("greet", namespace="own")
+"""It says nothing of how it initializes; whether it is heavy is for the driver to say."""
+
+HEAVY_S = 5.0
+
+
+class Imports:
+    """A hook that counts the imports, and knows which were a zygote's."""
+
+    def __init__(self) -> None:
+        self.by: list[SandboxId] = []
+        self.zygotes: list[SandboxId] = []
+
+    async def __call__(self, guest: FakeGuest) -> None:
+        assert guest.load is not None
+        self.by.append(guest.sandbox)
+        if guest.load.as_zygote:
+            self.zygotes.append(guest.sandbox)
+            await self.of_zygote(guest)
+
+    async def of_zygote(self, guest: FakeGuest) -> None:
+        """What comes of it there."""
+
+
+async def kept(pool: Pool, each: Function = KEPT, *, but: SandboxId | None = None) -> SandboxId:
+    """Wait until there is a zygote that holds *each*, another one than *but*."""
+    await eventually(lambda: pool.zygote_of(each) not in (None, but))
+    zygote = pool.zygote_of(each)
+    assert zygote is not None
+    return zygote
+
+
+def decided(pool: Pool, each: Function = KEPT) -> tuple[bool | None, str]:
+    record = pool.state.functions[each.id]
+    return record.once, record.once_why
+
+
+async def test_a_function_that_initializes_once_is_imported_once_and_forked():
+    """By a zygote that its environment's forked; callers are told that they were forked for."""
+    gate, imports = Gate(), Imports()
+    driver = FakeDriver({"main:greet": gate}, on_load=imports)
+    async with running(driver, KEPT) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            calls = [tasks.create_task(call(pool, KEPT)) for _ in range(3)]
+            await gate.reached(3)
+            gate.open()
+        zygote = await kept(pool)
+
+        assert (imports.by, driver.kept) == ([zygote], {zygote})
+        assert driver.forked[zygote] == zygote_of(pool)
+        outcomes = [task.result() for task in calls]
+        assert [outcome.timing.start for outcome in outcomes] == ["forked"] * 3
+        boxes = {SandboxId(o.body.decode()) for o in outcomes if isinstance(o, Success)}
+        assert {driver.forked[box] for box in boxes} == {zygote}
+        assert len(boxes) == 3
+
+
+async def test_a_heavy_function_gets_its_zygote_after_its_first_import():
+    """Who comes first does not wait for it; a sandbox that is made later holds it already."""
+    gate, imports = Gate(), Imports()
+    driver = FakeDriver({"main:greet": gate}, on_load=imports)
+    driver.import_s = HEAVY_S
+    async with running(driver, HEAVY) as pool:
+        await warmed(pool)
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(succeed(pool, HEAVY))
+            await gate.reached(1)
+            zygote = await kept(pool, HEAVY)
+            second = tasks.create_task(succeed(pool, HEAVY))
+            await gate.reached(2)
+            gate.open()
+
+        assert imports.by == [first.result().decode(), zygote]
+        assert driver.forked[SandboxId(second.result().decode())] == zygote
+        assert decided(pool, HEAVY) == (True, "its import took 5 s")
+
+
+async def test_a_light_function_has_no_zygote_of_its_own():
+    driver = FakeDriver({"main:greet": hello}, on_load=(imports := Imports()))
+    driver.import_s = 0.01
+    async with running(driver, HEAVY) as pool:
+        await warmed(pool)
+        await succeed(pool, HEAVY)
+
+        assert decided(pool, HEAVY) == (False, "its import took 0.01 s, under 0.25")
+        assert (imports.zygotes, pool._zygotes, pool.zygote_of(HEAVY)) == ([], {}, None)
+
+
+async def test_what_is_written_while_the_zygote_imports_is_in_the_functions_log():
+    """Once, with the zygote's name and no invocation."""
+
+    class Talkative(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            await guest.log("loading a model\n")
+
+    driver = FakeDriver({"main:greet": hello}, on_load=Talkative())
+    async with running(driver, KEPT) as pool:
+        await succeed(pool, KEPT)
+        zygote = await kept(pool)
+        lines = pool.logs.tail(KEPT.id, 10)
+
+        assert log_of(pool, KEPT) == [("", "stdout", "loading a model")]
+        assert [line.sandbox for line in lines] == [zygote]
+
+
+@pytest.mark.parametrize(
+    ("each", "left", "why"),
+    [
+        (KEPT, {"threads": 2}, "its import left 2 threads, which no fork would have"),
+        (KEPT, {"children": 1}, "its import left 1 child processes, which no fork would have"),
+        (HEAVY, {"threads": 1}, "its import left 1 threads, which no fork would have"),
+        (HEAVY, {"descriptors": 1},
+         "its import left 1 open files or sockets, which no fork would have"),
+    ],
+)  # fmt: skip
+async def test_an_import_that_leaves_what_no_fork_would_have_is_done_in_each_sandbox(
+    each: Function, left: dict[str, int], why: str
+):
+    """Whoever waits is answered, the zygote goes, and there is no other."""
+
+    class Leaves(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            driver.leaves = left
+
+    driver = FakeDriver({"main:greet": hello}, on_load=(imports := Leaves()))
+    driver.import_s = HEAVY_S
+    async with running(driver, each) as pool:
+        await succeed(pool, each)
+        await eventually(lambda: decided(pool, each)[0] is False)
+        assert decided(pool, each) == (False, why)
+        await eventually(lambda: not pool._zygotes)
+        pool._carry_out(pool.state.tick(time.monotonic() + 100))
+
+        assert await succeed(pool, each, b"x") == b"hello x"
+        assert len(imports.zygotes) == 1
+        assert imports.zygotes[0] in driver.destroyed
+        assert pool.zygote_of(each) is None
+
+
+async def test_who_declares_once_may_leave_files_open():
+    """It says so, and has hooks to open them again; descriptors are shared, threads are not."""
+    driver = FakeDriver({"main:greet": hello})
+    driver.import_s, driver.leaves = HEAVY_S, {"descriptors": 3}
+    async with running(driver, KEPT) as pool:
+        outcome = await call(pool, KEPT)
+
+        assert outcome.timing.start == "forked"
+        assert pool.zygote_of(KEPT) in driver.kept
+
+
+async def test_an_import_that_fails_in_the_zygote_is_told_and_logged():
+    """As one in a sandbox is, to everyone who waits; it is not tried elsewhere first."""
+
+    async def broken(guest: FakeGuest) -> None:
+        raise ImportError("no module named nothere")
+
+    driver = FakeDriver({"main:greet": hello}, on_load=broken)
+    async with running(driver, KEPT) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            calls = [tasks.create_task(fail(pool, KEPT)) for _ in range(2)]
+        failures = [task.result() for task in calls]
+
+        assert {(f.kind, f.message) for f in failures} == {
+            ("ImportFailed", "no module named nothere")
+        }
+        assert ("ImportFailed: no module named nothere") in {line[2] for line in log_of(pool, KEPT)}
+        await eventually(lambda: not pool._zygotes)
+        assert set(driver.zygotes) == {zygote_of(pool)}
+
+
+async def test_an_import_that_fails_only_in_the_zygote_costs_nobody_an_answer():
+    """It is done in each sandbox, as before."""
+
+    class Picky(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            raise ImportError("not here")
+
+    driver = FakeDriver({"main:greet": hello}, on_load=Picky())
+    driver.import_s = HEAVY_S
+    async with running(driver, HEAVY) as pool:
+        await succeed(pool, HEAVY)
+        await eventually(lambda: decided(pool, HEAVY)[0] is False)
+
+        assert decided(pool, HEAVY)[1] == "the import failed in its zygote: not here"
+        assert await succeed(pool, HEAVY, b"x") == b"hello x"
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "init_timeout_s"),
+    [
+        ("hangs", "InitTimedOut", 0.05),
+        ("exits", "InitCrashed", SOON_S),
+        ("lies", "InitCrashed", SOON_S),
+    ],
+)
+async def test_a_zygote_that_does_not_load_is_the_functions_failure(
+    how: str, kind: str, init_timeout_s: float
+):
+    """Too slow, gone, or without the rights that the kernel should say it has."""
+
+    class Misbehaves(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            if how == "hangs":
+                await asyncio.Event().wait()
+            elif how == "exits":
+                raise Ended(Exit(3))
+            await guest.say(LOADED)  # as a sandbox that has given away all rights
+
+    driver = FakeDriver({"main:greet": hello}, on_load=Misbehaves())
+    async with running(driver, KEPT, init_timeout_s=init_timeout_s) as pool:
+        assert (await fail(pool, KEPT)).kind == kind
+        await eventually(lambda: not pool._zygotes)
+
+        assert set(driver.zygotes) == {zygote_of(pool)}
+
+
+async def test_a_sandbox_that_has_a_zygotes_rights_never_runs_user_code():
+    """What is enough for a zygote is too much for a sandbox that was forked from it."""
+    zygotes_rights = Loaded.of(LOADED.__dict__ | {"cap_eff": LOCKED_ZYGOTE.cap_eff})
+
+    async def claim(guest: FakeGuest) -> None:
+        await guest.say(zygotes_rights)
+
+    async with running(FakeDriver({"main:greet": hello}, on_load=claim), GREET) as pool:
+        failure = await fail(pool, GREET)
+
+        assert (failure.kind, "lock-down" in failure.message) == ("InitCrashed", True)
+
+
+async def test_a_zygote_that_is_killed_while_it_imports_is_nobodys_failure():
+    """By the kernel, when the machine is full: the caller gets a sandbox of the environment's."""
+
+    class Killed(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            await driver.destroy(guest.sandbox)
+
+    driver = FakeDriver({"main:greet": hello}, on_load=(imports := Killed()))
+    async with running(driver, KEPT) as pool:
+        assert await succeed(pool, KEPT, b"x") == b"hello x"
+        assert imports.zygotes
+        assert decided(pool) == (True, "it is declared so")
+
+
+@pytest.mark.parametrize("end", [die, be_destroyed])
+async def test_a_functions_zygote_that_dies_takes_its_sandboxes_with_it_and_is_replaced(
+    end: Callable[[FakeDriver, SandboxId], Awaitable[None]],
+):
+    """Who runs in them is told, who runs elsewhere is not, and who comes next is served."""
+    gate, other = Gate(), Gate()
+    beside = function("shout", namespace="own", initialize="each")
+    driver = FakeDriver({"main:greet": gate, "main:shout": other})
+    async with running(driver, KEPT, beside) as pool, asyncio.TaskGroup() as tasks:
+        inside = [tasks.create_task(fail(pool, KEPT)) for _ in range(2)]
+        await gate.reached(2)
+        old = await kept(pool)
+        elsewhere = tasks.create_task(succeed(pool, beside))
+        await other.reached()
+        await end(driver, old)
+        kinds = [(await task).kind for task in inside]
+        gate.open()
+        other.open()
+
+        assert kinds == ["Crashed", "Crashed"]
+        assert await elsewhere
+        assert await kept(pool, but=old) in driver.zygotes
+        assert await succeed(pool, KEPT)
+        assert old not in driver.zygotes
+
+
+async def test_a_zygote_whose_connection_ends_is_gone_and_replaced():
+    """Its process lives on, perhaps: nobody could say to it what it is for."""
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, KEPT) as pool:
+        await succeed(pool, KEPT)
+        old = await kept(pool)
+        driver.guests[old]._writer.transport.abort()
+
+        assert await kept(pool, but=old) in driver.zygotes
+        assert old not in driver.zygotes
+        assert await succeed(pool, KEPT, b"x") == b"hello x"
+
+
+@pytest.mark.parametrize("lie", [LIES["noise"], result(1), encode(LOADED)])
+async def test_a_zygote_that_breaks_the_protocol_ends(lie: bytes):
+    """It has run user code: an answer to an invocation is none of its business."""
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, KEPT) as pool:
+        await succeed(pool, KEPT)
+        old = await kept(pool)
+        await driver.guests[old].send(lie)
+
+        assert await kept(pool, but=old) in driver.zygotes
+        assert old not in driver.zygotes
+        assert await succeed(pool, KEPT, b"x") == b"hello x"
+
+
+async def test_what_a_zygote_writes_later_is_in_the_functions_log_and_never_in_an_invocations():
+    """Whatever number it says: it has none."""
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, KEPT) as pool:
+        await succeed(pool, KEPT)
+        zygote = await kept(pool)
+        await driver.guests[zygote].log("from a zygote\n", invocation=1)
+        await eventually(lambda: log_of(pool, KEPT))
+
+        assert log_of(pool, KEPT) == [("", "stdout", "from a zygote")]
+
+
+async def test_a_new_version_has_a_zygote_of_its_own_and_the_old_one_goes():
+    """With the last of its sandboxes: who runs there does not notice."""
+    gate = Gate()
+    second = function("greet", version="2", namespace="own", initialize="once", handler="main:new")
+    driver = FakeDriver({"main:greet": gate, "main:new": hello})
+    async with running(driver, KEPT) as pool:
+        async with asyncio.TaskGroup() as tasks:
+            runs = tasks.create_task(succeed(pool, KEPT))
+            await gate.reached()
+            old = await kept(pool)
+            pool.deploy(second, ENVIRONMENT)
+            assert await succeed(pool, second, b"x") == b"hello x"
+            await eventually(lambda: old in driver.retired)
+            assert old in driver.zygotes
+            gate.open()
+        assert driver.forked[SandboxId(runs.result().decode())] == old
+        await eventually(lambda: old not in driver.zygotes)
+
+        assert await kept(pool, second) in driver.zygotes
+        assert pool.zygote_of(KEPT) is None
+
+
+async def test_a_function_that_is_removed_takes_both_zygotes_with_it():
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, KEPT) as pool:
+        await succeed(pool, KEPT)
+        zygotes = {await kept(pool), await warmed(pool)}
+        pool.remove(KEPT.id)
+        await eventually(lambda: not (driver.zygotes or driver.guests))
+
+        assert driver.retired == zygotes
+        await eventually(lambda: not (pool.state.molds or pool.state.zygotes or pool._warming))
+        assert pool._zygotes == {}
+
+
+async def test_the_limits_of_a_function_are_its_sandboxes():
+    """A zygote's are the driver's to know: it must be able to fork for all of them."""
+    each = function("greet", namespace="own", initialize="once", limits=Limits(memory_mb=512))
+    driver = FakeDriver({"main:greet": hello})
+    async with running(driver, each) as pool:
+        await succeed(pool, each)
+        zygote = await kept(pool, each)
+
+        assert driver.guests[zygote].limits is None
+        (box,) = (box for box, by in driver.forked.items() if by == zygote)
+        assert driver.guests[box].limits == each.spec.limits
+
+
+@pytest.mark.parametrize("stage", ["ready", "importing", "starting", "retired"])
+async def test_the_end_of_the_pool_ends_every_functions_zygote_and_leaves_no_task(stage: str):
+    """Wherever it is in its life; an import may take ten seconds, and nobody waits for it."""
+    before = asyncio.all_tasks()
+    reached = asyncio.Event()
+
+    async def hold(guest: FakeGuest) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    class Slow(Imports):
+        async def of_zygote(self, guest: FakeGuest) -> None:
+            if stage == "importing":
+                await hold(guest)
+
+    async def start(guest: FakeGuest) -> None:
+        if stage == "starting" and guest.sandbox.startswith("sb-z"):
+            await hold(guest)
+
+    driver = FakeDriver({"main:greet": hello}, on_load=Slow(), on_start=start)
+    async with asyncio.timeout(CLOSE_S), running(driver, KEPT) as pool:
+        caller = asyncio.create_task(pool.invoke(invocation(KEPT)))
+        if stage in ("ready", "retired"):
+            await caller
+            zygote = await kept(pool)
+        else:
+            await reached.wait()
+        if stage == "retired":
+            pool.deploy(function("greet", version="2", namespace="own"), ENVIRONMENT)
+            await eventually(lambda: zygote in driver.retired)
+
+    if stage in ("importing", "starting"):
+        with pytest.raises(Draining):
+            await caller
+    assert (driver.zygotes, driver.guests) == ({}, {})
+    assert (pool._zygotes, pool._warming) == ({}, set())
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_driver_that_has_no_room_for_a_zygote_costs_nobody_an_answer():
+    """No control groups to limit it by, say: it is not asked again."""
+
+    class Roomless(FakeDriver):
+        async def create(
+            self,
+            sandbox: SandboxId,
+            mold: Mold,
+            environment: Environment,
+            zygote: SandboxId | None = None,
+            keeps: Function | None = None,
+        ) -> socket.socket:
+            if keeps is not None:
+                raise ZygoteUnfit("there are no control groups to limit it by")
+            return await super().create(sandbox, mold, environment, zygote)
+
+    async with running(Roomless({"main:greet": hello}), KEPT) as pool:
+        assert await succeed(pool, KEPT, b"x") == b"hello x"
+        assert decided(pool) == (False, "there are no control groups to limit it by")
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ({}, ""),
+        ({"threads": 1}, "1 threads"),
+        ({"children": 2, "descriptors": 3}, "2 child processes, 3 open files or sockets"),
+        (
+            {"threads": 4, "children": 5, "descriptors": 6},
+            "4 threads, 5 child processes, 6 open files or sockets",
+        ),
+        ({"threads": -1, "descriptors": -(2**40)}, ""),
+    ],
+)
+def test_what_an_import_has_left_behind_is_told_in_words(left: dict[str, int], words: str):
+    """Whatever a guest says: fewer than none are none."""
+    assert left_behind(Loaded.of(LOADED.__dict__ | left)) == words

@@ -8,6 +8,17 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from dayfly_pool.commands import (
+    Assign,
+    Command,
+    Create,
+    Destroy,
+    Refuse,
+    Retire,
+    Specialize,
+    StartKind,
+    Warm,
+)
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import (
     Failure,
@@ -17,23 +28,8 @@ from dayfly_pool.models import (
     SandboxId,
     function_id,
 )
-from dayfly_pool.state import (
-    LOST_LOADS_MAX,
-    NEXT,
-    Assign,
-    Command,
-    Create,
-    Destroy,
-    Phase,
-    PoolState,
-    Refuse,
-    Retire,
-    SandboxRecord,
-    Specialize,
-    StartKind,
-    Warm,
-    ZygoteLimits,
-)
+from dayfly_pool.records import NEXT, Phase, SandboxRecord, ZygoteLimits
+from dayfly_pool.state import LOST_LOADS_MAX, PoolState
 from dayfly_pool.testing import function
 
 BASE = Mold("base")

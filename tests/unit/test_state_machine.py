@@ -19,21 +19,11 @@ from hypothesis.stateful import (
 )
 from msgspec import structs
 
+from dayfly_pool.commands import Assign, Command, Create, Destroy, Refuse, Retire, Specialize, Warm
 from dayfly_pool.errors import FunctionNotFound, QueueFull
 from dayfly_pool.models import Failure, Function, FunctionId, InvocationId, Mold, SandboxId
-from dayfly_pool.state import (
-    Assign,
-    Command,
-    Create,
-    Destroy,
-    Phase,
-    PoolState,
-    Refuse,
-    Retire,
-    Specialize,
-    Warm,
-    ZygoteLimits,
-)
+from dayfly_pool.records import Phase, ZygoteLimits
+from dayfly_pool.state import PoolState
 from dayfly_pool.testing import function
 
 NAMES = ("ant", "bee", "cat")
@@ -356,21 +346,22 @@ class Machine(RuleBasedStateMachine):
             assert Counter(record.claims) == Counter(
                 {user.function.id: user.claims for user in users if user.claims}
             )
-        idle = [id_ for group in state._idle.values() for id_ in group] + list(state._kept)
+        shelf = state._shelf
+        idle = [id_ for group in shelf._groups.values() for id_ in group] + list(shelf._kept)
         assert sorted(idle) == sorted(i for r in state.functions.values() for i in r.idle)
 
     @invariant()
     def what_is_idle_is_ranked_once(self) -> None:
-        ranked = [id_ for _, _, id_ in self.state._ranking]
+        ranked = [id_ for _, _, id_ in self.state._shelf._ranking]
         idle = {r.function.id for r in self.state.functions.values() if r.idle}
 
         assert len(ranked) == len(set(ranked))
-        assert set(ranked) == self.state._ranked
+        assert set(ranked) == self.state._shelf._ranked
         assert set(ranked) <= self.state.functions.keys()
         unkept = {
             r.function.id
             for r in self.state.functions.values()
-            if any(id_ not in self.state._kept for id_ in r.idle)
+            if any(id_ not in self.state._shelf._kept for id_ in r.idle)
         }
         assert unkept <= set(ranked) | (idle - unkept)
 
@@ -443,8 +434,8 @@ class Machine(RuleBasedStateMachine):
         state = self.state
 
         assert (state.sandboxes, state.molds, state.functions) == ({}, {}, {})
-        assert (state._queued, state._minimums, state._idle) == ({}, {}, {})
-        assert dict(state._kept) == {}
+        assert (state._queued, state._minimums, state._shelf._groups) == ({}, {}, {})
+        assert dict(state._shelf._kept) == {}
         assert (state._turns._under_way, state._turns._total, state._cramped) == ({}, 0, {})
 
     def settle(self) -> None:
