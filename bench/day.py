@@ -2,9 +2,10 @@
 
     python -m bench.day [INVOCATIONS]
 
-Functions are called as by Zipf's law, from several callers at once, with a keep-alive of 30 s, so
-that popular ones stay warm and the others come and go. Nothing may fail, nothing may be left over,
-and the server's memory must not grow.
+Each function is called once, which fills the pool and what the server keeps for each of them. Then
+they are called as by Zipf's law, from several callers at once, with a keep-alive of 30 s, so that
+popular ones stay warm and the others come and go. Nothing may fail, nothing may be left over, and
+neither the server's memory nor the launcher's may grow.
 """
 
 import asyncio
@@ -31,20 +32,23 @@ class Day:
         self.server, self.invocations = server, invocations
         self.starts: Counter[str] = Counter()
         self.failures: list[str] = []
-        self.memory: list[tuple[int, int]] = []
-        self.done = 0
+        self.memory: dict[str, list[tuple[int, int]]] = {"server": [], "launcher": []}
+        self.done = -FUNCTIONS
         chosen = random.Random(1)  # the same day in every run
         weights = list(itertools.accumulate(1 / rank for rank in range(1, FUNCTIONS + 1)))
-        self._names = iter(chosen.choices(range(FUNCTIONS), cum_weights=weights, k=invocations))
+        zipf = chosen.choices(range(FUNCTIONS), cum_weights=weights, k=invocations)
+        self._names = itertools.chain(range(FUNCTIONS), zipf)
 
     async def live(self, progress: Progress, bar: TaskID) -> None:
         """All of it."""
+        pids = {"server": self.server.process.pid, "launcher": self.server.launcher}
         async with aiohttp.ClientSession() as session:
             callers = [asyncio.create_task(self._call(session)) for _ in range(CALLERS)]
             while not all(caller.done() for caller in callers):
-                if self.done >= self.invocations * len(self.memory) // SAMPLES:
-                    self.memory.append((self.done, harness.private_kib(self.server.process.pid)))
-                progress.update(bar, completed=self.done)
+                if self.done >= self.invocations * len(self.memory["server"]) // SAMPLES:
+                    for what, pid in pids.items():
+                        self.memory[what].append((self.done, harness.private_kib(pid)))
+                progress.update(bar, completed=max(0, self.done))
                 await asyncio.sleep(0.1)
             await asyncio.gather(*callers)
 
@@ -78,9 +82,12 @@ def main(invocations: int) -> None:
         server.wait(lambda pool: set(pool["phases"]) == {"generic"}, KEEP_ALIVE_S * 4)
         now = len(list(harness.Path(f"/proc/{server.process.pid}/fd").iterdir()))
     report.row(f"{invocations} invocations", took_s=round(took_s), **dict(day.starts.most_common()))
+    for what, points in day.memory.items():
+        report.row(what, first_kib=points[0][1], last_kib=points[-1][1])
     report.bar("failures", len(day.failures), 0)
     report.bar("descriptors left over", max(0, now - descriptors - 32), 0)
-    report.bar("server: KiB more per 1,000 invocations", soak.slope(day.memory), 1)
+    for what, points in day.memory.items():
+        report.bar(f"{what}: KiB more per 1,000 invocations", soak.slope(points), 1)
     report.finish()
     for failure in day.failures[:5]:
         console.print(failure)

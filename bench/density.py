@@ -27,13 +27,7 @@ def available_kib() -> int:
 
 def sandboxes_kib(server: harness.Server) -> int:
     """PSS of everything below the launcher."""
-    (launcher,) = (
-        int(pid)
-        for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-        .read_text()
-        .split()
-    )
-    return sum(map(harness.pss_kib, harness.descendants(launcher)))
+    return sum(map(harness.pss_kib, harness.descendants(server.launcher)))
 
 
 def each(number: int, how: str, fill: Callable[[harness.Server, int], None]) -> dict[str, float]:

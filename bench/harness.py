@@ -28,6 +28,8 @@ def handler(event, context):
 """
 RESULTS = Path(__file__).parent / "results"
 PYTHON = os.path.realpath(sys.executable)
+KTHREADD = 2
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:
@@ -51,6 +53,49 @@ class Server:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
+    @property
+    def launcher(self) -> int:
+        """The process that starts its sandboxes."""
+        (pid,) = _children(self.process.pid)
+        return pid
+
+    def sandbox_pids(self) -> dict[str, list[int]]:
+        """The processes in which each function is, by its id; empty without control groups."""
+        names = {box["id"]: box["function"] for box in self.admin("GET", "/pool")["sandboxes"]}
+        found: dict[str, list[int]] = {}
+        for pid in descendants(self.process.pid):
+            with suppress(OSError):
+                groups = Path(f"/proc/{pid}/cgroup").read_text()
+                if name := names.get("sb-" + groups.partition("/sb-")[2].partition("\n")[0]):
+                    found.setdefault(name, []).append(pid)
+        return found
+
+    def processors_s(self) -> dict[str, float]:
+        """Processor seconds so far, by who used them: kernel threads, the sandboxes, others.
+
+        The server and whoever asks are nobody of these.
+        """
+        sandboxes = set(descendants(self.process.pid))
+        used = {"kernel": 0.0, "sandboxes": 0.0, "here": 0.0}
+        for folder in Path("/proc").glob("[0-9]*"):
+            pid = int(folder.name)
+            with suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if KTHREADD in (pid, int(fields[1])):
+                    whose = "kernel"
+                elif pid in sandboxes:
+                    whose = "sandboxes"
+                elif pid in (self.process.pid, os.getpid()):
+                    whose = "here"
+                else:
+                    continue
+                used[whose] += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split()[1:8]
+        busy_s = sum(map(int, (user, nice, system, *interrupts))) / TICKS_PER_S
+        used["others"] = busy_s - sum(used.values())
+        del used["here"]
+        return used
 
     def admin(self, method: str, path: str, body: bytes | None = None) -> Any:
         """One call of the admin plane; raises RuntimeError with the answer when it is an error."""
@@ -143,21 +188,34 @@ def server(*options: str) -> Iterator[Server]:
 
 def processor_us(pids: Sequence[int]) -> float:
     """Processor time of *pids* so far, in microseconds."""
+    return _schedstat_us(pids, 0)
+
+
+def waited_us(pids: Sequence[int]) -> float:
+    """How long *pids* were ready to run and waited for a processor so far, in microseconds."""
+    return _schedstat_us(pids, 1)
+
+
+def _schedstat_us(pids: Sequence[int], field: int) -> float:
     total = 0.0
     for pid in pids:
         with suppress(OSError):
-            total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1000
+            total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[field]) / 1000
     return total
 
 
 def descendants(pid: int) -> list[int]:
     """Every process below *pid*."""
-    found = [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    found = _children(pid)
     return found + [below for child in found for below in descendants(child)]
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def pss_kib(pid: int) -> int:

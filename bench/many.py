@@ -1,8 +1,16 @@
 """Very many functions, each with an idle sandbox: whether they fit, and what warm calls cost.
 
-python -m bench.many [FUNCTIONS]
+    python -m bench.many [FUNCTIONS]
+
+A kernel that looks at every page's users, and a program that looks at every process or network,
+work the more the more sandboxes there are, and a call waits for the processors that they hold. So
+each call is measured twice: as it is, and without the time that the client, the server and the
+sandbox were ready to run and had to wait. `kernel_cpus` and `others_cpus` are the processors that
+kernel threads, and programs that are not ours, kept busy during the calls; `sandboxes_cpus` those
+of the sandboxes, of which one at a time is called.
 """
 
+import os
 import random
 import sys
 import time
@@ -21,14 +29,32 @@ def fill(server: harness.Server, number: int) -> None:
         server.call(f"f{i}")
 
 
-def warm_calls(server: harness.Server, names: list[str]) -> tuple[list[float], int]:
-    """(seconds of each call, how many were not warm)."""
-    times, cold = [], 0
-    for name in names:
-        took_s, response = server.call(name)
-        times.append(took_s)
-        cold += response.headers["Dayfly-Start"] != "warm"
-    return times, cold
+class Calls:
+    """Warm calls, one after the other."""
+
+    def __init__(self, server: harness.Server) -> None:
+        self._server, self._pids = server, server.sandbox_pids()
+        self.times: list[float] = []
+        self.waits: list[float] = []
+        """Of the time of each call, how long somebody was ready and waited for a processor."""
+
+        self.cold = 0
+
+    def make(self, names: list[str]) -> None:
+        """Call each of *names*."""
+        server = self._server
+        for name in names:
+            pids = [os.getpid(), server.process.pid, *self._pids.get(f"default/{name}", ())]
+            before = harness.waited_us(pids)
+            took_s, response = server.call(name)
+            self.waits.append((harness.waited_us(pids) - before) / 1e6)
+            self.times.append(took_s)
+            self.cold += response.headers["Dayfly-Start"] != "warm"
+
+    @property
+    def undisturbed(self) -> list[float]:
+        """Seconds of each call, without its waiting."""
+        return [max(0.0, t - w) for t, w in zip(self.times, self.waits, strict=True)]
 
 
 def refaulted_pages() -> int:
@@ -39,8 +65,8 @@ def refaulted_pages() -> int:
     return 0
 
 
-def measure(number: int) -> tuple[dict[str, float], list[float], int]:
-    """(costs, seconds of the warm calls, how many were not warm) with *number* functions."""
+def measure(number: int) -> tuple[dict[str, float], Calls]:
+    """(costs, warm calls) with *number* functions."""
     chosen = random.Random(1)  # the same calls in every run
     with harness.server("--sandboxes-max", str(number + 100), "--generic-min", "4") as server:
         server.wait_generic(4)
@@ -55,23 +81,32 @@ def measure(number: int) -> tuple[dict[str, float], list[float], int]:
             "server_kib_each": round((harness.private_kib(server.process.pid) - own) / number, 1),
         }
         every = [f"f{i}" for i in range(number)]
-        _, cold = warm_calls(server, every)
-        refaults = refaulted_pages()
-        times, more = warm_calls(server, chosen.choices(every, k=CALLS))
+        first, calls = Calls(server), Calls(server)
+        first.make(every)
+        calls.cold = first.cold
+        refaults, used, started = refaulted_pages(), server.processors_s(), time.monotonic()
+        calls.make(chosen.choices(every, k=CALLS))
+        now, took_s = server.processors_s(), time.monotonic() - started
         costs["refaulted_pages"] = refaulted_pages() - refaults
-        return costs, times, cold + more
+        for whose, so_far_s in now.items():
+            costs[f"{whose}_cpus"] = round((so_far_s - used[whose]) / took_s, 2)
+        return costs, calls
 
 
 def main(number: int) -> None:
     """Measure and report."""
     report = harness.Report("many")
-    few_costs, few, few_cold = measure(FEW)
-    costs, many, cold = measure(number)
-    for label, times, cost in ((FEW, few, few_costs), (number, many, costs)):
-        report.row(f"warm calls, {label} functions", **harness.milliseconds(times), **cost)
-    report.bar("calls that were not warm", cold + few_cold, 0)
-    ratio = harness.percentile(many, 99) / harness.percentile(few, 99)
+    few_costs, few = measure(FEW)
+    costs, many = measure(number)
+    for label, calls, cost in ((FEW, few, few_costs), (number, many, costs)):
+        report.row(f"warm calls, {label} functions", **harness.milliseconds(calls.times), **cost)
+        undisturbed = harness.milliseconds(calls.undisturbed)
+        report.row("  without waiting for a processor", **undisturbed)
+    report.bar("calls that were not warm", many.cold + few.cold, 0)
+    ratio = harness.percentile(many.times, 99) / harness.percentile(few.times, 99)
     report.bar(f"warm p99, {number} / {FEW} functions", ratio, 2)
+    ratio = harness.percentile(many.undisturbed, 99) / harness.percentile(few.undisturbed, 99)
+    report.bar("the same without waiting for a processor", ratio, 2)
     report.finish()
 
 

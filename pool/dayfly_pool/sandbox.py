@@ -84,6 +84,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._on_end("")
+        # nothing comes any more; the sandbox and this would keep each other until the collector's
+        # turn, which for what has lived long comes after 100,000 others
+        del self._on_frame, self._on_end
 
 
 class Sandbox:

@@ -9,7 +9,7 @@ the state at once, and returns the commands that others carry out. The cases, fo
   hit); else claims are answered in order, as sandboxes get ready (a pool miss).
 * Whichever sandbox is free first takes the head of the queue. A claim that nobody needs any more
   is taken back at once; the sandbox that was started for it stays generic.
-* Generic sandboxes are refilled as soon as one is taken. A tenant's claims are served first.
+* Generic sandboxes are refilled as soon as one is taken; in a mold, claims come before that.
 * Starting and loading keep processors busy, so `turns` shares them out between the tenants.
 * Where a mold's zygote is ready, it forks them. A refill waits for a zygote that is being warmed;
   what somebody waits for does not, and is started.
@@ -468,7 +468,7 @@ class PoolState:
         while record.claims > number:
             record.claims -= 1
             mold.claims.remove(record.function.id)
-            if len(mold.claims) < len(mold.generic):  # nobody waits any more
+            if not mold.claims:  # what is ready was waited for by nobody who is still here
                 for box in mold.generic.values():
                     box.start = "generic"
 
@@ -653,10 +653,10 @@ class PoolState:
         for spare in mold.more.values():
             if self.zygote_limits.is_worn(spare, now) or now - spare.used_at >= SPARE_IDLE_S:
                 return self._let_go(spare)
-        busiest = mold.least_busy()
+        freest = mold.least_busy()
         is_narrow = (
-            busiest is not None
-            and busiest.forking >= limits.at_once
+            freest is not None
+            and freest.forking >= limits.at_once
             and len(mold.more) + 1 < ZYGOTES_MAX
             and not mold.mold.function  # another would have to import it as well
         )
@@ -785,7 +785,7 @@ class PoolState:
         if victim := self._shelf.least():
             return victim
         for mold in self.molds.values():
-            if mold is not claimant and mold.generic:
+            if mold is not claimant and len(mold.generic) > len(mold.claims):
                 return next(iter(mold.generic.values()))
         return self._shelf.last_resort()
 

@@ -281,15 +281,16 @@ class FakeDriver:
         if not self.is_open:
             raise SandboxStartFailed("the driver is closed")
         if zygote is not None:
-            if zygote not in self.zygotes or zygote in self.retired:
+            ended = self.zygotes.get(zygote)
+            if ended is None or ended.done() or zygote in self.retired:
                 raise SandboxStartFailed(f"{zygote} is gone")
             self.forked[sandbox] = zygote
-        if keeps is not None:
-            self.zygotes[sandbox] = asyncio.get_running_loop().create_future()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        self.guests[sandbox] = FakeGuest(self, sandbox, mold, theirs)
+        guest = self.guests[sandbox] = FakeGuest(self, sandbox, mold, theirs)
+        if keeps is not None:
+            self.zygotes[sandbox] = guest.ended
         self.created.append(sandbox)
         return ours
 
@@ -326,9 +327,7 @@ class FakeDriver:
     async def destroy(self, sandbox: SandboxId) -> Exit:
         """End the guest's task, and with it all that it does."""
         if ended := self.zygotes.pop(sandbox, None):
-            for forked in [
-                g for g in self.guests.values() if self.forked.get(g.sandbox) == sandbox
-            ]:
+            for forked in self._forked_from(sandbox):
                 await forked.end(KILLED)
             if not ended.done():
                 ended.set_result(KILLED)
@@ -348,6 +347,11 @@ class FakeDriver:
         guest = self.guests.get(sandbox)
         ended = self.zygotes.get(sandbox) or (guest.ended if guest is not None else None)
         return await asyncio.shield(ended) if ended is not None else Exit(0)
+
+    def _forked_from(self, zygote: SandboxId) -> list[FakeGuest]:
+        """Its forks, and theirs."""
+        own = [g for g in self.guests.values() if self.forked.get(g.sandbox) == zygote]
+        return own + [below for each in own for below in self._forked_from(each.sandbox)]
 
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """Nothing, to a good approximation."""

@@ -142,18 +142,21 @@ class _Keeper:
             for pid in ended:
                 self._kept.pop(pid, None)
             if self._pid in ended:
-                code = ended[self._pid]
-                zygote.say(self._parent, say="exited", sandbox=self._sandbox, code=code)
-                os._exit(0)
+                self._end(ended[self._pid])
             if self._is_retired and not self._kept:
-                os._exit(0)
+                self._end()
             if self._seat.fileno() in ready:
                 self._pass_on()
             if self._control.fileno() in ready and not self._serve():
                 poll.unregister(self._control.fileno())
                 self._is_retired = True
                 if not self._kept:
-                    os._exit(0)
+                    self._end()
+
+    def _end(self, code: int = 0) -> NoReturn:
+        """Say how it ended; everything in the jail ends with this process."""
+        zygote.say(self._parent, say="exited", sandbox=self._sandbox, code=code)
+        os._exit(0)
 
     def _serve(self) -> bool:
         """One request of the launcher's; False when it wants no more of them."""

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from msgspec import structs
 from tests.harness import Process, eventually_none, family, stat, status
 
+from dayfly.lockdown import LOCKED_ZYGOTE
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -29,10 +31,11 @@ from dayfly.protocol import (
 )
 from dayfly_pool import driver as drivers
 from dayfly_pool.driver import Driver, Exit
+from dayfly_pool.drivers.cgroups import Tree
 from dayfly_pool.drivers.linux import LinuxDriver, find_bwrap
 from dayfly_pool.errors import SandboxStartFailed, ZygoteUnfit
-from dayfly_pool.models import BASE, Environment, Limits, Mold, SandboxId
-from dayfly_pool.testing import Ended, FakeDriver, FakeGuest
+from dayfly_pool.models import BASE, Environment, Function, Limits, Mold, SandboxId
+from dayfly_pool.testing import Ended, FakeDriver, FakeGuest, function
 
 SOON_S = 20.0
 BASE_MOLD, BASE_ENVIRONMENT = Mold(BASE), Environment(digest=BASE)
@@ -40,6 +43,9 @@ TENANT_MOLD = Mold(BASE, namespace="default")
 DIGEST = "c0de" * 16
 S1, S2 = SandboxId("sb-1"), SandboxId("sb-2")
 Z1, Z2 = SandboxId("sb-z1"), SandboxId("sb-z2")
+K1, K2 = SandboxId("sb-z8"), SandboxId("sb-z9")
+"""Zygotes that keep a function."""
+
 MARK = f"86400.{os.getpid()}"
 """How long the functions' child processes sleep: by it they are found, whatever sees them."""
 
@@ -49,6 +55,8 @@ GROUP, SESSION, NICE = 2, 3, 16
 
 CODE = f"""
 import ctypes, errno, json, os, signal, socket, subprocess, sys, time
+
+TOKEN = os.urandom(8).hex()
 
 def greet(event, context):
     return f"hello {{event}}"
@@ -189,6 +197,10 @@ def trespass(event, context):
             done.append([attempt.__code__.co_names[:2], pid])
     return done
 
+def token(event, context):
+    # of the import: who is forked after it has it in common
+    return TOKEN
+
 def renice(event, context):
     # all of its process group, whoever is in there and lets itself be told
     try:
@@ -209,6 +221,32 @@ def connect(event, context):
 
 broken = None
 """
+CHATTY = """
+print("importing")
+
+def greet(event, context):
+    return f"hello {event}"
+"""
+GREEDY = """
+ALL = b"x" * (1 << 30)
+
+def greet(event, context):
+    pass
+"""
+UNTIDY = """
+import os, random, sys, types
+
+numpy = types.ModuleType("numpy.random")  # known by its name; this one tells who has seeded it
+seeded = []
+numpy.seed = lambda: seeded.append(os.getpid())
+sys.modules["numpy.random"] = numpy
+for place in ("/tmp", "/dev/shm"):
+    open(f"{place}/of-the-import", "w").close()
+
+def look(event, context):
+    return [os.listdir("/tmp"), os.listdir("/dev/shm"), random.random(), seeded == [os.getpid()]]
+"""
+MODULES = {"main.py": CODE, "chatty.py": CHATTY, "greedy.py": GREEDY, "untidy.py": UNTIDY}
 
 
 async def fake_greet(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
@@ -248,6 +286,13 @@ async def fake_swallow(guest: FakeGuest, request: Invoke, body: bytes) -> None:
     raise Ended(Exit(-9, oom_kills=1))
 
 
+async def fake_token(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+    """Of whoever has imported it."""
+    driver = guest._driver
+    zygote = driver.forked.get(guest.sandbox)
+    return json.dumps(zygote if zygote in driver.kept else guest.sandbox).encode()
+
+
 async def fake_bequeath(guest: FakeGuest, request: Invoke, body: bytes) -> None:
     await guest.send(b"last words")
     raise Ended(Exit(5))
@@ -255,6 +300,7 @@ async def fake_bequeath(guest: FakeGuest, request: Invoke, body: bytes) -> None:
 
 FAKES = {
     "main:greet": fake_greet,
+    "chatty:greet": fake_greet,
     "main:leave": fake_leave,
     "main:die": fake_die,
     "main:obey": fake_obey,
@@ -263,6 +309,7 @@ FAKES = {
     "main:end": fake_end,
     "main:daemonize": fake_breed,
     "main:bequeath": fake_bequeath,
+    "main:token": fake_token,
     "main:swallow": fake_swallow,
 }
 M = TypeVar("M", bound=Message)
@@ -274,6 +321,8 @@ class Guest:
     def __init__(self, end: socket.socket) -> None:
         self._socket, self._reader = end, FrameReader()
         self._heard: list[tuple[Message, bytes]] = []
+        self.passed: list[tuple[Message, bytes]] = []
+        """What was heard while another kind was waited for."""
 
     async def hear(self, kind: type[M]) -> tuple[M, bytes]:
         """The next message of *kind*; others before it are passed over."""
@@ -283,6 +332,7 @@ class Guest:
                     message, body = self._heard.pop(0)
                     if isinstance(message, kind):
                         return message, body
+                    self.passed.append((message, body))
                 data = await asyncio.get_running_loop().sock_recv(self._socket, 65536)
                 assert data, f"the guest is gone, and has not said {kind.__name__}"
                 self._heard += [(decode(f), f.body) for f in self._reader.feed(data)]
@@ -300,8 +350,8 @@ class Guest:
         frame = encode(message, number, body)
         await asyncio.get_running_loop().sock_sendall(self._socket, frame)
 
-    async def load(self, name: str) -> Loaded:
-        await self.say(load(name))
+    async def load(self, name: str, *, as_zygote: bool = False) -> Loaded:
+        await self.say(load(name, as_zygote=as_zygote))
         return (await self.hear(Loaded))[0]
 
     async def start(self, event: Any, number: int = 1) -> None:
@@ -316,10 +366,10 @@ class Guest:
         self._socket.close()
 
 
-def load(name: str) -> Load:
+def load(name: str, *, as_zygote: bool = False) -> Load:
     return Load(
         digest=DIGEST,
-        handler=f"main:{name}",
+        handler=name if ":" in name else f"main:{name}",
         namespace="default",
         function="greet",
         version="1",
@@ -332,6 +382,7 @@ def load(name: str) -> Load:
         concurrency=1,
         preload=[],
         init_timeout_s=10.0,
+        as_zygote=as_zygote,
     )
 
 
@@ -344,7 +395,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     package = folder / "packages" / "unpacked" / DIGEST
     package.mkdir(parents=True)
-    (package / "main.py").write_text(CODE)
+    for name, code in MODULES.items():
+        (package / name).write_text(code)
     for path in (folder / "packages", folder / "packages" / "unpacked", package):
         path.chmod(0o755)
     return folder
@@ -366,8 +418,10 @@ MAKE: dict[str, Callable[[Path], Driver]] = {
 }
 
 
-WAYS = (*MAKE, "fake, forked", "linux, forked")
-"""The drivers, and those that fork once more with every sandbox forked from a zygote."""
+WAYS = (*MAKE, "fake, forked", "linux, forked", "fake, kept", "linux, kept")
+"""The drivers, and those that fork twice more: with every sandbox forked from a zygote, and from
+one that holds the sandbox's function.
+"""
 
 
 @contextlib.asynccontextmanager
@@ -394,7 +448,7 @@ async def driver(way: str, data: Path) -> AsyncIterator[Driver]:
         yield made
 
 
-@pytest.fixture(params=["linux", "linux, forked"])
+@pytest.fixture(params=["linux", "linux, forked", "linux, kept"])
 def linux_way(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found
@@ -425,11 +479,51 @@ def create_linux(linux_way: str, linux: Driver, guests: list[Guest]) -> Callable
     return creator(linux, guests, linux_way)
 
 
+def called(name: str, **spec: Any) -> Function:
+    """The function *name*, as the pool would have it kept."""
+    return function(name, namespace="default", package=DIGEST, initialize="once", **spec)
+
+
+def mold_of(kept: Function) -> Mold:
+    return structs.replace(kept.mold, function=f"{kept.id}@{kept.version}")
+
+
+async def keep(
+    driver: Driver,
+    guests: list[Guest],
+    zygote: SandboxId = K1,
+    name: str = "greet",
+    *,
+    parent: SandboxId = Z1,
+    **spec: Any,
+) -> Loaded:
+    """Have *parent* fork a zygote, and the function *name* loaded into it."""
+    kept = called(name, **spec)
+    made = driver.create(zygote, mold_of(kept), BASE_ENVIRONMENT, parent, kept)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await guest.hear(Hello)
+    return await guest.load(name, as_zygote=True)
+
+
 def creator(driver: Driver, guests: list[Guest], way: str) -> Callable[..., Any]:
-    zygote, mold = (Z1, TENANT_MOLD) if way.endswith("forked") else (None, BASE_MOLD)
+    zygotes: dict[str, tuple[SandboxId, Mold]] = {}
+    keeping = asyncio.Lock()
+
+    async def source(name: str) -> tuple[SandboxId | None, Mold]:
+        """The zygote to fork it from, if any, and what it is made of."""
+        if way.endswith("forked"):
+            return Z1, TENANT_MOLD
+        if not way.endswith("kept"):
+            return None, BASE_MOLD
+        async with keeping:
+            if name not in zygotes:
+                zygotes[name] = SandboxId(f"sb-z{8 + len(zygotes)}"), mold_of(called(name))
+                await keep(driver, guests, zygotes[name][0], name)
+        return zygotes[name]
 
     async def create(sandbox: SandboxId = S1, name: str = "") -> Guest:
-        """A generic sandbox; one that has become the function *name*, if it is given."""
+        """A sandbox that waits for `Load`; one that is the function *name*, if it is given."""
+        zygote, mold = await source(name or "greet")
         async with asyncio.timeout(SOON_S):
             guest = Guest(await driver.create(sandbox, mold, BASE_ENVIRONMENT, zygote))
         guests.append(guest)
@@ -533,7 +627,9 @@ async def test_an_isolated_sandbox_confirms_its_lock_down_before_user_code(
     assert confirmed == ((0, 1, 2) if driver.isolated else (0, 0, 0))
 
 
-async def test_a_handler_that_is_missing_is_told(create: Any):
+async def test_a_handler_that_is_missing_is_told(create: Any, way: str):
+    if way.endswith("kept"):
+        pytest.skip("its zygote has found it; see the zygotes of functions")
     guest = await create()
     await guest.hear(Hello)
     await guest.say(load("nothere"))
@@ -566,7 +662,7 @@ async def test_the_memory_of_a_sandbox_is_known_or_0(driver: Driver, create: Any
     await guest.hear(Hello)
     used = driver.memory_bytes(S1)
 
-    assert used == 0 if isinstance(driver, FakeDriver) else 1 << 20 < used < 1 << 28
+    assert used == 0 if isinstance(driver, FakeDriver) else 1 << 18 < used < 1 << 28
     assert driver.memory_bytes(S2) == 0
 
 
@@ -800,7 +896,7 @@ async def test_two_sandboxes_do_not_see_each_other(create_linux: Any):
 
     assert len(pids) == 2  # pid 1 and the guest
     assert files == ["ptmx"]
-    assert set(code) <= {"main.py", "__pycache__"}
+    assert set(code) <= {*MODULES, "__pycache__"}
 
 
 async def test_sandboxes_share_no_abstract_sockets(create_linux: Any):
@@ -859,7 +955,7 @@ async def test_sandboxes_run_as_users_whom_nobody_knows(linux_way: str, create_l
     owners = {os.stat(f"/proc/{pid}").st_uid for pid in sleepers()}
 
     if os.geteuid() == 0:
-        assert len(owners) == (1 if linux_way == "linux, forked" else 2)
+        assert len(owners) == (2 if linux_way == "linux" else 1)
         assert all(UID_FIRST <= owner < UID_FIRST + 100 for owner in owners)
     else:
         assert owners == {os.geteuid()}
@@ -1242,3 +1338,384 @@ async def test_a_forked_sandbox_reaches_neither_its_zygote_nor_a_sibling(
     assert done == []
     assert {pid: stat(pid)[NICE] for pid in others} == niceness
     assert await sibling.call("Ada") == "hello Ada"
+
+
+# ---- zygotes of functions -----------------------------------------------------------------------
+
+
+async def fork_of(
+    driver: Driver, guests: list[Guest], sandbox: SandboxId, name: str = "greet", zygote: Any = K1
+) -> Guest:
+    """A sandbox that *zygote* has forked, and that was told to be the function that it holds."""
+    made = driver.create(sandbox, mold_of(called(name)), BASE_ENVIRONMENT, zygote)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await guest.hear(Hello)
+    await guest.load(name)
+    return guest
+
+
+def process_of(linux: Driver, zygote: SandboxId) -> int:
+    """The process that holds the function; its keeper is pid 1 of the same jail."""
+    (found,) = (pid for pid in inside(linux, zygote) if not is_init(pid))
+    return found
+
+
+async def test_what_a_functions_zygote_forks_holds_the_function(
+    forking: Driver, guests: list[Guest], fork: Any
+):
+    """Nothing is imported again; who is forked from the environment's imports for itself."""
+    await keep(forking, guests, K1, "token")
+    tokens = [
+        await (await fork_of(forking, guests, SandboxId(f"sb-{n}"), "token")).call(None)
+        for n in range(3)
+    ]
+    other = await (await fork(SandboxId("sb-9"), "token")).call(None)
+
+    assert len(set(tokens)) == 1
+    assert other not in tokens
+
+
+async def test_a_functions_zygote_says_which_rights_it_has_and_its_forks_have_none(
+    forking: Driver, guests: list[Guest], fork: Any
+):
+    """They confirm what any sandbox does, though they were forked from one that has more."""
+    kept = await keep(forking, guests)
+    made = forking.create(S1, mold_of(called("greet")), BASE_ENVIRONMENT, K1)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await guest.hear(Hello)
+    forked = await guest.load("greet")
+    other = await fork(S2)
+    await other.hear(Hello)
+    plain = await other.load("greet")
+
+    assert (kept.cap_eff, kept.no_new_privs, kept.seccomp) == (LOCKED_ZYGOTE.cap_eff, 1, 2)
+    assert (forked.cap_eff, forked.no_new_privs, forked.seccomp) == (0, 1, 2)
+    assert (forked.slots, forked.landlock) == (plain.slots, plain.landlock)
+
+
+async def test_every_functions_zygote_forks_for_its_own_function(
+    forking: Driver, guests: list[Guest], fork: Any
+):
+    """Of one environment, beside each other; the end of one is nothing to the others."""
+    await keep(forking, guests, K1, "token")
+    await keep(forking, guests, K2, "greet")
+    token = await fork_of(forking, guests, S1, "token", K1)
+    greet = await fork_of(forking, guests, S2, "greet", K2)
+    plain = await fork(SandboxId("sb-3"), "greet")
+    assert await greet.call("Ada") == "hello Ada"
+    assert await token.call(None)
+    await within(SOON_S, forking.destroy(K1))
+    await token.at_end()
+
+    assert await greet.call("Bob", 2) == "hello Bob"
+    assert await plain.call("Eve") == "hello Eve"
+    again = await fork_of(forking, guests, SandboxId("sb-4"), "greet", K2)
+    assert await again.call("Ann") == "hello Ann"
+
+
+async def test_what_the_import_writes_is_heard_of_the_zygote_and_not_of_its_forks(
+    forking: Driver, guests: list[Guest]
+):
+    if isinstance(forking, FakeDriver):
+        forking.on_load = say_importing
+    await keep(forking, guests, K1, "chatty:greet")
+    (zygote,) = guests
+    made = forking.create(S1, mold_of(called("greet")), BASE_ENVIRONMENT, K1)
+    guests.append(forked := Guest(await within(SOON_S, made)))
+    await forked.hear(Hello)
+    await forked.say(load("chatty:greet"))
+    await forked.hear(Loaded)
+
+    assert [body for kind, body in zygote.passed if isinstance(kind, Log)] == [b"importing\n"]
+    assert [kind for kind, _ in forked.passed if isinstance(kind, Log)] == []
+
+
+async def say_importing(guest: FakeGuest) -> None:
+    await guest.log("importing\n")
+
+
+async def test_an_import_that_fails_in_a_functions_zygote_is_told(
+    forking: Driver, guests: list[Guest]
+):
+    """As in any sandbox; then there is nothing to fork from, and it can be destroyed."""
+    kept = called("nothere")
+    made = forking.create(K1, mold_of(kept), BASE_ENVIRONMENT, Z1, kept)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await guest.hear(Hello)
+    await guest.say(load("nothere", as_zygote=True))
+    failed, _ = await guest.hear(Failed)
+
+    assert failed.kind == "HandlerMissing"
+    assert isinstance(await within(SOON_S, forking.destroy(K1)), Exit)
+
+
+async def test_a_functions_zygote_forks_many_at_once(forking: Driver, guests: list[Guest]):
+    """However few processes its function may have: those are a sandbox's, not all of theirs."""
+    names = [SandboxId(f"sb-{n}") for n in range(12)]
+    await keep(forking, guests, limits=Limits(processes=2, memory_mb=32))
+    made = await asyncio.gather(*(fork_of(forking, guests, name) for name in names))
+
+    greetings = await asyncio.gather(*(guest.call(n) for n, guest in enumerate(made)))
+
+    assert greetings == [f"hello {n}" for n in range(12)]
+
+
+async def test_a_retired_zygote_of_a_function_ends_after_its_last_sandbox(
+    forking: Driver, guests: list[Guest]
+):
+    """It forks no more meanwhile; its environment's goes on."""
+    await keep(forking, guests)
+    first, second = [await fork_of(forking, guests, sandbox) for sandbox in (S1, S2)]
+    await within(SOON_S, forking.retire(K1))
+    with pytest.raises(SandboxStartFailed):
+        await fork_of(forking, guests, SandboxId("sb-3"))
+    ended = asyncio.ensure_future(forking.exited(K1))
+    assert await first.call("Ada") == "hello Ada"
+    await within(SOON_S, forking.destroy(S1))
+    assert await second.call("Bob") == "hello Bob"
+    assert not ended.done()
+    await within(SOON_S, forking.destroy(S2))
+
+    assert (await within(SOON_S, ended)).code == 0
+    assert (await within(SOON_S, forking.destroy(K1))).code == 0
+    await keep(forking, guests, K2)
+
+
+async def test_a_retired_zygote_of_a_function_without_sandboxes_ends_at_once(
+    forking: Driver, guests: list[Guest]
+):
+    """Also if it is told twice."""
+    await keep(forking, guests)
+    await within(SOON_S, forking.retire(K1))
+    await within(SOON_S, forking.retire(K1))
+
+    assert (await within(SOON_S, forking.exited(K1))).code == 0
+
+
+async def test_a_retired_environments_zygote_lasts_as_long_as_a_functions(
+    forking: Driver, guests: list[Guest]
+):
+    """Which is a sandbox of its, and forks on."""
+    await keep(forking, guests)
+    await within(SOON_S, forking.retire(Z1))
+    ended = asyncio.ensure_future(forking.exited(Z1))
+    guest = await fork_of(forking, guests, S1)
+    assert await guest.call("Ada") == "hello Ada"
+    assert not ended.done()
+    await within(SOON_S, forking.destroy(K1))
+
+    assert (await within(SOON_S, ended)).code == 0
+
+
+@pytest.mark.parametrize("victim", [K1, Z1], ids=["the function's", "the environment's"])
+async def test_who_destroys_a_zygote_destroys_all_that_was_forked_from_it(
+    forking: Driver, guests: list[Guest], victim: SandboxId
+):
+    """Whatever they do, and forks of forks too; afterwards nothing can be forked from it."""
+    await keep(forking, guests, K1, "defy")
+    busy = await fork_of(forking, guests, S1, "defy")
+    await busy.start(None)
+    await ready(busy)
+    idle = await fork_of(forking, guests, S2, "defy")
+    await within(SOON_S, forking.destroy(victim))
+    exits = [await within(SOON_S, forking.exited(sandbox)) for sandbox in (S1, S2)]
+    await busy.at_end()
+    await idle.at_end()
+    await guests[0].at_end()
+    with pytest.raises(SandboxStartFailed):
+        await fork_of(forking, guests, SandboxId("sb-3"))
+
+    assert [exit_.code for exit_ in exits] == [-signal.SIGKILL] * 2
+    assert isinstance(await within(SOON_S, forking.destroy(K1)), Exit)
+    if victim == K1:
+        await keep(forking, guests, K2)
+
+
+async def test_exited_tells_that_a_functions_zygote_has_died(forking: Driver, guests: list[Guest]):
+    """By itself, or killed by the kernel: who waits for that is told, and can bury the rest."""
+    await keep(forking, guests)
+    guest = await fork_of(forking, guests, S1)
+    if isinstance(forking, FakeDriver):
+        await forking.guests[K1].end(Exit(-signal.SIGKILL))
+    else:
+        os.kill(process_of(forking, K1), signal.SIGKILL)
+    exit_ = await within(SOON_S, forking.exited(K1))
+    await within(SOON_S, forking.destroy(K1))
+    await guest.at_end()
+
+    assert exit_.code == -signal.SIGKILL
+    assert (await within(SOON_S, forking.exited(S1))).code == -signal.SIGKILL
+
+
+async def test_a_functions_zygote_can_be_destroyed_before_it_holds_anything(
+    forking: Driver, guests: list[Guest], fork: Any
+):
+    """Its import hangs, say; the environment's zygote has no part in it."""
+    kept = called("greet")
+    made = forking.create(K1, mold_of(kept), BASE_ENVIRONMENT, Z1, kept)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await within(SOON_S, forking.destroy(K1))
+    await guest.at_end()
+
+    assert await (await fork(S1, "greet")).call("Ada") == "hello Ada"
+
+
+async def test_no_functions_zygote_is_forked_from_one_that_never_was(
+    forking: Driver, guests: list[Guest]
+):
+    with pytest.raises(SandboxStartFailed):
+        await keep(forking, guests, parent=Z2)
+
+    assert isinstance(await within(SOON_S, forking.destroy(K1)), Exit)
+    await keep(forking, guests)
+
+
+async def test_forks_of_a_function_have_no_namespace_in_common(
+    zygotic: Driver, guests: list[Guest]
+):
+    """Nor with the zygote, its keeper, or the environment's."""
+    await keep(zygotic, guests)
+    for sandbox in (S1, S2):
+        await fork_of(zygotic, guests, sandbox)
+    forks = [pid for s in (S1, S2) for pid in inside(zygotic, s) if not is_init(pid)]
+    jail = [process_of(zygotic, K1), *keepers(zygotic)]
+    seen = [namespaces(pid) for pid in (*jail, *forks)]
+
+    assert len(seen) == 4
+    for kind in ("mnt", "pid", "ipc", "uts", "cgroup", "net"):
+        assert len({each[kind] for each in seen}) == 4, kind
+    assert len({each["user"] for each in seen[1:]}) == 3
+
+
+async def test_a_functions_zygote_and_its_keeper_are_in_the_same_jail_and_no_other(
+    zygotic: Driver, guests: list[Guest]
+):
+    """Two processes, of which one runs user code; no other function's is among them."""
+    await keep(zygotic, guests, K1, "greet")
+    await keep(zygotic, guests, K2, "token")
+    jails = [inside(zygotic, zygote) for zygote in (K1, K2)]
+    names = [[status(pid)["Name"] for pid in jail] for jail in jails]
+
+    assert [sorted(each) for each in names] == [["dayfly-guest", "dayfly-keeper"]] * 2
+    for jail in jails:
+        assert len({namespaces(pid)["pid"] for pid in jail}) == 1
+    assert len({namespaces(pid)["mnt"] for jail in jails for pid in jail}) == 2
+
+
+async def test_what_the_import_wrote_is_not_in_its_forks_and_their_randomness_is_their_own(
+    zygotic: Driver, guests: list[Guest]
+):
+    """Their /tmp and /dev/shm are empty, as any sandbox's; what Dayfly knows of is reseeded."""
+    await keep(zygotic, guests, K1, "untidy:look")
+    told = [
+        await (await fork_of(zygotic, guests, sandbox, "untidy:look")).call(None)
+        for sandbox in (S1, S2)
+    ]
+
+    assert [each[:2] for each in told] == [[[], []]] * 2
+    assert told[0][2] != told[1][2]
+    assert [each[3] for each in told] == [True, True]
+
+
+async def test_a_fork_of_a_function_reaches_neither_its_zygote_nor_a_sibling(
+    zygotic: Driver, guests: list[Guest]
+):
+    """By whatever number somebody calls them: this machine, the zygote, or they themselves."""
+    await keep(zygotic, guests, K1, "trespass")
+    intruder = await fork_of(zygotic, guests, S1, "trespass")
+    await fork_of(zygotic, guests, S2, "trespass")
+    others = [p.pid for p in family(launcher(zygotic)) if p.pid not in inside(zygotic, S1)]
+    numbers = {int(n) for pid in others for n in status(pid)["NSpid"].split()} | set(others)
+    own = {int(n) for pid in inside(zygotic, S1) for n in status(pid)["NSpid"].split()[-1:]}
+    niceness = {pid: stat(pid)[NICE] for pid in others}
+    done = await intruder.call(sorted(numbers - own))
+
+    assert len(numbers - own) >= 4
+    assert done == []
+    assert {pid: stat(pid)[NICE] for pid in others} == niceness
+
+
+async def test_an_import_that_takes_more_memory_than_its_function_may_is_killed_for_it(
+    zygotic: Driver, guests: list[Guest]
+):
+    """In the zygote as in a sandbox; nothing else is."""
+    if not groups(zygotic):
+        pytest.skip("without control groups there is no zygote of a function")
+    kept = called("greet")
+    made = zygotic.create(K1, mold_of(kept), BASE_ENVIRONMENT, Z1, kept)
+    guests.append(guest := Guest(await within(SOON_S, made)))
+    await guest.hear(Hello)
+    await guest.say(load("greedy:greet", as_zygote=True))
+    exit_ = await within(SOON_S, zygotic.exited(K1))
+
+    assert exit_.code == -signal.SIGKILL
+    assert exit_.oom_kills >= 1
+    await keep(zygotic, guests, K2)
+
+
+@pytest.mark.parametrize("answered", [0, 4, 8])
+@pytest.mark.parametrize("victim", ["the zygote", "its keeper"])
+async def test_a_functions_zygote_killed_while_it_forks_leaves_nothing(
+    zygotic: Driver, guests: list[Guest], victim: str, answered: int
+):
+    """Each of eight starts succeeds or is refused; no process, group or descriptor stays."""
+    names = [SandboxId(f"sb-{n}") for n in range(8)]
+    mold = mold_of(called("greet"))
+    left = set(groups(zygotic))
+    before, family_before = held(zygotic), family(launcher(zygotic))
+    await keep(zygotic, guests)
+    doomed = process_of(zygotic, K1)
+    if victim == "its keeper":
+        (doomed,) = (pid for pid in inside(zygotic, K1) if is_init(pid))
+    starts = [
+        asyncio.ensure_future(zygotic.create(name, mold, BASE_ENVIRONMENT, K1)) for name in names
+    ]
+    while sum(start.done() for start in starts) < answered:
+        await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED, timeout=SOON_S)
+        await asyncio.sleep(0)
+    os.kill(doomed, signal.SIGKILL)
+    outcomes = await within(SOON_S, asyncio.gather(*starts, return_exceptions=True))
+    for name in (K1, *names):
+        await within(SOON_S, zygotic.destroy(name))
+    guests.extend(Guest(each) for each in outcomes if isinstance(each, socket.socket))
+    for guest in guests:
+        await guest.at_end()
+        guest.close()
+
+    assert {type(each) for each in outcomes} <= {socket.socket, SandboxStartFailed}
+    assert sum(isinstance(each, socket.socket) for each in outcomes) >= answered
+    assert not await asyncio.to_thread(eventually_none, lambda: set(groups(zygotic)) - left)
+    new = lambda: [p for p in family(launcher(zygotic)) if p not in family_before]  # noqa: E731
+    assert not await asyncio.to_thread(eventually_none, new)
+    assert held(zygotic) == before
+
+
+async def test_a_functions_zygote_that_cannot_fork_refuses_and_keeps_what_it_has(
+    zygotic: Driver, guests: list[Guest]
+):
+    """Its group may hold no process more: the start fails, and leaves no group."""
+    await keep(zygotic, guests)
+    working = await fork_of(zygotic, guests, S1)
+    allow(zygotic, K1, "1")
+    with pytest.raises(SandboxStartFailed, match="cannot fork"):
+        await fork_of(zygotic, guests, S2)
+    left = [name for name in groups(zygotic) if name.endswith(f"/{S2}")]
+    allow(zygotic, K1, "max")
+
+    assert left == []
+    assert await working.call("Ada") == "hello Ada"
+    assert await (await fork_of(zygotic, guests, S2)).call("Bob") == "hello Bob"
+
+
+async def test_without_control_groups_a_function_cannot_be_kept(
+    zygotic: Driver, guests: list[Guest], monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing would limit what an import that may fork takes; nothing is made, either."""
+    before = family(launcher(zygotic))
+    with monkeypatch.context() as patch:
+        patch.setattr(zygotic, "_tree", Tree(0, (), "none are delegated"))
+        with pytest.raises(ZygoteUnfit, match="none are delegated"):
+            await keep(zygotic, guests)
+
+    assert family(launcher(zygotic)) == before
+    assert isinstance(await within(SOON_S, zygotic.destroy(K1)), Exit)

@@ -24,6 +24,7 @@ from dayfly.protocol import (
     Invoke,
     Loaded,
     Log,
+    Message,
     Result,
     encode,
 )
@@ -1437,6 +1438,54 @@ async def test_a_heavy_function_gets_its_zygote_after_its_first_import():
         assert imports.by == [first.result().decode(), zygote]
         assert driver.forked[SandboxId(second.result().decode())] == zygote
         assert decided(pool, HEAVY) == (True, "its import took 5 s")
+
+
+def claiming(**said: object) -> Callable[[FakeGuest], Awaitable[None]]:
+    """A hook whose guests say *said* of their import, and else what they would."""
+
+    async def hook(guest: FakeGuest) -> None:
+        say = guest.say
+
+        async def claim(message: Message, invocation: int = 0, body: bytes = b"") -> None:
+            if isinstance(message, Loaded):
+                message = Loaded.of(message.__dict__ | said)
+            await say(message, invocation, body)
+
+        guest.say = claim  # type: ignore[method-assign]
+
+    return hook
+
+
+@pytest.mark.parametrize(("busy_s", "weight"), [(0.0, 0.1), (1.0, 0.25), (4.0, 1.0)])
+async def test_a_function_weighs_what_its_guest_says_that_its_import_kept_busy(
+    busy_s: float, weight: float
+):
+    driver = FakeDriver({"main:greet": hello}, on_load=claiming(import_s=4.0, busy_s=busy_s))
+    async with running(driver, GREET) as pool:
+        await succeed(pool, GREET)
+
+        assert pool.state.functions[GREET.id].load_weight == weight
+
+
+@pytest.mark.parametrize("field", ["import_s", "busy_s", "lockdown_s"])
+@pytest.mark.parametrize("value", [-0.1, 1e9, float("nan"), float("inf")])
+async def test_a_guest_whose_import_took_a_time_that_cannot_be_ends(field: str, value: float):
+    """It would weigh nothing, or more than there is."""
+    driver = FakeDriver({"main:greet": hello}, on_load=claiming(**{field: value}))
+    async with running(driver, GREET) as pool:
+        assert (await fail(pool, GREET)).kind == "ProtocolViolation"
+
+
+async def test_a_heavy_function_whose_first_import_left_threads_is_not_tried_as_a_zygote():
+    """It is known already that they would be missing."""
+    driver = FakeDriver({"main:greet": hello}, on_load=(imports := Imports()))
+    driver.import_s, driver.leaves = HEAVY_S, {"threads": 2}
+    async with running(driver, HEAVY) as pool:
+        await warmed(pool)
+        await succeed(pool, HEAVY)
+
+        assert decided(pool, HEAVY) == (False, "its import took 5 s, but left 2 threads")
+        assert (imports.zygotes, pool._zygotes) == ([], {})
 
 
 async def test_a_light_function_has_no_zygote_of_its_own():
