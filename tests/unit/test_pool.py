@@ -54,7 +54,7 @@ from dayfly_pool.models import (
     Success,
 )
 from dayfly_pool.pool import Pool, _Call
-from dayfly_pool.sandbox import left_behind
+from dayfly_pool.sandbox import Sandbox, left_behind
 from dayfly_pool.testing import Ended, FakeDriver, FakeGuest, function
 
 ENVIRONMENT = Environment(digest=BASE)
@@ -624,6 +624,29 @@ async def test_a_caller_that_went_away_is_not_kept_in_memory_until_its_time_is_u
         gate.open()
 
         assert left.id not in [each.invocation.id for each in calls]
+
+
+async def test_a_sandbox_that_has_ended_does_not_wait_for_the_collector():
+    """What has lived long is looked at last: garbage of 10,000 cold starts would come together."""
+
+    async def die(guest: FakeGuest, request: Invoke, body: bytes) -> None:
+        raise Ended
+
+    def kept() -> set[Sandbox]:
+        return {thing for thing in gc.get_objects() if isinstance(thing, Sandbox)}
+
+    others = kept()
+    gc.disable()
+    try:
+        async with running(FakeDriver({"main:greet": hello, "main:shout": die})) as pool:
+            for each in (GREET, SHOUT):
+                pool.deploy(each, ENVIRONMENT)
+                await call(pool, each)
+            pool.remove(GREET.id)
+            await eventually(lambda: kept() <= others)
+            assert not pool.state.sandboxes
+    finally:
+        gc.enable()
 
 
 async def test_a_caller_that_is_cancelled_while_it_runs_gives_its_place_back():
