@@ -361,9 +361,8 @@ class Server:
     def processes(self, sandbox: str) -> list[int]:
         """Every process in the sandbox, by its control group."""
         for folder in cgroup_folders(self.pid):
-            procs = Path(folder, sandbox, "cgroup.procs")
-            if procs.exists():
-                return [int(pid) for pid in procs.read_text().split()]
+            with contextlib.suppress(OSError):  # it is going away
+                return [int(p) for p in Path(folder, sandbox, "cgroup.procs").read_text().split()]
         return []
 
     def guests(self, sandbox: str) -> list[int]:

@@ -76,6 +76,9 @@ class Guest:
         self._output = output.Output(self._channel)
         self._reader = FrameReader()
         self._prepared: Any = None
+        self._lockdown: Any = None
+        """The module, which a package's own of that name must not replace."""
+
         self._function: invoker.Function | None = None
 
     def run(self) -> None:
@@ -135,11 +138,13 @@ class Guest:
         self._channel.send(encode(hello))
         # what follows is done while the pool takes note, and sends `Load` if somebody waits
         if settings.isolated:
-            from dayfly import lockdown
+            if self._lockdown is None:
+                from dayfly import lockdown
 
+                self._lockdown = lockdown
             is_zygote = self._seat is not None
             with open(settings.zygote_seccomp if is_zygote else settings.seccomp, "rb") as file:
-                self._prepared = lockdown.prepare(file.read(), is_zygote=is_zygote)
+                self._prepared = self._lockdown.prepare(file.read(), is_zygote=is_zygote)
         self._output.prepare()
         gc.freeze()
         gc.enable()
@@ -161,7 +166,8 @@ class Guest:
             _run(hooks.after, code)
         import_s = time.perf_counter() - locked
         threads, children, descriptors, busy_s = 0, 0, 0, import_s
-        if import_s >= LEFTOVERS_S and self._settings.isolated:
+        is_long = import_s >= LEFTOVERS_S
+        if self._settings.isolated and (is_long or self._seat is not None):
             threads, children, descriptors = self._leftovers()
             busy_s = min(import_s, _busy_s())
         cap_eff, no_new_privs, seccomp, landlock = confirmed
@@ -221,8 +227,7 @@ class Guest:
 
     def _lock_down(self, load: Load) -> tuple[tuple[int, int, int, int], str]:
         """Become untrusted; a guest that the kernel does not confirm as such ends here."""
-        from dayfly import lockdown
-
+        lockdown = self._lockdown
         memory = load.memory_mb << 20 if self._settings.limit_memory else None
         if self._seat is None and self._function is None:
             lockdown.mount_code(load.digest, load.tmp_mb)  # a zygote's keeper has done it

@@ -206,6 +206,8 @@ class _Keeper:
             lockdown.rename(zygote.INIT)
             spaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
             lockdown.drop_rights()
+            # or a fork that skipped its lock-down could write to this process, which has no filter
+            lockdown.prctl(lockdown.PR_SET_DUMPABLE, 0)
             zygote.say(self._seat, guest, *spaces, *groups, sandbox=sandbox)
             os.closerange(0, 2)
             os.closerange(3, 1 << 20)

@@ -287,7 +287,7 @@ class Launcher:
                 self._kill(forked)
                 return
         for _ in range(depth):
-            children = _children(target) or _others(target, forked)
+            children = _guests(target, forked) or _children(target)
             if not children:
                 break
             target = children[0]
@@ -322,6 +322,12 @@ class Launcher:
     def _exited(self, sandbox: str, folders: list[str], code: int) -> None:
         self._pids.pop(sandbox, None)
         death = cgroups.autopsy(folders)
+        for folder in folders:
+            for pid in cgroups.members(folder):  # dying, or put there by a hostile zygote
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
         self._unburied.append(folders)
         self._tell(
             {
@@ -369,11 +375,21 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _others(init: int, forked: _Forked | None) -> list[int]:
-    """The processes of a forked sandbox but its pid 1, whose children they need not be."""
+def _guests(init: int, forked: _Forked | None) -> list[int]:
+    """The guest of a sandbox that a function's zygote forked: its parent is not in the sandbox."""
     if forked is None or not forked.folders:
         return []
-    return [pid for pid in cgroups.members(forked.folders[0]) if pid != init]
+    within = {init, *cgroups.members(forked.folders[0])}
+    return [pid for pid in within - {init} if _parent(pid) not in within]
+
+
+def _parent(pid: int) -> int:
+    """0 when it is dead."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _pid_of(pidfd: int) -> int:
