@@ -8,7 +8,7 @@ WEIGHT_MIN: Final = 0.01  # an event counts for 46 s; rounded up, a trace would 
 SMOOTHING: Final = 0.2
 PROOF_S: Final = 0.05
 SHORT_IMPORT_S: Final = 0.02
-SHORT_IMPORT_WEIGHT: Final = 0.5
+SHORT_IMPORT_WEIGHT: Final = 0.25
 """Such a load is mostly on its way from process to process."""
 
 BACKOFF_FIRST_S: Final = 0.5

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
-from dayfly_pool import commands, memory, records, state
+from dayfly_pool import autoscale, commands, memory, records, state
 from dayfly_pool.config import Config
 from dayfly_pool.deadlines import Deadlines
 from dayfly_pool.driver import Driver
@@ -88,6 +88,7 @@ class Pool:
                 config.zygote_idle_s,
                 config.initialize_once_s,
             ),
+            unknown_weight=autoscale.SHORT_IMPORT_WEIGHT,
         )
         self.metrics = Metrics(self.state)
         self.logs = Logs()

@@ -96,9 +96,16 @@ class PoolState:
         sandboxes_max: int,
         starts_max: int,
         zygotes: ZygoteLimits | None = None,
+        unknown_weight: float = 1.0,
     ) -> None:
         self.generic_max = generic_max
         self.sandboxes_max = sandboxes_max
+        self._unknown_weight = unknown_weight
+        """Of a load of a function that has never been loaded."""
+
+        self._unknown_loads_max = starts_max
+        """Of such a function, at once: its import may be heavy."""
+
         self._turns = turns.Turns(starts_max)
         self._loads: Counter[str] = Counter()
         """Loads under way, by tenant."""
@@ -557,6 +564,8 @@ class PoolState:
             # a sandbox is ready for it: its own starts do not keep it from the first load
             if self._loads[tenant] and not self._turns.may(tenant, weight, now):
                 continue
+            if record.slots is None and record.loading >= self._unknown_loads_max:
+                continue
             del mold.claims[at]
             record.claims -= 1
             _, box = mold.generic.popitem()
@@ -880,6 +889,7 @@ class PoolState:
     def _adopt(self, record: FunctionRecord, now: float) -> FunctionRecord:
         function = record.function
         self.functions[function.id] = record
+        record.load_weight = self._unknown_weight
         if function.spec.initialize == "each":
             record.once, record.once_why = False, "it is declared so"
         elif not function.mold.namespace:

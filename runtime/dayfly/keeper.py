@@ -205,9 +205,12 @@ class _Keeper:
             zygote.spread_pids()
             lockdown.rename(zygote.INIT)
             spaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
-            lockdown.drop_rights()
-            # or a fork that skipped its lock-down could write to this process, which has no filter
+            # this process has no filter. Its rights kept the zygote, which has less, out of it so
+            # far; from here on this does. Not a moment later: the zygote may be waiting for it
             lockdown.prctl(lockdown.PR_SET_DUMPABLE, 0)
+            for held in (self._parent, self._control):
+                held.close()
+            lockdown.drop_rights()
             zygote.say(self._seat, guest, *spaces, *groups, sandbox=sandbox)
             os.closerange(0, 2)
             os.closerange(3, 1 << 20)

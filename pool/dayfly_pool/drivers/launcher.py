@@ -17,6 +17,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from typing import Any, Final, NamedTuple
 
 from dayfly import lockdown
@@ -30,6 +31,7 @@ OOM_SCORE_ADJ: Final = {False: "500", True: "400"}
 """Of a sandbox and of a zygote: the kernel kills the sandboxes first."""
 
 GUEST_SOCKET, GUEST_ARGUMENTS = 3, 4
+DYING_S_MAX: Final = 2.0
 
 
 class _Child(NamedTuple):
@@ -46,6 +48,14 @@ class _Forked(NamedTuple):
     folders: list[str]
     pid: int
     pidfd: int
+
+
+class _Grave(NamedTuple):
+    """The groups of a sandbox that has ended, *since* when they could not be removed."""
+
+    folders: list[str]
+    zygote: str
+    since: float
 
 
 class Launcher:
@@ -66,7 +76,7 @@ class Launcher:
         self._forked: dict[str, _Forked] = {}
         self._codes: dict[str, int] = {}
         self._selector = selectors.DefaultSelector()
-        self._unburied: list[list[str]] = []
+        self._unburied: list[_Grave] = []
         self._null = os.open("/dev/null", os.O_RDWR)
 
     def run(self) -> None:
@@ -229,21 +239,23 @@ class Launcher:
         """It was asked of a zygote, and will not come, or is not wanted any more."""
         if sandbox not in self._asked:
             return
-        _, folders = self._asked.pop(sandbox)
+        asked, folders = self._asked.pop(sandbox)
         self._codes.pop(sandbox, None)
         if not cgroups.remove(folders):
-            self._unburied.append(folders)
+            self._unburied.append(_Grave(folders, asked, time.monotonic()))
         self._tell({"say": "refused", "sandbox": sandbox, "why": why})
 
     def _bury(self, sandbox: str) -> bool:
         """A forked sandbox is dead to its last process."""
-        forked = self._forked.pop(sandbox)
+        forked = self._forked[sandbox]  # until it has been heard: what is not there says nothing
         self._selector.unregister(forked.pidfd)
-        os.close(forked.pidfd)
         while sandbox not in self._codes and forked.zygote in self._zygotes:
             if not self._hear(forked.zygote):
                 break  # whatever its pid 1 had to say, it said before it died
-        self._exited(sandbox, forked.folders, self._codes.pop(sandbox, -signal.SIGKILL))
+        del self._forked[sandbox]
+        os.close(forked.pidfd)
+        code = self._codes.pop(sandbox, -signal.SIGKILL)
+        self._exited(sandbox, forked.folders, code, forked.zygote)
         return True
 
     def _become(self, request: dict[str, Any], guest: int, arguments: int) -> None:
@@ -317,9 +329,13 @@ class Launcher:
             if child is None:
                 continue  # a sandbox's pid 1 that outlived bwrap by a moment
             self._exited(child.sandbox, child.folders, os.waitstatus_to_exitcode(status))
-        self._unburied = [folders for folders in self._unburied if not cgroups.remove(folders)]
+        self._unburied = [grave for grave in self._unburied if not cgroups.remove(grave.folders)]
+        for grave in self._unburied:
+            is_haunted = time.monotonic() - grave.since > DYING_S_MAX
+            if is_haunted and (keeper := self._forked.get(grave.zygote)):
+                self._kill(keeper)  # a hostile zygote's processes come back: all of it goes
 
-    def _exited(self, sandbox: str, folders: list[str], code: int) -> None:
+    def _exited(self, sandbox: str, folders: list[str], code: int, zygote: str = "") -> None:
         self._pids.pop(sandbox, None)
         death = cgroups.autopsy(folders)
         for folder in folders:
@@ -328,7 +344,7 @@ class Launcher:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-        self._unburied.append(folders)
+        self._unburied.append(_Grave(folders, zygote, time.monotonic()))
         self._tell(
             {
                 "say": "exited",
@@ -352,7 +368,8 @@ class Launcher:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 break
-        groups = [child.folders for child in self._children.values()] + self._unburied
+        groups = [child.folders for child in self._children.values()]
+        groups += [grave.folders for grave in self._unburied]
         groups += [forked.folders for forked in self._forked.values()]
         groups += [folders for _, folders in self._asked.values()]
         for folders in groups:

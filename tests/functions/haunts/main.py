@@ -1,7 +1,7 @@
 """Leaves processes where they are not looked for: in the groups of every sandbox of its own.
 
 They stay in the zygote's pid namespace, so no sandbox takes them with it when it ends. WHO says
-whose processes: those that the zygote forks, its own, or its keeper.
+who: a child of the zygote's, one after the other as they are killed, itself, or its keeper.
 """
 
 import mmap
@@ -24,12 +24,22 @@ def receive(control):
     groups = request["descriptors"][NAMESPACES:]
     if WHO == "a child":
         if os.fork() == 0:
-            enter(groups, b"0")
+            stay(groups)
+    elif WHO == "one after the other":
+        if os.fork() == 0:
             while True:
-                signal.pause()
+                if os.fork() == 0:
+                    stay(groups)
+                os.wait()
     else:
         enter(groups, {"itself": b"0", "its keeper": b"1"}[WHO])
     return request
+
+
+def stay(groups):
+    enter(groups, b"0")
+    while True:
+        signal.pause()
 
 
 def enter(groups, pid):
