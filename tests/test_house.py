@@ -214,6 +214,14 @@ def test_the_shipped_fakes_need_no_test_framework():
     assert imports(TREES["pool/dayfly_pool/testing.py"]) <= allowed
 
 
+def test_a_server_with_the_process_driver_needs_nothing_of_linux():
+    """`dayfly.lockdown` asks the C library for Linux's own calls when it is imported."""
+    wanted = "dayfly_gateway.up, dayfly_pool.pool, dayfly_pool.service, dayfly_pool.drivers.process"
+    code = f"import sys, {wanted}; sys.exit('dayfly.lockdown' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_house_is_all_here():
     """An empty glob would make every rule above true."""
     assert len(SOURCES) > 25

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, cast
 
-from dayfly.lockdown import LOCKED_ZYGOTE
+from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -195,7 +195,7 @@ class Sandbox:
             return Failure(message.kind, message.message, message.traceback)
         if not isinstance(message, Loaded):
             return Failure("ProtocolViolation", f"{type(message).__name__} instead of Loaded")
-        capabilities = LOCKED_ZYGOTE.cap_eff if as_zygote else 0
+        capabilities = ZYGOTE_CAP_EFF if as_zygote else 0
         confirmed = (message.cap_eff, message.no_new_privs, message.seccomp)
         if self._driver.isolated and confirmed != (capabilities, 1, 2):
             return Failure("InitCrashed", "the sandbox did not confirm its lock-down")

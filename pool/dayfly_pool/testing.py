@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from dayfly.lockdown import LOCKED_ZYGOTE
+from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -181,7 +181,7 @@ class FakeGuest:
                 threads=left.get("threads", 0),
                 children=left.get("children", 0),
                 descriptors=left.get("descriptors", 0),
-                cap_eff=LOCKED_ZYGOTE.cap_eff if load.as_zygote and self._driver.isolated else 0,
+                cap_eff=ZYGOTE_CAP_EFF if load.as_zygote and self._driver.isolated else 0,
                 no_new_privs=confirmed[0],
                 seccomp=confirmed[1],
                 landlock=0,

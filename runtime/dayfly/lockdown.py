@@ -17,6 +17,7 @@ import os
 import resource
 import struct
 
+from dayfly.capabilities import ZYGOTE_CAP_EFF, ZYGOTE_CAPABILITIES
 from dayfly.record import Record
 
 CODE = "/code"
@@ -40,8 +41,6 @@ _WRITE = 0b10
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
 
-ZYGOTE_CAPABILITIES = (8, 18, 21, 31)
-"""CAP_SETPCAP, CAP_SYS_CHROOT, CAP_SYS_ADMIN and CAP_SETFCAP: what entering namespaces takes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -244,9 +243,7 @@ class Rights(Record):
 
 
 LOCKED = Rights(cap_eff=0, no_new_privs=1, seccomp=2)
-LOCKED_ZYGOTE = Rights(
-    cap_eff=sum(1 << capability for capability in ZYGOTE_CAPABILITIES), no_new_privs=1, seccomp=2
-)
+LOCKED_ZYGOTE = Rights(cap_eff=ZYGOTE_CAP_EFF, no_new_privs=1, seccomp=2)
 
 
 def rights() -> Rights:

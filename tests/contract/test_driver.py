@@ -14,7 +14,7 @@ import pytest
 from msgspec import structs
 from tests.harness import Process, eventually_none, family, stat, status
 
-from dayfly.lockdown import LOCKED_ZYGOTE
+from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -1388,7 +1388,7 @@ async def test_a_functions_zygote_says_which_rights_it_has_and_its_forks_have_no
     await other.hear(Hello)
     plain = await other.load("greet")
 
-    assert (kept.cap_eff, kept.no_new_privs, kept.seccomp) == (LOCKED_ZYGOTE.cap_eff, 1, 2)
+    assert (kept.cap_eff, kept.no_new_privs, kept.seccomp) == (ZYGOTE_CAP_EFF, 1, 2)
     assert (forked.cap_eff, forked.no_new_privs, forked.seccomp) == (0, 1, 2)
     assert (forked.slots, forked.landlock) == (plain.slots, plain.landlock)
 

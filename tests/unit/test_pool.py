@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dayfly.lockdown import LOCKED_ZYGOTE
+from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -1652,7 +1652,7 @@ async def test_a_zygote_that_does_not_load_is_the_functions_failure(
 
 async def test_a_sandbox_that_has_a_zygotes_rights_never_runs_user_code():
     """What is enough for a zygote is too much for a sandbox that was forked from it."""
-    zygotes_rights = Loaded.of(LOADED.__dict__ | {"cap_eff": LOCKED_ZYGOTE.cap_eff})
+    zygotes_rights = Loaded.of(LOADED.__dict__ | {"cap_eff": ZYGOTE_CAP_EFF})
 
     async def claim(guest: FakeGuest) -> None:
         await guest.say(zygotes_rights)
