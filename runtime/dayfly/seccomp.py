@@ -105,6 +105,9 @@ SOCKET_PROTOCOLS: Final = (
     58,
 )  # usual, ICMP, TCP, UDP, ICMPv6; so not MPTCP, SCTP, ...
 IOCTLS_REFUSED: Final = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing on somebody's terminal
+NAMESPACE_IOCTLS: Final = 0xB7
+"""The kind (second byte) of ioctls that hand out other namespaces, or tell of them."""
+
 PRCTLS: Final = (1, 2, 3, 4, 15, 16, 21, 23, 29, 30, 36, 37, 38, 39, 41, 42, 0x53564D41)
 
 ZYGOTE_PRCTLS: Final = (24, 47)  # PR_CAPBSET_DROP, PR_CAP_AMBIENT
@@ -146,7 +149,9 @@ def program(machine: str, *, zygote: bool = False) -> bytes:
     sockets = _one_of(_ARG0, SOCKET_FAMILIES, beyond=len(protocols)) + protocols
     code += _when(numbers["socket"], sockets, _EAFNOSUPPORT)
     code += _when(numbers["socketpair"], _one_of(_ARG0, (1,)), _EAFNOSUPPORT)
-    code += _when(numbers["ioctl"], _none_of(_ARG1, IOCTLS_REFUSED), _EPERM)
+    kinds = _not_of_kind(_ARG1, NAMESPACE_IOCTLS)
+    requests = _none_of(_ARG1, IOCTLS_REFUSED, beyond=len(kinds)) + kinds
+    code += _when(numbers["ioctl"], requests, _EPERM)
     prctls = PRCTLS + ZYGOTE_PRCTLS if zygote else PRCTLS
     code += _when(numbers["prctl"], _one_of(_ARG0, prctls), _EPERM)
     if zygote:
@@ -181,10 +186,26 @@ def _one_of(
     return [(_LOAD, 0, 0, argument), *tests]
 
 
-def _none_of(argument: int, values: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+def _none_of(
+    argument: int, values: tuple[int, ...], beyond: int = 0
+) -> list[tuple[int, int, int, int]]:
+    """Fall through if *argument* is none of *values*, else skip one more than *beyond*."""
     last = len(values) - 1
-    tests = [(_JEQ, last - i + 1, 0, value) for i, value in enumerate(values)]
+    tests = [(_JEQ, last - i + 1 + beyond, 0, value) for i, value in enumerate(values)]
     return [(_LOAD, 0, 0, argument), *tests]
+
+
+def _not_of_kind(argument: int, kind: int) -> list[tuple[int, int, int, int]]:
+    """Fall through unless the second byte of *argument* is *kind*; else skip one.
+
+    The sizes of structures are in the upper half of a request, so single values would not do.
+    """
+    ones = [1 << bit for bit in range(8, 16) if kind << 8 & 1 << bit]
+    zeros = 0xFF00 & ~(kind << 8)
+    last = len(ones) - 1
+    tests = [(_JSET, len(ones), 0, zeros)]  # one bit too many is another kind
+    tests += [(_JSET, 0, last - i, one) for i, one in enumerate(ones[:-1])]  # and one too few
+    return [(_LOAD, 0, 0, argument), *tests, (_JSET, 1, 0, ones[-1])]
 
 
 def _ranges(numbers: list[int]) -> list[tuple[int, int]]:

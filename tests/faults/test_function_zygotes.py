@@ -725,8 +725,6 @@ NO_SIGNAL = (
     "as pid 1 the keeper gets none but SIGINT, which ends it with all that is the function's"
 )
 IN_THE_ZYGOTE: dict[str, str] = {
-    "ask for the owner of our mount namespace": "its own user namespace: it is there already",
-    "ask for the owner of our pid namespace": "its own user namespace: it is there already",
     "call landlock_create_ruleset": "its forks confine themselves with it",
     "change oom_score_adj to what a process is born with": "not harmless: when the machine has no "
     "memory left the kernel spares it; closed where the launcher has CAP_SYS_RESOURCE",

@@ -248,6 +248,19 @@ def test_nothing_can_be_typed_on_a_terminal(
     assert said == (ALLOW if is_allowed else EPERM)
 
 
+@pytest.mark.parametrize("size", [0, 8, 16, 0x3FFF])
+@pytest.mark.parametrize("direction", [0, 1, 2, 3])
+def test_no_namespace_is_handed_out_or_told_of(machine: str, direction: int, size: int):
+    """NS_GET_PARENT, NS_MNT_GET_NEXT and their kin, of any size and number; other kinds pass."""
+    ioctl = syscalls(machine)["ioctl"]
+    for kind in range(256):
+        request_ = direction << 30 | size << 16 | kind << 8 | 1
+        for zygote in (False, True):
+            said = run(machine, ioctl, 0, request_, zygote=zygote)
+
+            assert said == (EPERM if kind == 0xB7 else ALLOW), hex(request_)
+
+
 @pytest.mark.parametrize(
     ("option", "is_allowed"),
     [
