@@ -5,6 +5,7 @@ Standard library only: the launcher, which is started without third-party packag
 
 import contextlib
 import os
+import signal
 from typing import Final, NamedTuple
 
 MOUNT: Final = "/sys/fs/cgroup"
@@ -196,6 +197,22 @@ def processes(folder: str) -> list[int]:
 def members(folder: str) -> list[int]:
     """The processes of one group."""
     return [int(pid) for pid in _read(os.path.join(folder, "cgroup.procs")).split()]
+
+
+def kill(folder: str) -> None:
+    """Kill every process of one group, and nobody who has got the number of one since."""
+    for pid in members(folder):
+        try:
+            held = os.pidfd_open(pid)
+        except OSError:
+            continue  # dead by now, or no descriptor is left: whoever removes the group tries again
+        try:
+            if pid in members(folder):
+                signal.pidfd_send_signal(held, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(held)
 
 
 def remove_tree(folder: str) -> bool:

@@ -196,25 +196,39 @@ class Launcher:
         if not data:
             self._lose(zygote)
             return True
-        answer = json.loads(data)
+        try:
+            self._note(zygote, json.loads(data), descriptors)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            os.write(2, f"launcher: {zygote} says nonsense: {error!r}\n"[:500].encode())
+            self._lose(zygote)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
+
+    def _note(self, zygote: str, answer: dict[str, Any], descriptors: list[int]) -> None:
+        """Believe what is about the zygote itself, or about a sandbox that was asked of it.
+
+        Descriptors that it takes are removed from *descriptors*.
+        """
         sandbox = answer.get("sandbox", zygote)
+        asked = sandbox in self._asked and self._asked[sandbox][0] == zygote
+        forked = self._forked.get(sandbox)
         match answer["say"]:
             case "ready" | "unfit":
                 self._tell(answer | {"sandbox": zygote})
             case "forked" if len(descriptors) == 1:
-                self._take(sandbox, zygote, descriptors[0])
-            case "refused" | "forked":  # the latter without a descriptor: we have no room for one
+                self._take(sandbox, zygote, descriptors.pop(), is_wanted=asked)
+            case "refused" | "forked" if asked:  # the latter without: we have no room for one
                 self._refuse(sandbox, answer.get("why", "the launcher has too many files open"))
-            case "exited" if sandbox in self._asked:
-                self._codes.setdefault(sandbox, answer["code"])
-            case "exited" if sandbox in self._forked and self._forked[sandbox].zygote == zygote:
-                self._codes.setdefault(sandbox, answer["code"])
-                self._kill(self._forked[sandbox])  # whom a function's zygote forked left its init
-        return True
+            case "exited" if asked:
+                self._codes.setdefault(sandbox, int(answer["code"]))
+            case "exited" if forked is not None and forked.zygote == zygote:
+                self._codes.setdefault(sandbox, int(answer["code"]))
+                self._kill(forked)  # whom a function's zygote forked left its init
 
-    def _take(self, sandbox: str, zygote: str, pidfd: int) -> None:
+    def _take(self, sandbox: str, zygote: str, pidfd: int, *, is_wanted: bool) -> None:
         """It has been forked, and may be dead already."""
-        if sandbox not in self._asked:  # it was given up meanwhile
+        if not is_wanted:  # it was given up meanwhile
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
             return
@@ -339,11 +353,7 @@ class Launcher:
         self._pids.pop(sandbox, None)
         death = cgroups.autopsy(folders)
         for folder in folders:
-            for pid in cgroups.members(folder):  # dying, or put there by a hostile zygote
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            cgroups.kill(folder)  # who is there is dying, or was put there by a hostile zygote
         self._unburied.append(_Grave(folders, zygote, time.monotonic()))
         self._tell(
             {

@@ -35,7 +35,7 @@ CAPABILITIES: Final = (
     "CAP_SETGID",
     "CAP_SETFCAP",
 )
-ZYGOTE_CAPABILITIES: Final = ("CAP_NET_ADMIN", "CAP_SYS_CHROOT")
+CAPABILITIES_TO_FORK: Final = (*CAPABILITIES, "CAP_NET_ADMIN", "CAP_SYS_CHROOT")
 PAGES_A_TABLE_PAGE: Final = 512
 """A fork has page tables of its own for all that it shares."""
 
@@ -223,7 +223,7 @@ class LinuxDriver:
             self._uids[sandbox] = (
                 self._free_uids.pop() if self._free_uids else self._uid_first + len(self._uids)
             )
-        capabilities = (*CAPABILITIES, *ZYGOTE_CAPABILITIES) if zygote else CAPABILITIES
+        capabilities = CAPABILITIES_TO_FORK if zygote else CAPABILITIES
         return {
             "bwrap": self._bwrap,
             "arguments": self._arguments(mold, environment, capabilities),
