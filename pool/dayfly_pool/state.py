@@ -124,7 +124,7 @@ class PoolState:
         """By tenant: those that may lack something (a start, a load, a zygote)."""
 
         self._cramped: dict[Mold, MoldRecord] = {}
-        """Those whose claims found no room in the pool."""
+        """Those whose claims found no room in the pool, or wait for an unknown import to end."""
 
         self._shelf = eviction.Shelf(self.functions)
         self.is_short_of_memory = False
@@ -533,8 +533,8 @@ class PoolState:
             return zygote
         is_turn = zygote is not None
         if mold.generic and mold.claims:
-            load = self._load_next(mold, now)
-            return [load] if load else None  # to start more would not get them loaded sooner
+            load = self._load_next(mold, now)  # to start more would not get them loaded sooner
+            return load if load or is_turn else None
         is_claimed = len(mold.claims) > mold.starting
         if now >= mold.retry_at and (is_claimed or self._lacks_generic(mold, now)):
             if mold.mold.function and not mold.zygote:
@@ -555,14 +555,16 @@ class PoolState:
             tenants = [self.functions[id_].function.namespace for id_ in next_ones]
         return next((t for t in tenants if self._turns.may(t, weight, now)), None)
 
-    def _load_next(self, mold: MoldRecord, now: float) -> Command | None:
-        """Load the first function that has a claim on *mold*, and its turn."""
+    def _load_next(self, mold: MoldRecord, now: float) -> list[Command] | None:
+        """Load the first function that has a claim on *mold*, and its turn; as `_step` answers."""
+        is_turn = True
         for at, id_ in enumerate(islice(mold.claims, CLAIMS_LOOKED_AT)):
             record = self.functions[id_]
             tenant = record.function.namespace
             weight = PRELOADED_WEIGHT if mold.mold.function else record.load_weight
             # a sandbox is ready for it: its own starts do not keep it from the first load
             if self._loads[tenant] and not self._turns.may(tenant, weight, now):
+                is_turn = False
                 continue
             if record.slots is None and record.loading >= self._unknown_loads_max:
                 continue
@@ -575,8 +577,11 @@ class PoolState:
             self._loads[tenant] += 1
             record.sandboxes[box.id] = box
             record.loading += 1
-            return Specialize(box.id, record.function)
-        return None
+            return [Specialize(box.id, record.function)]
+        if not is_turn:
+            return None
+        self._cramped[mold.mold] = mold  # the other molds of the tenant need not wait for it
+        return []
 
     def _lacks_generic(self, mold: MoldRecord, now: float) -> bool:
         if mold.warming and not (mold.zygote or mold.zygote_failures):

@@ -48,13 +48,20 @@ Z1, Z2, Z3, Z4, Z5, Z6, Z7 = (SandboxId(f"sb-z{n}") for n in range(1, 8))
 ZYGOTE_LIMITS = ZygoteLimits(forks=3, age_s=200, idle_s=50)
 
 
-def pool(*, generic_max: int = 0, sandboxes_max: int = 8, starts_max: int = 8) -> PoolState:
+def pool(
+    *,
+    generic_max: int = 0,
+    sandboxes_max: int = 8,
+    starts_max: int = 8,
+    unknown_weight: float = 1.0,
+) -> PoolState:
     """With *generic_max* 0 nothing is refilled but what `add_mold` asks for."""
     return PoolState(
         generic_max=generic_max,
         sandboxes_max=sandboxes_max,
         starts_max=starts_max,
         zygotes=ZYGOTE_LIMITS,
+        unknown_weight=unknown_weight,
     )
 
 
@@ -68,7 +75,7 @@ def refill(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = Non
     return Create(sandbox, mold, claimed=False, zygote=zygote)
 
 
-def deployed(*functions: Function, **limits: int) -> PoolState:
+def deployed(*functions: Function, **limits: Any) -> PoolState:
     state = pool(**limits)
     for each in functions:
         deploy(state, each, 0)
@@ -422,6 +429,33 @@ def test_a_tenants_claims_are_passed_over_when_it_is_anothers_turn_to_load():
     loaded = [c for s in (S1, S2, S3) for c in state.ready(s, 0) if isinstance(c, Specialize)]
 
     assert theirs in [command.function for command in loaded]
+
+
+def test_an_unknown_import_keeps_none_of_its_tenants_other_molds_waiting():
+    """Two of its loads are under way, which is all it may have; there is room for other work."""
+    heavy, light = of("mine", "heavy"), of("mine", "light", environment="other")
+    state = deployed(heavy, light, starts_max=2, unknown_weight=0.25)
+    boxes = [c.sandbox for c in burst(state, heavy, 4, 0) if isinstance(c, Create)]
+    while boxes:
+        made = state.ready(boxes.pop(), 0)
+        boxes += [c.sandbox for c in made if isinstance(c, Create)]
+    assert (state.phases()[Phase.LOADING], state.phases()[Phase.GENERIC] > 0) == (2, True)
+
+    assert starts(burst(state, light, 1, 0.1)) == 1
+
+
+def test_what_an_unknown_import_kept_waiting_goes_on_as_soon_as_it_is_known():
+    state = deployed(heavy := of("mine", "heavy"), starts_max=2, unknown_weight=0.25)
+    boxes = [c.sandbox for c in burst(state, heavy, 4, 0) if isinstance(c, Create)]
+    loads: list[Specialize] = []
+    while boxes:
+        made = state.ready(boxes.pop(), 0)
+        boxes += [c.sandbox for c in made if isinstance(c, Create)]
+        loads += [c for c in made if isinstance(c, Specialize)]
+    assert len(loads) == 2
+
+    more = state.loaded(loads[0].sandbox, 1, 1, import_s=0.01)
+    assert any(isinstance(command, Specialize) for command in more)
 
 
 def test_tenants_that_have_as_much_under_way_come_in_the_order_in_which_they_asked():
