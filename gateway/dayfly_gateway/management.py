@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -29,6 +29,7 @@ from dayfly_pool.models import (
     LogLine,
     Metadata,
     Outcome,
+    SandboxId,
     function_id,
 )
 from dayfly_pool.service import Service
@@ -106,7 +107,11 @@ class Management:
         return _json(openapi.document())
 
     async def _pool(self, request: web.Request) -> web.Response:
-        return _json(pool_view(self._service))
+        pool = self._service.pool
+        ids = [*pool.state.sandboxes, *pool.state.zygotes]
+        # a file of the kernel's for each of them: thousands would hold up every invocation
+        used = await asyncio.to_thread(lambda: {id_: pool.memory_bytes(id_) for id_ in ids})
+        return _json(pool_view(self._service, used))
 
     # ---- functions ----------------------------------------------------------------------------
 
@@ -299,8 +304,8 @@ def environment_view(stored: StoredEnvironment) -> dict[str, Any]:
     }
 
 
-def pool_view(service: Service) -> dict[str, Any]:
-    """The pool as `dayfly top` shows it."""
+def pool_view(service: Service, memory_bytes: Mapping[SandboxId, int]) -> dict[str, Any]:
+    """The pool as `dayfly top` shows it; what is newer than *memory_bytes* has 0 of them."""
     pool = service.pool
     now = time.monotonic()
     return {
@@ -319,7 +324,7 @@ def pool_view(service: Service) -> dict[str, Any]:
                 "network": box.mold.network,
                 "forSeconds": round(now - box.since, 3),
                 "running": len(box.running),
-                "memoryBytes": pool.memory_bytes(box.id),
+                "memoryBytes": memory_bytes.get(box.id, 0),
             }
             for box in pool.state.sandboxes.values()
         ],
@@ -333,7 +338,7 @@ def pool_view(service: Service) -> dict[str, Any]:
                 "isReady": zygote.is_ready,
                 "forSeconds": round(now - zygote.since, 3),
                 "forks": zygote.forks,
-                "memoryBytes": pool.memory_bytes(zygote.id),
+                "memoryBytes": memory_bytes.get(zygote.id, 0),
             }
             for zygote in pool.state.zygotes.values()
         ],
