@@ -10,12 +10,16 @@ StartKind = Literal["warm", "generic", "forked", "created"]
 
 
 class Create(Struct, frozen=True):
-    """Start a generic sandbox, or have *zygote* fork it; *claimed* when somebody waits for one."""
+    """Start a generic sandbox, or have *zygote* fork it; *claimed* when somebody waits for one.
+
+    *behind*: whose it is has more under way than its part, and others go first.
+    """
 
     sandbox: SandboxId
     mold: Mold
     claimed: bool
     zygote: SandboxId | None = None
+    behind: bool = False
 
 
 class Warm(Struct, frozen=True):
@@ -34,10 +38,11 @@ class Retire(Struct, frozen=True):
 
 
 class Specialize(Struct, frozen=True):
-    """Load *function* into a generic sandbox."""
+    """Load *function* into a generic sandbox; *behind* as in `Create`."""
 
     sandbox: SandboxId
     function: Function
+    behind: bool = False
 
 
 class Assign(Struct, frozen=True):

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final, assert_never
 
@@ -44,6 +44,7 @@ from dayfly_pool.sandbox import Lost, Sandbox, left_behind
 log = logging.getLogger("dayfly.pool")
 
 REFILL_DELAY_S: Final = 0.01
+BACKGROUND_S_MAX: Final = 0.25
 """A refill waits this long, not to compete with the cold start that took the last one."""
 
 TRACEBACK_LINES_MAX: Final = 200
@@ -375,9 +376,13 @@ class Pool:
         self.metrics.created()
         started = time.monotonic()
         environment = self._environments[command.mold.environment]
+        ids = (id_,) if command.zygote is None else (id_, command.zygote)
         try:
-            timeout_s = self.config.start_timeout_s
-            await sandbox.start(command.mold, environment, timeout_s, command.zygote)
+            with self._giving_way(command.behind, *ids):
+                timeout_s = self.config.start_timeout_s
+                await sandbox.start(
+                    command.mold, environment, timeout_s, command.zygote, background=command.behind
+                )
         except SandboxStartFailed as error:
             self._last_start_error = error.detail
             log.warning("sandbox did not start", extra={"sandbox": id_, "why": error.detail})
@@ -386,6 +391,26 @@ class Pool:
         box.create_s = time.monotonic() - started
         log.info("sandbox ready", extra={"sandbox": id_, "took_s": box.create_s})
         self._carry_out(self.state.ready(id_, time.monotonic()))
+
+    @contextmanager
+    def _giving_way(self, background: bool, *ids: SandboxId) -> Iterator[None]:
+        """While the block runs *ids* let others go first, or are not kept behind any more.
+
+        For `BACKGROUND_S_MAX` at most: handlers may want the processors for as long as they like.
+        """
+        self._give_way(ids, background=background)
+        if not background:
+            yield
+            return
+        timer = self._loop.call_later(BACKGROUND_S_MAX, partial(self._give_way, ids))
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_way(self, ids: Iterable[SandboxId], *, background: bool = False) -> None:
+        for id_ in ids:
+            self._driver.give_way(id_, background=background)
 
     def _spawn_zygote(self, command: commands.Warm) -> None:
         work = self._warm(command)
@@ -465,7 +490,9 @@ class Pool:
         box.function = function
         started = time.monotonic()
         environment = self._environments[function.mold.environment]
-        loaded = await box.sandbox.load(function, environment, self.config.init_timeout_s)
+        with self._giving_way(command.behind, command.sandbox):
+            loaded = await box.sandbox.load(function, environment, self.config.init_timeout_s)
+        self._driver.give_way(command.sandbox, background=False)
         now = time.monotonic()
         if loaded is None:
             self._carry_out(self.state.died(command.sandbox, now))
@@ -498,7 +525,8 @@ class Pool:
     async def _destroy(self, box: _Box, reason: str) -> None:
         self._boxes.pop(box.sandbox.id, None)
         self.metrics.destroyed(reason)
-        await box.sandbox.destroy()
+        with self._giving_way(True, box.sandbox.id):  # nobody waits for the end of it
+            await box.sandbox.destroy()
         log.info("sandbox destroyed", extra={"sandbox": box.sandbox.id, "reason": reason})
 
     def _died(self, id_: SandboxId, why: str) -> None:

@@ -128,17 +128,20 @@ class Sandbox:
         timeout_s: float,
         zygote: SandboxId | None = None,
         keeps: Function | None = None,
+        *,
+        background: bool = False,
     ) -> Hello:
         """Create it, or have *zygote* fork it, and wait until it is generic.
 
-        With *keeps* it is to be that function's zygote. Raises `SandboxStartFailed`.
+        In the *background* until it is told otherwise. With *keeps* it is to be that function's
+        zygote. Raises `SandboxStartFailed`.
         """
         loop = asyncio.get_running_loop()
         hello = self._expect_setup()
         try:
             async with asyncio.timeout(timeout_s):
                 end: socket.socket = await self._driver.create(
-                    self.id, mold, environment, zygote, keeps
+                    self.id, mold, environment, zygote, keeps, background=background
                 )
                 connection = _Connection(self._take, self._end)
                 self._connection = connection
@@ -239,8 +242,14 @@ class Sandbox:
         """Kill what is left of it, close the connection; returns when every process is dead."""
         self._is_over = True
         self._lose("Crashed", "the sandbox was destroyed")
-        self._abort()
-        return await self._driver.destroy(self.id)
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.pause_reading()
+        try:
+            # killed before it can see its connection end: an interpreter that winds itself up
+            # copies most of the pages that it shares with its siblings
+            return await self._driver.destroy(self.id)
+        finally:
+            self._abort()
 
     def _expect_setup(self) -> asyncio.Future[Message]:
         """The one answer outside any invocation: `Hello`, then `Loaded` or `Failed`."""

@@ -577,7 +577,8 @@ class PoolState:
             self._loads[tenant] += 1
             record.sandboxes[box.id] = box
             record.loading += 1
-            return [Specialize(box.id, record.function)]
+            behind = self._turns.wants_more(tenant, now)
+            return [Specialize(box.id, record.function, behind)]
         if not is_turn:
             return None
         self._cramped[mold.mold] = mold  # the other molds of the tenant need not wait for it
@@ -652,7 +653,8 @@ class PoolState:
             zygote.forking += 1
             zygote.used_at = now
             box.zygote = zygote.id
-        return Create(box.id, mold.mold, claimed, box.zygote)
+        behind = self._turns.wants_more(tenant, now)
+        return Create(box.id, mold.mold, claimed, box.zygote, behind)
 
     def _keep_zygote(self, mold: MoldRecord, now: float) -> list[Command] | None:
         """Have one while it is of use, and a fresh one in time; None when it is not its turn."""

@@ -92,7 +92,7 @@ class FakeGuest:
 
         self.ignores_terminate = False
         self.ended: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._driver, self._socket = driver, end
+        self._driver, self.connection = driver, end
         self._writer: asyncio.StreamWriter
         self._invocations: set[asyncio.Task[None]] = set()
         self._life = asyncio.create_task(self._live(), name=f"fake-{sandbox}")
@@ -114,7 +114,7 @@ class FakeGuest:
         """Be dead, unless it is already; returns when nothing of it is left."""
         self._die(exit_)
         await asyncio.wait({self._life})
-        self._socket.close()
+        self.connection.close()
 
     def _die(self, exit_: Exit) -> None:
         if not self.ended.done():
@@ -122,7 +122,7 @@ class FakeGuest:
         self._life.cancel()
 
     async def _live(self) -> None:
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
+        reader, self._writer = await asyncio.open_unix_connection(sock=self.connection)
         exit_ = Exit(0)
         try:
             await self._driver.on_start(self)
@@ -254,6 +254,9 @@ class FakeDriver:
         self.forked: dict[SandboxId, SandboxId] = {}
         """The zygote of every sandbox that was forked."""
 
+        self.background: set[SandboxId] = set()
+        """Those that give way to the others now."""
+
         self.created: list[SandboxId] = []
         self.destroyed: list[SandboxId] = []
 
@@ -274,6 +277,8 @@ class FakeDriver:
         environment: Environment,
         zygote: SandboxId | None = None,
         keeps: Function | None = None,
+        *,
+        background: bool = False,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`, or what `refusal` holds."""
         if self.refusal is not None:
@@ -292,6 +297,7 @@ class FakeDriver:
         if keeps is not None:
             self.zygotes[sandbox] = guest.ended
         self.created.append(sandbox)
+        self.give_way(sandbox, background=background)
         return ours
 
     async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
@@ -316,6 +322,13 @@ class FakeDriver:
         if sandbox in self.guests:
             self.guests[sandbox].limits = limits
 
+    def give_way(self, sandbox: SandboxId, *, background: bool) -> None:
+        """Remember what was asked for."""
+        if background:
+            self.background.add(sandbox)
+        else:
+            self.background.discard(sandbox)
+
     async def terminate(self, sandbox: SandboxId) -> None:
         """Ask the guest to end by itself."""
         guest = self.guests.get(sandbox)
@@ -326,6 +339,7 @@ class FakeDriver:
 
     async def destroy(self, sandbox: SandboxId) -> Exit:
         """End the guest's task, and with it all that it does."""
+        self.background.discard(sandbox)
         if ended := self.zygotes.pop(sandbox, None):
             for forked in self._forked_from(sandbox):
                 await forked.end(KILLED)

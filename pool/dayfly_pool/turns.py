@@ -3,6 +3,7 @@
 Starting a sandbox and importing a function cost processor time, and more of them at once than
 there are processors only makes each slower, for everybody. A tenant's burst must not do that to
 the others: each has an equal part while several want some, and always room for one piece of work.
+What a tenant does of its part while it wants more than that goes behind the others' work.
 """
 
 from collections import OrderedDict
@@ -10,6 +11,9 @@ from typing import Final
 
 ACTIVE_S: Final = 1.0
 """A tenant that began some work this lately has its part kept free."""
+
+BURST_S: Final = 0.2
+"""A tenant that wanted more than its part this lately wants it still."""
 
 
 class Turns:
@@ -23,6 +27,8 @@ class Turns:
         self._total = 0.0
         self._under_way: dict[str, float] = {}
         self._active: OrderedDict[str, float] = OrderedDict()
+        self._wanted: dict[str, float] = {}
+        """By tenant: when it wanted more than its part."""
 
     def under_way(self, tenant: str) -> float:
         """The weight of what *tenant* has under way."""
@@ -35,7 +41,14 @@ class Turns:
             return True
         self._forget_idle(now)
         part = self._most / len(self._active.keys() | {tenant})
-        return mine + weight <= part and self._total + weight <= self._most
+        if mine + weight > part:
+            self._wanted[tenant] = now
+            return False
+        return self._total + weight <= self._most
+
+    def wants_more(self, tenant: str, now: float) -> bool:
+        """Whether *tenant* has asked for more than its part, and still does."""
+        return tenant in self._wanted and now - self._wanted[tenant] < BURST_S
 
     def begin(self, tenant: str, weight: float, now: float) -> None:
         """It has begun."""
@@ -61,5 +74,6 @@ class Turns:
             if now - at < ACTIVE_S:
                 return
             del self._active[tenant]
+            self._wanted.pop(tenant, None)
             if tenant in self._under_way:  # still at it
                 self._active[tenant] = now

@@ -521,11 +521,12 @@ def creator(driver: Driver, guests: list[Guest], way: str) -> Callable[..., Any]
                 await keep(driver, guests, zygotes[name][0], name)
         return zygotes[name]
 
-    async def create(sandbox: SandboxId = S1, name: str = "") -> Guest:
+    async def create(sandbox: SandboxId = S1, name: str = "", *, background: bool = False) -> Guest:
         """A sandbox that waits for `Load`; one that is the function *name*, if it is given."""
         zygote, mold = await source(name or "greet")
+        made = driver.create(sandbox, mold, BASE_ENVIRONMENT, zygote, background=background)
         async with asyncio.timeout(SOON_S):
-            guest = Guest(await driver.create(sandbox, mold, BASE_ENVIRONMENT, zygote))
+            guest = Guest(await made)
         guests.append(guest)
         if name:
             await guest.hear(Hello)
@@ -590,6 +591,15 @@ def inside(linux: Driver, sandbox: SandboxId) -> list[int]:
     return [int(pid) for pid in pids if len(status(int(pid)).get("NSpid", "").split()) > 1]
 
 
+def gives_way(linux: Driver, sandbox: SandboxId) -> bool:
+    """What the kernel says of its control group."""
+    assert isinstance(linux, LinuxDriver)
+    folders = linux._tree.folders(sandbox)
+    if not folders or not (told := Path(folders[-1], "cpu.idle")).exists():
+        pytest.skip("this kernel has no groups that give way")
+    return told.read_text().strip() == "1"
+
+
 async def within(seconds: float, waited: Any) -> Any:
     async with asyncio.timeout(seconds):
         return await waited
@@ -625,6 +635,41 @@ async def test_an_isolated_sandbox_confirms_its_lock_down_before_user_code(
     confirmed = (loaded.cap_eff, loaded.no_new_privs, loaded.seccomp)
 
     assert confirmed == ((0, 1, 2) if driver.isolated else (0, 0, 0))
+
+
+async def test_a_sandbox_in_the_background_answers_as_any_other(driver: Driver, create: Any):
+    """As long as nobody else wants the processor; and what is gone gives way to nobody."""
+    guest = await create(S1, "greet", background=True)
+    assert await guest.call("Ada", 1) == "hello Ada"
+    driver.give_way(S1, background=False)
+    driver.give_way(S1, background=True)
+    assert await guest.call("Bob", 2) == "hello Bob"
+
+    await within(SOON_S, driver.destroy(S1))
+    driver.give_way(S1, background=False)
+    driver.give_way(S1, background=True)
+
+
+async def test_the_kernel_knows_who_is_in_the_background(linux: Driver, create_linux: Any):
+    await create_linux(S1, background=True)
+    await create_linux(S2)
+    assert (gives_way(linux, S1), gives_way(linux, S2)) == (True, False)
+
+    linux.give_way(S1, background=False)
+    linux.give_way(S2, background=True)
+    assert (gives_way(linux, S1), gives_way(linux, S2)) == (False, True)
+
+
+async def test_who_came_forward_while_it_was_made_is_not_kept_back(
+    linux: Driver, create_linux: Any
+):
+    making = asyncio.ensure_future(create_linux(S1, background=True))
+    while not making.done():
+        linux.give_way(S1, background=False)
+        await asyncio.sleep(0)
+    await making
+
+    assert not gives_way(linux, S1)
 
 
 async def test_a_handler_that_is_missing_is_told(create: Any, way: str):

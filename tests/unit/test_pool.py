@@ -468,6 +468,73 @@ async def test_a_guest_cannot_take_more_places_than_its_function_declares(slots:
         assert (await fail(pool, GREET)).kind == "ProtocolViolation"
 
 
+# ---- who goes first -----------------------------------------------------------------------------
+
+
+class Watched(FakeDriver):
+    """Notes who was in the background when it was up, and when its function was loaded."""
+
+    def __init__(self, *arguments: Any, **changed: Any) -> None:
+        super().__init__(*arguments, on_start=self._note, on_load=self._note, **changed)
+        self.noted: list[tuple[str, bool]] = []
+
+    async def _note(self, guest: FakeGuest) -> None:
+        what = "load" if guest.load else "start"
+        self.noted.append((what, guest.sandbox in self.background))
+
+
+async def test_a_burst_runs_in_the_background_until_it_is_loaded():
+    """The handlers run as all others do."""
+    driver = Watched({"main:greet": hello})
+    each = [function(f"f{n}", handler="main:greet") for n in range(4)]
+    async with running(driver, *each, starts_max=1) as pool, asyncio.TaskGroup() as tasks:
+        calls = [tasks.create_task(succeed(pool, one)) for one in each]
+    assert all(task.result() for task in calls)
+
+    assert driver.noted[0] == ("start", False)
+    assert set(driver.noted[1:]) == {("load", True), ("start", True)}
+    assert driver.background == set()
+
+
+async def test_what_goes_behind_comes_forward_in_time(monkeypatch: pytest.MonkeyPatch):
+    """Handlers may keep every processor for as long as they like; nobody may starve of that."""
+    monkeypatch.setattr("dayfly_pool.pool.BACKGROUND_S_MAX", 0)
+    behind = set()
+
+    class Noting(FakeDriver):
+        def give_way(self, sandbox: SandboxId, *, background: bool) -> None:
+            super().give_way(sandbox, background=background)
+            if background and sandbox in self.guests:
+                behind.add(sandbox)
+
+    async def come(guest: FakeGuest) -> None:
+        await eventually(lambda: guest.sandbox not in driver.background)
+
+    driver = Noting({"main:greet": hello}, on_start=come, on_load=come)
+    each = [function(f"f{n}", handler="main:greet") for n in range(4)]
+    async with running(driver, *each, starts_max=1) as pool, asyncio.TaskGroup() as tasks:
+        for one in each:
+            tasks.create_task(succeed(pool, one))
+        await eventually(lambda: len(behind) >= 3)
+
+
+async def test_a_sandbox_is_killed_before_it_can_see_its_connection_end():
+    """It would wind itself up, and copy the pages for it that it shares with its siblings."""
+    seen: list[int] = []
+
+    class Witness(FakeDriver):
+        async def destroy(self, sandbox: SandboxId) -> Exit:
+            if sandbox in self.guests:
+                with pytest.raises(BlockingIOError):
+                    self.guests[sandbox].connection.recv(1, socket.MSG_PEEK)
+                seen.append(len(self.background & {sandbox}))
+            return await super().destroy(sandbox)
+
+    async with running(Witness({"main:greet": hello}), GREET) as pool:
+        await succeed(pool, GREET)
+    assert seen == [1]
+
+
 # ---- time ---------------------------------------------------------------------------------------
 
 
@@ -1221,6 +1288,8 @@ async def test_a_zygote_that_cannot_fork_costs_its_caller_nothing_but_the_try():
             environment: Environment,
             zygote: SandboxId | None = None,
             keeps: Function | None = None,
+            *,
+            background: bool = False,
         ) -> socket.socket:
             if zygote is not None:
                 raise SandboxStartFailed("no memory")
@@ -1840,6 +1909,8 @@ async def test_a_driver_that_has_no_room_for_a_zygote_costs_nobody_an_answer():
             environment: Environment,
             zygote: SandboxId | None = None,
             keeps: Function | None = None,
+            *,
+            background: bool = False,
         ) -> socket.socket:
             if keeps is not None:
                 raise ZygoteUnfit("there are no control groups to limit it by")

@@ -65,14 +65,26 @@ def pool(
     )
 
 
-def create(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = None) -> Create:
+def create(
+    sandbox: SandboxId,
+    mold: Mold = BASE,
+    zygote: SandboxId | None = None,
+    *,
+    behind: bool = False,
+) -> Create:
     """A start, or with *zygote* a fork, that somebody waits for."""
-    return Create(sandbox, mold, claimed=True, zygote=zygote)
+    return Create(sandbox, mold, claimed=True, zygote=zygote, behind=behind)
 
 
-def refill(sandbox: SandboxId, mold: Mold = BASE, zygote: SandboxId | None = None) -> Create:
+def refill(
+    sandbox: SandboxId,
+    mold: Mold = BASE,
+    zygote: SandboxId | None = None,
+    *,
+    behind: bool = False,
+) -> Create:
     """A start, or with *zygote* a fork, that nobody waits for yet."""
-    return Create(sandbox, mold, claimed=False, zygote=zygote)
+    return Create(sandbox, mold, claimed=False, zygote=zygote, behind=behind)
 
 
 def deployed(*functions: Function, **limits: Any) -> PoolState:
@@ -319,9 +331,11 @@ def test_work_at_once_is_limited_and_what_is_waited_for_comes_first():
         assert state.submit(invocation, each.id, 0) == []
 
     assert state.ready(S2, 1) == [Specialize(S2, each)]  # and a start is under way
-    assert state.ready(S3, 1) == [Specialize(S3, each)]
-    assert state.loaded(S2, 1, 1) == [Assign(S2, I1, "created"), create(S4, each.mold)]
-    assert state.loaded(S3, 1, 1) == [Assign(S3, I2, "created"), refill(S5, each.mold)]
+    assert state.ready(S3, 1) == [Specialize(S3, each, behind=True)]
+    waited_for = create(S4, each.mold, behind=True)
+    assert state.loaded(S2, 1, 1) == [Assign(S2, I1, "created"), waited_for]
+    extra = refill(S5, each.mold, behind=True)
+    assert state.loaded(S3, 1, 1) == [Assign(S3, I2, "created"), extra]
 
 
 def test_what_is_ready_is_loaded_before_more_is_started():
@@ -334,7 +348,7 @@ def test_what_is_ready_is_loaded_before_more_is_started():
     first, second = state.sandboxes
 
     assert state.ready(first, 1) == [Specialize(first, each)]
-    assert state.ready(second, 1) == [Specialize(second, each)]
+    assert state.ready(second, 1) == [Specialize(second, each, behind=True)]
     assert starts(state.tick(1)) == 0
 
 
@@ -357,6 +371,27 @@ def test_a_burst_of_one_tenants_does_not_keep_another_from_starting():
     assert sum(starts(burst(state, each, 1, 0)) for each in mine) == 2
 
     assert made_for(burst(state, theirs, 1, 0.1)) == ["theirs"]
+
+
+def behind(commands: Iterable[Command]) -> list[bool]:
+    """For every start and load: whether it goes behind those of others."""
+    return [c.behind for c in commands if isinstance(c, Create | Specialize)]
+
+
+def test_a_burst_goes_behind_and_who_makes_none_does_not():
+    """Its first ones began when nobody knew that there would be more."""
+    mine, theirs = [of("mine", f"f{i}") for i in range(100)], of("theirs")
+    state = deployed(*mine, theirs, starts_max=2, sandboxes_max=500)
+    first = [command for each in mine for command in burst(state, each, 1, 0)]
+    assert behind(first) == [False, False]
+    (ready, *_) = [c.sandbox for c in first if isinstance(c, Create)]
+    loads = state.ready(ready, 0.01)
+    assert behind(loads) == [True]
+
+    begun = burst(state, theirs, 1, 0.02)
+    assert behind(begun) == [False]
+    (theirs_ready,) = [c.sandbox for c in begun if isinstance(c, Create)]
+    assert behind(state.ready(theirs_ready, 0.03)) == [False]
 
 
 def test_two_tenants_that_want_the_processors_have_half_of_them_each():
@@ -477,7 +512,7 @@ def test_a_generic_sandbox_that_somebody_waits_for_is_no_surplus():
     assert state.ready(second, 0) == []
 
     assert [c for c in state.tick(0.1) if isinstance(c, Destroy)] == []
-    assert state.loaded(first, 1, 0.2)[-1] == Specialize(second, mine)
+    assert state.loaded(first, 1, 0.2)[-1] == Specialize(second, mine, behind=True)
 
 
 def test_a_sandbox_that_is_ready_is_loaded_though_its_tenants_starts_take_all_of_its_part():

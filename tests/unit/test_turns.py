@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dayfly_pool.turns import ACTIVE_S, Turns
+from dayfly_pool.turns import ACTIVE_S, BURST_S, Turns
 
 MINE, THEIRS, OTHERS = "mine", "theirs", "others"
 WEIGHTS = st.sampled_from((0.1, 0.25, 0.3, 0.5, 0.7, 1.0))
@@ -85,6 +85,36 @@ def test_a_piece_that_is_more_than_there_is_has_its_turn_alone():
 
     assert begun(turns, MINE, 0) == 1
     assert not turns.may(MINE, 0.1, 0)
+
+
+# ---- who goes behind ----------------------------------------------------------------------------
+
+
+def test_who_asks_for_no_more_than_there_is_is_never_behind():
+    turns = Turns(4)
+    for _ in range(4):
+        assert turns.may(MINE, 1.0, 0)
+        turns.begin(MINE, 1.0, 0)
+
+        assert not turns.wants_more(MINE, 0)
+
+
+def test_who_wants_more_than_its_part_goes_behind_until_it_has_not_for_a_while():
+    turns = Turns(2)
+    begun(turns, MINE, 0)
+
+    assert turns.wants_more(MINE, BURST_S - 0.01)
+    assert not turns.wants_more(MINE, BURST_S)
+
+
+def test_who_finds_all_taken_by_others_does_not_go_behind_for_that():
+    """It has not had its part."""
+    turns = Turns(2)
+    begun(turns, MINE, 0)
+    begun(turns, THEIRS, 0, 0.5)
+
+    assert not turns.may(THEIRS, 0.5, 0)
+    assert not turns.wants_more(THEIRS, 0)
 
 
 # ---- several ------------------------------------------------------------------------------------

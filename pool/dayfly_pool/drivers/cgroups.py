@@ -98,10 +98,22 @@ def establish(tree: Tree) -> Tree:
     return tree
 
 
-def create(folders: list[str]) -> None:
+def create(folders: list[str], *, background: bool = False) -> None:
     """Make a sandbox's groups."""
     for folder in folders:
         os.mkdir(folder)
+    if background:
+        give_way(folders, background=True)
+
+
+def give_way(folders: list[str], *, background: bool) -> None:
+    """Let the processes there run only when no others want the processor, or as all others do.
+
+    A kernel older than 5.15 knows of no such group: they run as all others do.
+    """
+    if folders:
+        with contextlib.suppress(OSError):  # so too when the sandbox has just died
+            _write(os.path.join(folders[-1], "cpu.idle"), str(int(background)))
 
 
 def enter(folders: list[str]) -> None:

@@ -124,7 +124,7 @@ class Launcher:
         try:
             os.write(arguments, b"".join(a.encode() + b"\0" for a in request["arguments"]))
             os.lseek(arguments, 0, os.SEEK_SET)
-            cgroups.create(folders)
+            cgroups.create(folders, background=request["background"])
             pid = os.fork()
             if pid == 0:
                 self._become(request, guest, arguments)
@@ -159,7 +159,7 @@ class Launcher:
         try:
             if zygote not in self._zygotes or zygote in self._retired:
                 raise OSError(f"{zygote} is gone")
-            cgroups.create(folders)
+            cgroups.create(folders, background=request["background"])
             if request["keep"]:
                 descriptors.append(self._connect(sandbox))
             descriptors += cgroups.entries(folders)

@@ -77,6 +77,7 @@ class LinuxDriver:
         self._exits: dict[str, asyncio.Future[Exit]] = {}
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._uids: dict[str, int] = {}
+        self._background: set[SandboxId] = set()
         self._free_uids: list[int] = []
         self._said: list[str] = []
 
@@ -168,6 +169,8 @@ class LinuxDriver:
         environment: Environment,
         zygote: SandboxId | None = None,
         keeps: Function | None = None,
+        *,
+        background: bool = False,
     ) -> socket.socket:
         """Start one sandbox, or have *zygote* fork it; raises `SandboxStartFailed`.
 
@@ -177,6 +180,9 @@ class LinuxDriver:
             raise ZygoteUnfit(f"there are no control groups to limit it by: {self._tree.reason}")
         ours, theirs = socket.socketpair()
         request: dict[str, Any] = {"sandbox": sandbox, "folders": self._tree.folders(sandbox)}
+        request["background"] = background
+        if background:
+            self._background.add(sandbox)
         if zygote is None:
             request |= {"do": "create"} | self._started(sandbox, mold, environment)
         else:
@@ -187,6 +193,8 @@ class LinuxDriver:
         try:
             with theirs:
                 await self._made(sandbox, request, theirs.fileno())
+            if background and sandbox not in self._background:  # not any more
+                cgroups.give_way(self._tree.folders(sandbox), background=False)
             if keeps is None:
                 self.limit(sandbox, GENERIC_LIMITS)
             else:
@@ -199,7 +207,8 @@ class LinuxDriver:
 
     async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
         """Start a zygote; returns when it is ready. Raises `SandboxStartFailed`, `ZygoteUnfit`."""
-        request = {"do": "zygote", "sandbox": zygote, "folders": self._tree.folders(zygote)}
+        request: dict[str, Any] = {"do": "zygote", "sandbox": zygote, "background": False}
+        request["folders"] = self._tree.folders(zygote)
         request |= self._started(zygote, mold, environment, zygote=True)
         ready = self._ready[zygote] = asyncio.get_running_loop().create_future()
         try:
@@ -312,6 +321,16 @@ class LinuxDriver:
                 raise
             # it has just died; whoever waits for it will be told
 
+    def give_way(self, sandbox: SandboxId, *, background: bool) -> None:
+        """Let it run only when no others want the processor, or as all others do."""
+        if background == (sandbox in self._background):
+            return
+        if background:
+            self._background.add(sandbox)
+        else:
+            self._background.remove(sandbox)
+        cgroups.give_way(self._tree.folders(sandbox), background=background)
+
     def _limit_zygote(self, sandbox: SandboxId, function: Function) -> None:
         """The function's own limits, and what the kernel needs for each of its forks."""
         limits, forks = function.spec.limits, function.spec.max_scale
@@ -332,6 +351,7 @@ class LinuxDriver:
                 await self._ask({"do": "kill", "sandbox": sandbox})
         exit_ = await self.exited(sandbox)
         self._exits.pop(sandbox, None)
+        self._background.discard(sandbox)
         if sandbox in self._uids:
             self._free_uids.append(self._uids.pop(sandbox))
         return exit_

@@ -54,6 +54,8 @@ class ProcessDriver:
         environment: Environment,
         zygote: SandboxId | None = None,
         keeps: Function | None = None,
+        *,
+        background: bool = False,
     ) -> socket.socket:
         """Start one guest; raises `SandboxStartFailed`."""
         assert zygote is None
@@ -95,6 +97,9 @@ class ProcessDriver:
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:
         """Nothing is limited here; the time limits are the pool's."""
+
+    def give_way(self, sandbox: SandboxId, *, background: bool) -> None:
+        """Nothing goes first here."""
 
     async def terminate(self, sandbox: SandboxId) -> None:
         """Send SIGTERM to the guest."""
