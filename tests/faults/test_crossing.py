@@ -54,29 +54,29 @@ def test_no_two_started_sandboxes_share_a_random_stream_or_a_memory_layout(serve
 
 def test_forked_sandboxes_share_a_memory_layout_and_no_random_stream(server: Server):
     """What SPECIFICATION.md lists as shared within a tenant, and nothing else."""
-    found = distinct(server, 60)
+    found = distinct(server, 200)
 
-    assert {trait for trait, number in found.items() if number < 60} <= LAYOUT
-    assert all(number == 60 for trait, number in found.items() if trait not in LAYOUT)
+    assert {trait for trait, number in found.items() if number < 200} <= LAYOUT
+    assert all(number == 200 for trait, number in found.items() if trait not in LAYOUT)
 
 
 def test_two_tenants_share_nothing_though_both_fork(server: Server):
     """Each namespace has zygotes of its own: no value of one's is ever the other's."""
     prints: dict[str, list[dict[str, Any]]] = {}
-    for namespace in ("north", "south"):
-        for i in range(6):
-            server.deploy("fingerprint", f"finger-{i}", namespace=namespace)
-        eventually(lambda namespace=namespace: server.has_zygote(namespace))
-        prints[namespace] = [
-            server.invoke(f"finger-{i}", namespace=namespace).json() for i in range(6)
-        ]
+    for where in ("north", "south"):
+        names = [server.deploy("fingerprint", f"finger-{i}", namespace=where) for i in range(100)]
+        eventually(lambda where=where: server.has_zygote(where))
+        found = together(
+            100, lambda i, where=where, names=names: server.invoke(names[i], namespace=where)
+        )
+        prints[where] = [response.json() for response in found]
     for trait in prints["north"][0]:
         north, south = ({p[trait] for p in prints[name]} for name in ("north", "south"))
 
         assert not north & south, trait
-    for namespace in prints:
-        for i in range(6):
-            server.ask("DELETE", f"/namespaces/{namespace}/functions/finger-{i}")
+    for where in prints:
+        for i in range(100):
+            server.ask("DELETE", f"/namespaces/{where}/functions/finger-{i}")
 
 
 def test_a_new_version_starts_with_nothing_of_the_old(server: Server):
