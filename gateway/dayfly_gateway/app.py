@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from aiohttp import HttpVersion11, web
+from msgspec import structs
 
-from dayfly_gateway import events
+from dayfly_gateway import events, later
 from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.routing import MethodNotAllowed, Routes
 from dayfly_pool.errors import BodyTooLarge, PlatformError
@@ -83,7 +84,15 @@ class DataPlane:
         if not REQUEST_ID.match(request_id):
             request_id = id_
         try:
-            outcome = await self._outcome(request, id_)
+            if request.path.startswith(later.PATH):
+                return await later.show(self._service, request)
+            invocation = await self._invocation(request, id_)
+            if (
+                "Prefer" in request.headers
+                and later.preferences(request.headers.getall("Prefer"))[0]
+            ):
+                return await self._accept(request, invocation, request_id)
+            outcome = await self._outcome(invocation)
             if (direct := self._direct(request, outcome, id_, request_id)) is not None:
                 return direct
             answer = events.response(outcome, id_)
@@ -96,19 +105,29 @@ class DataPlane:
             answer.force_close()
         return await self._write(request, answer)
 
-    async def _outcome(self, request: web.BaseRequest, id_: InvocationId) -> Outcome:
+    async def _invocation(self, request: web.BaseRequest, id_: InvocationId) -> Invocation:
         url = request.rel_url
         match = self.routes.match(request.headers.get("Host", ""), url.raw_path, request.method)
         meta = events.http_meta(request, match, self._config.trusted_proxies)
         body = await read_body(request, self._config, self._config.body_bytes_max)
         trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
         queue_s_max = self._service.config.queue_s_max
-        invocation = Invocation(id_, match.function, body, meta, trace, queue_s_max)
+        return Invocation(id_, match.function, body, meta, trace, queue_s_max)
+
+    async def _outcome(self, invocation: Invocation) -> Outcome:
         try:
             return await self._service.pool.invoke(invocation)
         except PlatformError as error:
-            error.fields.setdefault("invocation", id_)
+            error.fields.setdefault("invocation", invocation.id)
             raise
+
+    async def _accept(
+        self, request: web.BaseRequest, invocation: Invocation, request_id: str
+    ) -> web.StreamResponse:
+        invocation = structs.replace(invocation, id=later.event_id())
+        answer = later.answer(await later.accept(self._service, invocation, request))
+        answer.headers["X-Request-Id"] = request_id
+        return answer
 
     def _direct(
         self, request: web.BaseRequest, outcome: Outcome, id_: InvocationId, request_id: str

@@ -180,7 +180,7 @@ class Server:
             log.warning("not all ended in time", extra={"under_way": under_way})
 
     async def _answer_all(self, server: _HttpServer) -> None:
-        await self.service.pool.drain(self._gateway.drain_s_max)
+        await self.service.drain(self._gateway.drain_s_max)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 await server.empty()

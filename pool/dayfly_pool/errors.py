@@ -151,6 +151,18 @@ class DriverUnavailable(PlatformError):
     status = 503
 
 
+class StoreFailed(PlatformError):
+    """The store of events does not work.
+
+    Nobody knows whether this was written: send it again with the same Idempotency-Key. The
+    server's log has the cause; the usual one is a disk that is full.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
+
+
 class DataFolderUnusable(PlatformError):
     """The data folder cannot be used.
 

@@ -54,6 +54,19 @@ class Route(Model, frozen=True):
     methods: tuple[Annotated[str, Meta(pattern=r"^[A-Z]{1,20}\Z")], ...] = ()
 
 
+class Retry(Model, frozen=True):
+    """How often, how soon and for how long an event is tried.
+
+    Between attempt n and the next passes a random time of at most *backoff_seconds* times 2 to the
+    power of n - 1, and at most *backoff_max_seconds* (full jitter).
+    """
+
+    attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    backoff_seconds: Seconds = 1.0
+    backoff_max_seconds: Seconds = 300.0
+    max_age_seconds: Annotated[float, Meta(gt=0, le=14 * 86400)] = 6 * 3600.0
+
+
 class FunctionSpec(Model, frozen=True):
     """What a user declares of a function. *package* is a digest; *source* is for the CLI only."""
 
@@ -72,6 +85,7 @@ class FunctionSpec(Model, frozen=True):
     isolation: Isolation = "fork"
     initialize: Initialize = "auto"
     limits: Limits = Limits()
+    retry: Retry = Retry()
     routes: tuple[Route, ...] = ()
 
     def __post_init__(self) -> None:

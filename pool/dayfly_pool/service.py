@@ -5,11 +5,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -31,19 +32,31 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionManifest,
+    Invocation,
     Isolation,
     Mold,
     Network,
+    Outcome,
     function_id,
 )
 from dayfly_pool.packages import PackageStore
 from dayfly_pool.pool import Pool
+from dayfly_pool.queue import Queue, Work
+from dayfly_pool.store.events import Accepted, Event, Key, Lease
 from dayfly_pool.store.sqlite import Declarations, StoredEnvironment, StoredFunction
+from dayfly_pool.store.sqlite_events import SqliteEvents
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
 BASE_ENVIRONMENT: Final = Environment(digest=BASE)
+
+
+class EventMeta(msgspec.Struct, frozen=True, array_like=True):
+    """What is kept of an event beside its body: see `Invocation`."""
+
+    http: dict[str, Any] | None
+    trace: str = ""
 
 
 class Service:
@@ -54,6 +67,7 @@ class Service:
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
         self.pool: Pool
+        self.queue: Queue
         self.packages: PackageStore
         self._builds: EnvironmentStore
         self._declarations: Declarations
@@ -73,9 +87,11 @@ class Service:
             await self._declarations.open()
             try:
                 self.pool = Pool(config, driver)
+                self.queue = self._make_queue()
                 async with self.pool.running():
                     await self._restore()
-                    yield self
+                    async with self.queue.running():
+                        yield self
             finally:
                 await self._declarations.close()
 
@@ -96,6 +112,57 @@ class Service:
         for digest in self.packages.digests():
             if digest not in used:
                 await asyncio.to_thread(self.packages.remove, digest)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let end what is under way, and start nothing more; False when some did not in time."""
+        self.queue.hold()
+        return await self.pool.drain(timeout_s)
+
+    # ---- events -------------------------------------------------------------------------------
+
+    def _make_queue(self) -> Queue:
+        folder = self.config.data / "events"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
+        return Queue(store, self._run, self._work_of, owner=secrets.token_hex(8))
+
+    async def _run(self, lease: Lease) -> Outcome:
+        """Run a leased event once. Raises `PlatformError`."""
+        meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
+        queue_s_max = self.config.queue_s_max
+        return await self.pool.invoke(
+            Invocation(lease.id, lease.function, lease.body, meta.http, meta.trace, queue_s_max)
+        )
+
+    def _work_of(self, id_: FunctionId) -> Work | None:
+        stored = self.functions.get(id_)
+        if stored is None:
+            return None
+        return Work(stored.spec.max_scale * stored.spec.concurrency, stored.spec.retry)
+
+    async def accept(
+        self, invocation: Invocation, *, priority: int = 0, key: tuple[str, str] | None = None
+    ) -> Accepted:
+        """Keep *invocation* and run it later; it is on the disk when this returns.
+
+        *key* is an idempotency key and the fingerprint of what it came with. Raises
+        `FunctionNotFound`, `QueueFull`, `StoreFailed`.
+        """
+        work = self._work_of(invocation.function)
+        if work is None:
+            raise FunctionNotFound(f"no function {invocation.function!r}")
+        now = self.queue.clock.now()
+        event = Event(
+            id=invocation.id,
+            function=invocation.function,
+            meta=msgspec.msgpack.encode(EventMeta(invocation.http, invocation.trace)),
+            body=invocation.body,
+            accepted_at=now,
+            age_s=work.retry.max_age_seconds,
+            priority=priority,
+            key=Key(*key, now + self.queue.keep.keys_s) if key else None,
+        )
+        return await self.queue.accept(event)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Have *changed* called before a change of the functions is final; it may refuse it."""

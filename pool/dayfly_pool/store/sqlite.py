@@ -5,7 +5,6 @@ thread of its own, so the event loop never waits for the disk and writes come on
 """
 
 import asyncio
-import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,9 @@ from msgspec import Struct
 
 from dayfly_pool.errors import DataFolderUnusable
 from dayfly_pool.models import Environment, EnvironmentSpec, FunctionId, FunctionSpec
+from dayfly_pool.store.database import connect
 
 T = TypeVar("T")
-
-LOCK_S_MAX: Final = 5.0
-"""How long a statement waits for another process that holds the file."""
 
 MIGRATIONS: Final = (
     # A script that was released is never edited: append one. `user_version` counts those applied.
@@ -160,19 +157,7 @@ class Declarations:
         return self._open_connection
 
     def _connect(self) -> None:
-        # Created for its owner alone: specs hold `env`, where secrets are. The log inherits it.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        # isolation_level=None: transactions are written out here, not guessed by the module.
-        connection = sqlite3.connect(self._path, timeout=LOCK_S_MAX, isolation_level=None)
-        self._open_connection = connection
-        connection.execute("PRAGMA synchronous = FULL")
-        _migrate(connection, self._path)
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise DataFolderUnusable(f"{self._path} cannot have a WAL: use a local disk")
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        self._open_connection = connect(self._path, MIGRATIONS)
 
     def _disconnect(self) -> None:
         if self._open_connection is not None:
@@ -233,22 +218,3 @@ class Declarations:
             raise DataFolderUnusable(
                 f"{row} in {self._path} cannot be read ({error}): delete that row and deploy again"
             ) from error
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring the tables to this program's version, each step whole or not at all."""
-    (done,) = connection.execute("PRAGMA user_version").fetchone()
-    if done > len(MIGRATIONS):
-        raise DataFolderUnusable(
-            f"{path} was written by a newer Dayfly (schema {done}, this one knows "
-            f"{len(MIGRATIONS)}): update Dayfly, or use another folder"
-        )
-    for number, script in enumerate(MIGRATIONS[done:], start=done + 1):
-        try:
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
-            )
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.rollback()
-            raise

@@ -1,0 +1,145 @@
+"""Invocations that are accepted now and run later: `Prefer: respond-async`, `/invocations/ID`.
+
+202 means that it is on the disk. What comes of it can be asked for, or waited for, by its id.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from dayfly_gateway.routing import MethodNotAllowed
+from dayfly_pool.errors import BadInput, PlatformError
+from dayfly_pool.models import Invocation, InvocationId
+from dayfly_pool.service import Service
+from dayfly_pool.store.events import Accepted, Shown, State
+
+PATH: Final = "/invocations/"
+WAIT_S_MAX: Final = 60.0
+_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}\Z")
+_WAIT: Final = re.compile(r"wait=([0-9]{1,6})\Z")
+
+
+class InvocationNotFound(PlatformError):
+    """There is no such invocation.
+
+    It was never accepted, or it is over for longer than results are kept.
+    """
+
+    status = 404
+
+
+class KeyUsed(PlatformError):
+    """This Idempotency-Key came with another request before.
+
+    Nothing was accepted. Use a new key for a new request.
+    """
+
+    status = 422
+
+
+def event_id() -> InvocationId:
+    """An id that nobody can guess (80 random bits), in the order of time: see RFC 9562, UUIDv7."""
+    return InvocationId(f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}")
+
+
+def preferences(headers: Iterable[str]) -> tuple[bool, float]:
+    """(whether to answer before it has run, how many seconds to wait) of Prefer headers."""
+    is_async, wait_s = False, 0.0
+    for header in headers:
+        for preference in header.split(","):
+            text = preference.strip().lower()
+            is_async |= text == "respond-async"
+            if found := _WAIT.match(text):
+                wait_s = min(WAIT_S_MAX, float(found[1]))
+    return is_async, wait_s
+
+
+async def accept(service: Service, invocation: Invocation, request: web.BaseRequest) -> Accepted:
+    """Keep *invocation* for later. Raises `PlatformError`."""
+    key = None
+    text = request.headers.get("Idempotency-Key")
+    if text is not None:
+        if not _KEY.match(text):
+            raise BadInput("Idempotency-Key is 1 to 255 visible ASCII characters")
+        said = f"{request.method} {request.rel_url.raw_path_qs} {len(invocation.body)}\n".encode()
+        key = text, hashlib.sha256(said + invocation.body).hexdigest()
+    accepted = await service.accept(invocation, key=key)
+    if accepted.is_other:
+        raise KeyUsed
+    return accepted
+
+
+def answer(accepted: Accepted) -> web.Response:
+    """The 202."""
+    headers = {"Location": PATH + accepted.id, "Preference-Applied": "respond-async"}
+    headers |= {"Dayfly-Invocation": accepted.id, "Server": "Dayfly"}
+    if not accepted.is_new:
+        headers["Idempotency-Replayed"] = "true"
+    body = json.dumps({"id": accepted.id}).encode()
+    return web.Response(
+        status=202, body=body, headers=headers | {"Content-Type": "application/json"}
+    )
+
+
+async def show(service: Service, request: web.BaseRequest) -> web.Response:
+    """What is known of an invocation. Raises `InvocationNotFound`, `MethodNotAllowed`."""
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(f"{request.method} is not among GET, HEAD", allow="GET, HEAD")
+    id_ = InvocationId(request.rel_url.raw_path.removeprefix(PATH))
+    _, wait_s = preferences(request.headers.getall("Prefer", ()))
+    shown = await service.queue.get(id_, wait_s)
+    if shown is None:
+        raise InvocationNotFound(id_[:64])
+    headers = {"Content-Type": "application/json", "Server": "Dayfly"}
+    return web.Response(body=json.dumps(view(shown)).encode(), headers=headers)
+
+
+def view(shown: Shown) -> dict[str, Any]:
+    """An invocation as it is shown."""
+    state = State.WAITING if shown.state is State.DELAYED else shown.state
+    told: dict[str, Any] = {
+        "id": shown.id,
+        "function": shown.function,
+        "state": state.name.lower(),
+        "attempts": shown.attempts,
+        "acceptedAt": _time(shown.accepted_at),
+        "expiresAt": _time(shown.expires_at),
+    }
+    if shown.ready_at:
+        told["readyAt"] = _time(shown.ready_at)
+    if shown.finished_at:
+        told["finishedAt"] = _time(shown.finished_at)
+    if shown.state is State.SUCCEEDED:
+        status, headers = msgspec.msgpack.decode(shown.result, type=tuple[int, list[list[str]]])
+        told["result"] = {"status": status, "headers": headers} | _body(shown.result_body)
+    told["failures"] = [
+        {
+            "at": _time(failure.started_at),
+            "tookSeconds": round(failure.ended_at - failure.started_at, 6),
+            "kind": failure.kind,
+            "message": failure.message,
+            "counted": failure.is_counted,
+        }
+        for failure in shown.failures
+    ]
+    return told
+
+
+def _body(body: bytes) -> dict[str, Any]:
+    try:
+        return {"body": body.decode(), "isBase64Encoded": False}
+    except UnicodeDecodeError:
+        return {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

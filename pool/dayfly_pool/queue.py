@@ -1,0 +1,419 @@
+"""The durable queue: what it has accepted ends once, whatever happens in between.
+
+Callers accept events, runs end them, and functions have room for more of them. One task writes all
+of that down, everything that came together in one transaction, and starts what it got leases for:
+so accepting, ending and leasing cost one wait for the disk, however many they are.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+from msgspec import Struct
+
+from dayfly_pool import retry
+from dayfly_pool.errors import PlatformError, QueueFull, StoreFailed
+from dayfly_pool.models import FunctionId, InvocationId, Outcome, Retry
+from dayfly_pool.store.events import Accepted, Ended, Event, Lease, Shown, State, Store, Written
+
+log = logging.getLogger("dayfly.queue")
+ACCEPTING_MAX: Final = 10_000
+"""Events that may be on their way to the disk at the same moment."""
+
+BATCH_MAX: Final = 512
+RUNS_MAX: Final = 512
+LEASES_AT_ONCE: Final = 64
+REPAIR_S: Final = 0.5
+"""Between a write that failed and the next try."""
+
+SWEEP_S: Final = 0.25
+BEAT_S: Final = 2.0
+LEASE_S: Final = 10.0
+"""An owner that has said nothing for this long, by our own clock, loses its leases."""
+
+LONG_AT_ONCE: Final = 8
+"""Runs of events with long bodies, which are in memory for as long as they run."""
+
+
+class Work(Struct, frozen=True):
+    """How events of a function are run: at most *places* at once, tried again as *retry* says."""
+
+    places: int
+    retry: Retry
+
+
+Run = Callable[[Lease], Awaitable[Outcome]]
+"""Runs an event once. Raises `PlatformError` when it could not be run."""
+
+
+class Clock:
+    """Wall time that never jumps: what the wall clock said at the start, and what passed since."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return self._offset + time.monotonic()
+
+
+class _Accepting(Struct):
+    event: Event
+    future: asyncio.Future[Accepted]
+
+
+class Keep(Struct, frozen=True):
+    """For how many seconds events that are over can be asked for, and keys are known."""
+
+    over_s: float = 24 * 3600.0
+    dead_s: float = 14 * 86400.0
+    keys_s: float = 24 * 3600.0
+
+
+class Queue:
+    """See the module. Use it inside `async with queue.running():`.
+
+    *run* runs an event once; *work_of* says how a function's are run, None for one that is not
+    there: its events are dead. Who *is_alone* with the store takes over at once what other owners
+    have left; else when they have said nothing for `LEASE_S`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        work_of: Callable[[FunctionId], Work | None],
+        *,
+        owner: str,
+        is_alone: bool = True,
+        keep: Keep | None = None,
+        clock: Clock | None = None,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.keep = keep or Keep()
+        self.clock = clock or Clock()
+        self.waiting: Counter[FunctionId] = Counter()
+        """Events that wait for room, by function."""
+
+        self.running_now: Counter[FunctionId] = Counter()
+        self.accepted = self.duplicates = self.late = self.redriven = 0
+        self.outcomes: Counter[tuple[FunctionId, State]] = Counter()
+        """How many attempts have brought an event there."""
+
+        self.failure = ""
+        """Why the last write failed; empty when it did not."""
+
+        self._store, self._run, self._work_of, self._owner = store, run, work_of, owner
+        self._draw, self._is_alone = draw, is_alone
+        self._accepting: deque[_Accepting] = deque()
+        self._ended: list[tuple[Lease, Ended]] = []
+        self._wake = asyncio.Event()
+        self._due_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._long = asyncio.Semaphore(LONG_AT_ONCE)
+        self._beats: dict[str, tuple[int, float]] = {}
+        """How often each owner has said that it lives, and when we saw that last."""
+
+        self._watchers: dict[InvocationId, set[asyncio.Future[None]]] = {}
+        self._leases: dict[InvocationId, tuple[Lease, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup
+        self._is_draining = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Queue"]:
+        """Accept and run events while the block runs. What is not finished then waits again."""
+        await self._store.open(self._owner)
+        try:
+            await self._take_over()
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                keeping = [
+                    tasks.create_task(self._write_down(), name="queue-write"),
+                    tasks.create_task(self._sweep(), name="queue-sweep"),
+                    tasks.create_task(self._beat(), name="queue-beat"),
+                ]
+                try:
+                    yield self
+                finally:
+                    self._is_draining = True
+                    for _, run in list(self._leases.values()):
+                        run.cancel()
+                    for task in keeping:
+                        task.cancel()
+            await self._flush()
+        finally:
+            await self._store.close()
+
+    async def _take_over(self) -> None:
+        """What is there already; and what earlier lives of this server had leased waits again."""
+        beats = await self._store.beat()
+        if self._is_alone:
+            for owner in beats.keys() - {self._owner}:
+                await self._store.fence(owner)
+        for (function, state), number in (await self._store.counts()).items():
+            if state is State.WAITING:
+                self.waiting[function] = number
+        self._wake.set()
+
+    def hold(self) -> None:
+        """Start nothing more; what runs may end, and what comes is kept for the next start."""
+        self._is_draining = True
+
+    # ---- for callers --------------------------------------------------------------------------
+
+    async def accept(self, event: Event) -> Accepted:
+        """Keep *event*; it is on the disk when this returns. Raises `QueueFull`, `StoreFailed`."""
+        if len(self._accepting) >= ACCEPTING_MAX:
+            raise QueueFull(f"{len(self._accepting)} events are on their way to the disk")
+        if self.failure:
+            raise StoreFailed(self.failure)
+        future: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._accepting.append(_Accepting(event, future))
+        self._wake.set()
+        return await future
+
+    async def get(self, id_: InvocationId, wait_s: float = 0.0) -> Shown | None:
+        """All that is known of an event, once it is over or *wait_s* have passed."""
+        watching: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        watchers = self._watchers.setdefault(id_, set())
+        watchers.add(watching)
+        try:
+            shown = await self._store.get(id_)
+            if shown is None or shown.state.is_over or wait_s <= 0:
+                return shown
+            await asyncio.wait((watching,), timeout=wait_s)
+            return await self._store.get(id_)
+        finally:
+            watchers.discard(watching)
+            if not watchers:
+                self._watchers.pop(id_, None)
+
+    async def page(
+        self,
+        function: FunctionId | None = None,
+        state: State | None = None,
+        limit: int = 100,
+        before: InvocationId | None = None,
+    ) -> Sequence[Shown]:
+        """The newest first, from the one *before* on; without bodies."""
+        return await self._store.page(function, state, limit, before)
+
+    async def cancel(self, id_: InvocationId) -> Shown | None:
+        """End it, unless it is over; as it was before, None if there is none.
+
+        A run of it goes on until it ends, and its result is refused.
+        """
+        before = await self._store.cancel(id_, self.clock.now())
+        if before is not None and not before.state.is_over:
+            self.outcomes[before.function, State.CANCELLED] += 1
+            if before.state is State.WAITING:
+                self.waiting.subtract({before.function: 1})
+                self.waiting += Counter()  # only what is above zero stays
+            self._tell(id_)
+        return before
+
+    async def redrive(self, function: FunctionId, ids: Sequence[InvocationId] | None = None) -> int:
+        """Let dead events of *function* wait again, all or *ids*; returns how many."""
+        number = await self._store.redrive(function, ids, self.clock.now())
+        self.redriven += number
+        self.waiting[function] += number
+        self._wake.set()
+        return number
+
+    async def oldest(self) -> dict[FunctionId, float]:
+        """For how many seconds the next waiting event of each function has waited."""
+        waiting = [function for function, number in self.waiting.items() if number > 0]
+        now = self.clock.now()
+        return {f: max(0.0, now - at) for f, at in (await self._store.oldest(waiting)).items()}
+
+    def look(self) -> None:
+        """There may be more room than there was, or functions that were not there."""
+        self._wake.set()
+
+    # ---- the writing task ---------------------------------------------------------------------
+
+    async def _write_down(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not await self._cycle():
+                await asyncio.sleep(REPAIR_S)
+                self._wake.set()
+
+    async def _cycle(self) -> bool:
+        """Write down what there is, and start what it gives leases of; False when it failed."""
+        accepting = [self._accepting.popleft() for _ in range(min(BATCH_MAX, len(self._accepting)))]
+        ended, self._ended = self._ended[:BATCH_MAX], self._ended[BATCH_MAX:]
+        events = [each.event for each in accepting]
+        wanted = self._wanted(events)
+        now = self.clock.now()
+        is_due = self._due_at is not None and self._due_at <= now
+        if not (events or ended or wanted or is_due or self.failure):
+            return True
+        try:
+            written = await self._store.write(now, [end for _, end in ended], events, wanted)
+        except BaseException as error:
+            self._ended = [*ended, *self._ended]
+            why = error if isinstance(error, StoreFailed) else StoreFailed("the server goes down")
+            for each in accepting:
+                if not each.future.done():
+                    each.future.set_exception(why)
+            if not isinstance(error, StoreFailed):
+                raise
+            if not self.failure:
+                log.error("events cannot be written", extra={"why": error.detail})
+            self.failure = error.detail
+            return False
+        if self.failure:
+            log.warning("events can be written again")
+            self.failure = ""
+        self._note(accepting, ended, written)
+        return True
+
+    def _wanted(self, events: Sequence[Event]) -> dict[FunctionId, int]:
+        """How many leases there is room for, of each function that has something waiting."""
+        if self._is_draining:
+            return {}
+        room = RUNS_MAX - len(self._leases)
+        coming = Counter(event.function for event in events)
+        wanted: dict[FunctionId, int] = {}
+        for function in [*self.waiting, *coming]:
+            if room <= 0:
+                break
+            if function in wanted:
+                continue
+            number = self.waiting[function] + coming[function]
+            work = self._work_of(function)
+            free = LEASES_AT_ONCE if work is None else work.places - self.running_now[function]
+            take = min(number, free, LEASES_AT_ONCE, room)
+            if take > 0:
+                wanted[function] = take
+                room -= take
+        return wanted
+
+    def _note(
+        self,
+        accepting: Sequence[_Accepting],
+        ended: Sequence[tuple[Lease, Ended]],
+        written: Written,
+    ) -> None:
+        for each, accepted in zip(accepting, written.accepted, strict=True):
+            if accepted.is_new:
+                self.accepted += 1
+                self.waiting[each.event.function] += 1
+            else:
+                self.duplicates += 1
+            if not each.future.done():
+                each.future.set_result(accepted)
+        self.late += len(written.late)
+        for lease, end in ended:
+            if (end.row, end.fence) not in written.late:
+                self.outcomes[lease.function, end.state] += 1
+                if end.state.is_over:
+                    self._tell(lease.id)
+        self.waiting.update(written.due)
+        for lease in written.leased:
+            self._begin(lease)
+        for function, number in Counter(lease.function for lease in written.leased).items():
+            left = self.waiting.pop(function, 0) - number
+            if left > 0:
+                self.waiting[function] = left  # behind the others: they have their turn
+        self._set_timer(written.due_at)
+        if self._accepting or self._ended or self._wanted(()):
+            self._wake.set()
+
+    def _set_timer(self, due_at: float | None) -> None:
+        if due_at == self._due_at:
+            return
+        self._due_at = due_at
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due_at is not None:
+            wait_s = max(0.0, due_at - self.clock.now())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+
+    # ---- runs ---------------------------------------------------------------------------------
+
+    def _begin(self, lease: Lease) -> None:
+        self.running_now[lease.function] += 1
+        task = self._tasks.create_task(self._attempt(lease))
+        self._leases[lease.id] = lease, task
+
+    async def _attempt(self, lease: Lease) -> None:
+        try:
+            if lease.is_long:
+                async with self._long:
+                    ended = await self._ended_by(await self._store.fetch(lease))
+            else:
+                ended = await self._ended_by(lease)
+        finally:
+            del self._leases[lease.id]
+            self.running_now[lease.function] -= 1
+            if not self.running_now[lease.function]:
+                del self.running_now[lease.function]
+        self._ended.append((lease, ended))
+        self._wake.set()
+
+    async def _ended_by(self, lease: Lease) -> Ended:
+        """Run it, if it may be run."""
+        started_at = self.clock.now()
+        if (unfit := retry.unfit(lease, started_at)) is not None:
+            return unfit
+        outcome: Outcome | PlatformError
+        try:
+            outcome = await self._run(lease)
+        except PlatformError as error:
+            outcome = error
+        work = self._work_of(lease.function)
+        policy = work.retry if work is not None else Retry()
+        return retry.verdict(lease, outcome, policy, started_at, self.clock.now(), self._draw())
+
+    def _tell(self, id_: InvocationId) -> None:
+        for watching in self._watchers.get(id_, ()):
+            if not watching.done():
+                watching.set_result(None)
+
+    async def _flush(self) -> None:
+        """Write down the last ends; the leases that are left wait again at the next start."""
+        if self._ended:
+            await self._store.write(self.clock.now(), [ended for _, ended in self._ended])
+            self._ended = []
+
+    async def _beat(self) -> None:
+        """Say that we live, and fence off who does not."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                for owner in self._silent(await self._store.beat(), time.monotonic()):
+                    log.warning("an owner is fenced off", extra={"owner": owner})
+                    self.waiting.update(await self._store.fence(owner))
+                    self._wake.set()
+            except StoreFailed as error:
+                log.warning("we cannot say that we live", extra={"why": error.detail})
+
+    def _silent(self, beats: Mapping[str, int], now: float) -> list[str]:
+        """Who has said nothing for too long. By our own clock alone: no two of them agree."""
+        for owner in self._beats.keys() - beats.keys():
+            del self._beats[owner]
+        for owner, beat in beats.items():
+            if owner not in self._beats or self._beats[owner][0] != beat:
+                self._beats[owner] = beat, now
+        return [
+            owner
+            for owner, (_, at) in self._beats.items()
+            if owner != self._owner and now - at >= LEASE_S
+        ]
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self._store.sweep(self.clock.now(), self.keep.over_s, self.keep.dead_s)
+            except StoreFailed as error:
+                log.warning("old events are still there", extra={"why": error.detail})

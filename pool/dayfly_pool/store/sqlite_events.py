@@ -1,0 +1,638 @@
+"""Durable events in one SQLite file, and long bodies in files beside it.
+
+One thread writes, with a transaction for whatever came together; another reads. Every statement
+stands for a whole batch: the interpreter's lock is given up and taken back once for each, and on a
+busy event loop taking it back may last longer than the statement.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from msgspec import structs
+
+from dayfly_pool.errors import DataFolderUnusable, StoreFailed
+from dayfly_pool.models import FunctionId, InvocationId
+from dayfly_pool.store.database import connect
+from dayfly_pool.store.events import (
+    PAGE_MAX,
+    ROW_BYTES_MAX,
+    Accepted,
+    Attempt,
+    Ended,
+    Event,
+    Lease,
+    Shown,
+    State,
+    Written,
+)
+
+T = TypeVar("T")
+ROWS_MAX: Final = 64
+"""Of one statement."""
+
+DAMAGED: Final = "it is not what was accepted: the disk or the file is damaged"
+
+MIGRATIONS: Final = (
+    # A script that was released is never edited: append one. `user_version` counts those applied.
+    """
+    CREATE TABLE events (
+        row INTEGER PRIMARY KEY AUTOINCREMENT, -- in the order in which they were accepted
+        id TEXT NOT NULL UNIQUE,
+        function TEXT NOT NULL,
+        state INTEGER NOT NULL,
+        priority INTEGER NOT NULL,
+        accepted_at REAL NOT NULL,
+        age_s REAL NOT NULL,
+        expires_at REAL NOT NULL,
+        at REAL NOT NULL, -- delayed: when it is ready; over: when it ended
+        fence INTEGER NOT NULL DEFAULT 0,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        owner TEXT NOT NULL DEFAULT '',
+        checksum INTEGER NOT NULL, -- of meta and body
+        meta BLOB NOT NULL,
+        body BLOB NOT NULL,
+        file TEXT NOT NULL, -- the digest of a long body
+        result BLOB NOT NULL DEFAULT x'',
+        result_body BLOB NOT NULL DEFAULT x'',
+        result_file TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    CREATE INDEX waiting ON events (function, priority DESC, row) WHERE state = 0;
+    CREATE INDEX delayed ON events (at) WHERE state = 1;
+    CREATE INDEX running ON events (owner) WHERE state = 2;
+    CREATE INDEX over ON events (state, at) WHERE state >= 3;
+    CREATE INDEX files ON events (file) WHERE file != '';
+    CREATE INDEX result_files ON events (result_file) WHERE result_file != '';
+    CREATE TABLE attempts (
+        event INTEGER NOT NULL,
+        fence INTEGER NOT NULL,
+        started_at REAL NOT NULL,
+        ended_at REAL NOT NULL,
+        is_counted INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        message TEXT NOT NULL,
+        PRIMARY KEY (event, fence)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE keys (
+        function TEXT NOT NULL,
+        key TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        event TEXT NOT NULL,
+        until REAL NOT NULL,
+        PRIMARY KEY (function, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX old_keys ON keys (until);
+    CREATE TABLE owners (id TEXT PRIMARY KEY, beat INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    """,
+)
+
+SHOWN: Final = (
+    "id, function, state, priority, accepted_at, expires_at, at, attempts, fence,"
+    " meta, body, file, result, result_body, result_file, row, checksum"
+)
+
+
+class SqliteEvents:
+    """See `Store`. *path* is the database; long bodies are in the folder *bodies*."""
+
+    def __init__(self, path: Path, bodies: Path) -> None:
+        self._path, self._bodies = path, bodies
+        self._owner = ""
+        self._writer: ThreadPoolExecutor | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._write_connection: sqlite3.Connection | None = None
+        self._read_connection: sqlite3.Connection | None = None
+        self._next_due: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<SqliteEvents {self._path} {'open' if self._writer else 'closed'}>"
+
+    async def open(self, owner: str) -> None:
+        """Open or create the file and check that it is sound."""
+        assert self._writer is None, "already open"
+        self._owner = owner
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-write")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-read")
+        try:
+            await self._call(self._writer, self._open)
+            await self._call(self._writer, self._clear_up)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the file, after what is under way."""
+        loop = asyncio.get_running_loop()
+        for thread, close in ((self._reader, self._close_reader), (self._writer, self._close)):
+            if thread is not None:
+                closing = loop.run_in_executor(thread, close)
+                thread.shutdown(wait=False)
+                await asyncio.shield(closing)
+        self._writer = self._reader = None
+
+    async def write(
+        self,
+        now: float,
+        ended: Sequence[Ended] = (),
+        accepted: Sequence[Event] = (),
+        wanted: Mapping[FunctionId, int] | None = None,
+    ) -> Written:
+        """All of it or nothing, in this order, and on the disk when it returns."""
+        wanted = dict(wanted or {})
+        return await self._write(lambda: self._do_write(now, ended, accepted, wanted))
+
+    async def fetch(self, lease: Lease) -> Lease:
+        """The same with its long body."""
+        return await self._read(lambda: self._fetch(lease)) if lease.is_long else lease
+
+    async def cancel(self, id_: InvocationId, now: float) -> Shown | None:
+        """End it, unless it has ended; as it was before."""
+        return await self._write(lambda: self._cancel(id_, now))
+
+    async def redrive(
+        self, function: FunctionId, ids: Sequence[InvocationId] | None, now: float
+    ) -> int:
+        """Let dead events wait again."""
+        return await self._write(lambda: self._redrive(function, ids, now))
+
+    async def get(self, id_: InvocationId) -> Shown | None:
+        """One event."""
+        return await self._read(lambda: self._get(self._read_from, id_))
+
+    async def page(
+        self,
+        function: FunctionId | None = None,
+        state: State | None = None,
+        limit: int = 100,
+        before: InvocationId | None = None,
+    ) -> list[Shown]:
+        """The newest first; without bodies."""
+        return await self._read(lambda: self._page(function, state, limit, before))
+
+    async def counts(self) -> dict[tuple[FunctionId, State], int]:
+        """How many there are of each function in each state."""
+        return await self._read(self._counts)
+
+    async def oldest(self, functions: Iterable[FunctionId]) -> dict[FunctionId, float]:
+        """When the next waiting event of each was accepted, where one waits."""
+        asked = list(functions)
+        return await self._read(lambda: self._oldest(asked))
+
+    async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
+        """Forget what is old."""
+        return await self._write(lambda: self._sweep(now, over_s, dead_s))
+
+    async def beat(self) -> dict[str, int]:
+        """Say that our owner lives."""
+        return await self._write(self._beat)
+
+    async def fence(self, owner: str) -> Counter[FunctionId]:
+        """Take all leases from *owner*."""
+        return await self._write(lambda: self._fence(owner))
+
+    # ---- threads ------------------------------------------------------------------------------
+
+    async def _call(self, thread: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
+        if thread is None:
+            raise StoreFailed("it is closed")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, work)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreFailed(f"{self._path}: {error}") from error
+        except DataFolderUnusable as error:
+            raise StoreFailed(error.detail) from error
+
+    async def _write(self, work: Callable[[], T]) -> T:
+        return await self._call(self._writer, lambda: self._transaction(work))
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        return await self._call(self._reader, work)
+
+    # Below: on the writer's thread.
+
+    def _open(self) -> None:
+        self._bodies.mkdir(mode=0o700, exist_ok=True)
+        connection = self._write_connection = connect(self._path, MIGRATIONS)
+        connection.execute(
+            "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
+        )
+        (self._next_due,) = connection.execute(
+            "SELECT min(at) FROM events WHERE state = 1"
+        ).fetchone()
+
+    def _clear_up(self) -> None:
+        """Remove the files of events that a crash kept from being accepted."""
+        for path in self._bodies.iterdir():
+            if path.suffix == ".part":
+                path.unlink()
+            else:
+                self._drop(path.name)
+
+    def _close(self) -> None:
+        if self._write_connection is not None:
+            self._write_connection.close()
+            self._write_connection = None
+
+    def _transaction(self, work: Callable[[], T]) -> T:
+        """*work* in one transaction, on the disk when this returns.
+
+        After a failure the connection is opened anew: what the system could not write once it may
+        take for written when it is told to write it again.
+        """
+        if self._write_connection is None:
+            self._open()
+        connection = self._into
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            result = work()
+            connection.execute("COMMIT")
+            return result
+        except BaseException:
+            self._write_connection = None
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()  # rolls back
+            raise
+
+    @property
+    def _into(self) -> sqlite3.Connection:
+        assert self._write_connection is not None
+        return self._write_connection
+
+    def _do_write(
+        self,
+        now: float,
+        ended: Sequence[Ended],
+        accepted: Sequence[Event],
+        wanted: dict[FunctionId, int],
+    ) -> Written:
+        late = self._end(ended)
+        found = self._accept(accepted)
+        due = self._ripen(now)
+        leased = [lease for each, n in wanted.items() for lease in self._lease(each, n)]
+        return Written(found, late, leased, due, self._next_due)
+
+    def _end(self, ended: Sequence[Ended]) -> set[tuple[int, int]]:
+        taken: set[tuple[int, int]] = set()
+        for some in _chunks(ended):
+            rows: list[object] = []
+            for each in some:
+                body, file = self._apart(each.body)
+                counted = each.is_counted
+                rows += (each.row, each.fence, each.state, each.at, counted, each.result, body)
+                rows.append(file)
+            taken.update(self._into.execute(_END[len(some)], rows).fetchall())
+        failures = [
+            (e.row, a.fence, a.started_at, a.ended_at, a.is_counted, a.kind, a.message)
+            for e in ended
+            if (a := e.attempt) is not None and (e.row, e.fence) in taken
+        ]
+        self._into.executemany("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?)", failures)
+        times = [e.at for e in ended if e.state is State.DELAYED and (e.row, e.fence) in taken]
+        self._note_due(times)
+        return {(e.row, e.fence) for e in ended} - taken
+
+    def _accept(self, accepted: Sequence[Event]) -> list[Accepted]:
+        found = [self._keyed(event) if event.key else Accepted(event.id) for event in accepted]
+        new = [event for event, a in zip(accepted, found, strict=True) if a.is_new]
+        for some in _chunks(new):
+            rows: list[object] = []
+            for event in some:
+                body, file = self._apart(event.body)
+                rows += (event.id, event.function, event.priority, event.accepted_at, event.age_s)
+                rows += (event.accepted_at + event.age_s, _checksum(event.meta, event.body))
+                rows += (event.meta, body, file)
+            self._into.execute(_INSERT[len(some)], rows)
+        return found
+
+    def _keyed(self, event: Event) -> Accepted:
+        """Which event its key stands for: this one, unless there is one that is not too old."""
+        key = event.key
+        assert key is not None
+        row = (event.function, key.text, key.fingerprint, event.id, key.until, event.accepted_at)
+        is_new = self._into.execute(
+            "INSERT INTO keys VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET event ="
+            " excluded.event, fingerprint = excluded.fingerprint, until = excluded.until"
+            " WHERE until <= ? RETURNING event",
+            row,
+        ).fetchall()
+        if is_new:
+            return Accepted(event.id)
+        (id_, fingerprint) = self._into.execute(
+            "SELECT event, fingerprint FROM keys WHERE function = ? AND key = ?", row[:2]
+        ).fetchone()
+        return Accepted(id_, is_new=False, is_other=fingerprint != key.fingerprint)
+
+    def _ripen(self, now: float) -> Counter[FunctionId]:
+        """Let the delayed ones wait whose time has come."""
+        if self._next_due is None or self._next_due > now:
+            return Counter()
+        due = self._into.execute(
+            "UPDATE events SET state = 0 WHERE row IN (SELECT row FROM events"
+            " WHERE state = 1 AND at <= ? ORDER BY at LIMIT ?) RETURNING function",
+            (now, PAGE_MAX),
+        ).fetchall()
+        (self._next_due,) = self._into.execute(
+            "SELECT min(at) FROM events WHERE state = 1"
+        ).fetchone()
+        return Counter(function for (function,) in due)
+
+    def _lease(self, function: FunctionId, most: int) -> list[Lease]:
+        rows = self._into.execute(
+            "UPDATE events SET state = 2, fence = fence + 1, owner = ? WHERE row IN"
+            " (SELECT row FROM events WHERE state = 0 AND function = ?"
+            " ORDER BY priority DESC, row LIMIT ?)"
+            " RETURNING row, fence, id, meta, body, file, attempts, accepted_at, expires_at,"
+            " checksum, priority",
+            (self._owner, function, most),
+        ).fetchall()
+        rows.sort(key=lambda row: (-row[10], row[0]))
+        leased = []
+        for (
+            row,
+            fence,
+            id_,
+            meta,
+            body,
+            file,
+            attempts,
+            accepted_at,
+            expires_at,
+            checksum,
+            _,
+        ) in rows:
+            damage = "" if file or _checksum(meta, body) == checksum else DAMAGED
+            leased.append(
+                Lease(
+                    row=row,
+                    fence=fence,
+                    id=id_,
+                    function=function,
+                    meta=meta,
+                    body=body,
+                    attempts=attempts,
+                    accepted_at=accepted_at,
+                    expires_at=expires_at,
+                    file=file,
+                    damage=damage,
+                )
+            )
+        return leased
+
+    def _cancel(self, id_: InvocationId, now: float) -> Shown | None:
+        before = self._get(self._into, id_)
+        if before is not None and not before.state.is_over:
+            self._into.execute(
+                "UPDATE events SET state = 5, at = ?, owner = '' WHERE id = ?", (now, id_)
+            )
+        return before
+
+    def _redrive(self, function: FunctionId, ids: Sequence[InvocationId] | None, now: float) -> int:
+        statement = (
+            "UPDATE events SET state = 0, attempts = 0, expires_at = ? + age_s"
+            " WHERE state = 4 AND function = ?"
+        )
+        if ids is None:
+            return self._into.execute(statement, (now, function)).rowcount
+        one = f"{statement} AND id = ?"
+        return sum(self._into.execute(one, (now, function, id_)).rowcount for id_ in ids)
+
+    def _sweep(self, now: float, over_s: float, dead_s: float) -> int:
+        self._into.execute(
+            "DELETE FROM keys WHERE (function, key) IN"
+            " (SELECT function, key FROM keys WHERE until <= ? LIMIT ?)",
+            (now, PAGE_MAX),
+        )
+        gone: list[tuple[int, str, str]] = []
+        for state in (State.SUCCEEDED, State.DEAD, State.CANCELLED):
+            kept_s = dead_s if state is State.DEAD else over_s
+            gone += self._into.execute(
+                "DELETE FROM events WHERE row IN (SELECT row FROM events WHERE state = ?"
+                " AND at <= ? ORDER BY at LIMIT ?) RETURNING row, file, result_file",
+                (state, now - kept_s, PAGE_MAX - len(gone)),
+            ).fetchall()
+        self._into.executemany("DELETE FROM attempts WHERE event = ?", [(row,) for row, *_ in gone])
+        for file in {file for _, *files in gone for file in files if file}:
+            self._drop(file)
+        return len(gone)
+
+    def _beat(self) -> dict[str, int]:
+        self._into.execute(
+            "INSERT INTO owners VALUES (?, 1) ON CONFLICT DO UPDATE SET beat = beat + 1",
+            (self._owner,),
+        )
+        return dict(self._into.execute("SELECT id, beat FROM owners").fetchall())
+
+    def _fence(self, owner: str) -> Counter[FunctionId]:
+        rows = self._into.execute(
+            "UPDATE events SET state = 0, owner = '' WHERE state = 2 AND owner = ?"
+            " RETURNING function",
+            (owner,),
+        ).fetchall()
+        if owner != self._owner:
+            self._into.execute("DELETE FROM owners WHERE id = ?", (owner,))
+        return Counter(function for (function,) in rows)
+
+    def _note_due(self, times: Iterable[float]) -> None:
+        known = () if self._next_due is None else (self._next_due,)
+        self._next_due = min((*times, *known), default=None)
+
+    # ---- long bodies --------------------------------------------------------------------------
+
+    def _apart(self, body: bytes) -> tuple[bytes, str]:
+        """(what goes into the row, the digest of the file that holds the rest), on the disk."""
+        if len(body) <= ROW_BYTES_MAX:
+            return body, ""
+        digest = hashlib.sha256(body).hexdigest()
+        path = self._bodies / digest
+        if not path.exists() or path.stat().st_size != len(body):
+            unfinished = self._bodies / f"{digest}.part"
+            with open(unfinished, "wb", opener=_private) as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+            folder = os.open(self._bodies, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return b"", digest
+
+    def _drop(self, digest: str) -> None:
+        """Remove a file that no event needs any more."""
+        needed = self._into.execute(
+            "SELECT 1 FROM events WHERE file = ? UNION ALL"
+            " SELECT 1 FROM events WHERE result_file = ? LIMIT 1",
+            (digest, digest),
+        ).fetchone()
+        if needed is None:
+            (self._bodies / digest).unlink(missing_ok=True)
+
+    def _whole(self, body: bytes, file: str) -> bytes:
+        """Raises `OSError` when the file is not there."""
+        return (self._bodies / file).read_bytes() if file else body
+
+    def _checked(self, meta: bytes, body: bytes, file: str, checksum: int) -> tuple[bytes, str]:
+        """(the body, what is wrong with it)."""
+        try:
+            whole = self._whole(body, file)
+        except OSError as error:
+            return b"", f"its body is lost: {error}"
+        if _checksum(meta, whole) != checksum:
+            return b"", DAMAGED
+        return whole, ""
+
+    # Below: on the reader's thread.
+
+    @property
+    def _read_from(self) -> sqlite3.Connection:
+        if self._read_connection is None:
+            self._read_connection = sqlite3.connect(
+                f"file:{self._path}?mode=ro", uri=True, check_same_thread=False
+            )
+        return self._read_connection
+
+    def _close_reader(self) -> None:
+        if self._read_connection is not None:
+            self._read_connection.close()
+            self._read_connection = None
+
+    def _fetch(self, lease: Lease) -> Lease:
+        (checksum,) = self._read_from.execute(
+            "SELECT checksum FROM events WHERE row = ?", (lease.row,)
+        ).fetchone()
+        body, damage = self._checked(lease.meta, b"", lease.file, checksum)
+        return structs.replace(lease, body=body, damage=damage)
+
+    def _get(self, connection: sqlite3.Connection, id_: InvocationId) -> Shown | None:
+        row = connection.execute(f"SELECT {SHOWN} FROM events WHERE id = ?", (id_,)).fetchone()
+        if row is None:
+            return None
+        failures = connection.execute(
+            "SELECT fence, started_at, ended_at, is_counted, kind, message FROM attempts"
+            " WHERE event = ? ORDER BY fence",
+            (row[15],),
+        )
+        return self._shown(row, [_attempt(*failure) for failure in failures], is_whole=True)
+
+    def _page(
+        self,
+        function: FunctionId | None,
+        state: State | None,
+        limit: int,
+        before: InvocationId | None,
+    ) -> list[Shown]:
+        tests, values = ["true"], list[object]()
+        if function is not None:
+            tests.append("function = ?")
+            values.append(function)
+        if state is not None:
+            tests.append("(state = 0 OR state = 1)" if state is State.WAITING else "state = ?")
+            values += [] if state is State.WAITING else [state]
+        if before is not None:
+            tests.append("row < (SELECT row FROM events WHERE id = ?)")
+            values.append(before)
+        rows = self._read_from.execute(
+            f"SELECT {SHOWN} FROM events WHERE {' AND '.join(tests)} ORDER BY row DESC LIMIT ?",
+            (*values, min(limit, PAGE_MAX)),
+        )
+        return [self._shown(row, [], is_whole=False) for row in rows]
+
+    def _shown(self, row: tuple[Any, ...], failures: list[Attempt], *, is_whole: bool) -> Shown:
+        (id_, function, state, priority, accepted_at, expires_at, at, attempts, fence) = row[:9]
+        meta, body, file, result, result_body, result_file, _, checksum = row[9:]
+        state = State(state)
+        if is_whole:
+            body, _ = self._checked(meta, body, file, checksum)
+            with contextlib.suppress(OSError):
+                result_body = self._whole(result_body, result_file)
+        return Shown(
+            id=id_,
+            function=function,
+            state=state,
+            priority=priority,
+            accepted_at=accepted_at,
+            expires_at=expires_at,
+            ready_at=at if state is State.DELAYED else 0.0,
+            finished_at=at if state.is_over else 0.0,
+            attempts=attempts,
+            fence=fence,
+            meta=meta,
+            body=body if is_whole else b"",
+            result=result,
+            result_body=result_body if is_whole else b"",
+            failures=failures,
+        )
+
+    def _counts(self) -> dict[tuple[FunctionId, State], int]:
+        rows = self._read_from.execute(
+            "SELECT function, state, count(*) FROM events GROUP BY function, state"
+        )
+        return {(function, State(state)): number for function, state, number in rows}
+
+    def _oldest(self, functions: Sequence[FunctionId]) -> dict[FunctionId, float]:
+        oldest = {}
+        for function in functions:
+            row = self._read_from.execute(
+                "SELECT accepted_at FROM events WHERE state = 0 AND function = ?"
+                " ORDER BY priority DESC, row LIMIT 1",
+                (function,),
+            ).fetchone()
+            if row is not None:
+                oldest[function] = row[0]
+        return oldest
+
+
+def _attempt(
+    fence: int, started_at: float, ended_at: float, is_counted: int, kind: str, message: str
+) -> Attempt:
+    return Attempt(
+        fence=fence,
+        started_at=started_at,
+        ended_at=ended_at,
+        is_counted=bool(is_counted),
+        kind=kind,
+        message=message,
+    )
+
+
+def _checksum(meta: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(meta))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for at in range(0, len(items), ROWS_MAX):
+        yield items[at : at + ROWS_MAX]
+
+
+def _values(number: int, columns: str) -> str:
+    return ", ".join([columns] * number)
+
+
+_INSERT: Final = {
+    n: "INSERT INTO events (id, function, state, priority, accepted_at, age_s, expires_at, at,"
+    f" checksum, meta, body, file) VALUES {_values(n, '(?, ?, 0, ?, ?, ?, ?, 0, ?, ?, ?, ?)')}"
+    for n in range(1, ROWS_MAX + 1)
+}
+_END: Final = {
+    n: "WITH e (row, fence, state, at, counted, result, body, file) AS"
+    f" (VALUES {_values(n, '(?, ?, ?, ?, ?, ?, ?, ?)')})"
+    " UPDATE events SET state = e.state, at = e.at, attempts = attempts + e.counted, owner = '',"
+    " result = e.result, result_body = e.body, result_file = e.file,"
+    " body = CASE e.state WHEN 3 THEN x'' ELSE events.body END"
+    " FROM e WHERE events.row = e.row AND events.fence = e.fence AND events.state = 2"
+    " RETURNING events.row, events.fence"
+    for n in range(1, ROWS_MAX + 1)
+}

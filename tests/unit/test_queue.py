@@ -1,0 +1,415 @@
+"""The durable queue, with a store that can be broken and runs that do as they are told."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from dayfly_pool import queue as module
+from dayfly_pool.errors import FunctionNotFound, NoCapacity, PlatformError, QueueFull, StoreFailed
+from dayfly_pool.models import (
+    Failure,
+    FunctionId,
+    InvocationId,
+    Outcome,
+    Retry,
+    Success,
+    Timing,
+)
+from dayfly_pool.queue import Keep, Queue, Work
+from dayfly_pool.store.events import Accepted, Event, Key, Lease, Shown, State
+from dayfly_pool.store.memory import MemoryEvents
+
+GREET, SHOUT = FunctionId("default/greet"), FunctionId("default/shout")
+E1, E2, E3 = (InvocationId(f"event-{n}") for n in range(1, 4))
+DONE = Success(b"done", Timing())
+RAISED = Failure("Raised", "no")
+SOON_S = 5.0
+
+
+class Runs:
+    """Runs events: each as the next thing of *script* says, and then all successfully."""
+
+    def __init__(self, *script: Outcome | PlatformError) -> None:
+        self.script = list(script)
+        self.seen: list[Lease] = []
+        self.most: Counter[FunctionId] = Counter()
+        """How many of each function ran at once, at most."""
+
+        self.gate: asyncio.Event | None = None
+        """No run ends before it is set."""
+
+        self._now: Counter[FunctionId] = Counter()
+
+    async def __call__(self, lease: Lease) -> Outcome:
+        self.seen.append(lease)
+        self._now[lease.function] += 1
+        self.most[lease.function] = max(self.most[lease.function], self._now[lease.function])
+        try:
+            await asyncio.sleep(0)
+            if self.gate is not None:
+                await self.gate.wait()
+            outcome = self.script.pop(0) if self.script else DONE
+        finally:
+            self._now[lease.function] -= 1
+        if isinstance(outcome, PlatformError):
+            raise outcome
+        return outcome
+
+
+def work(places: int = 10, **retry: Any) -> Callable[[FunctionId], Work | None]:
+    return lambda function: Work(places, Retry(**retry))
+
+
+@asynccontextmanager
+async def running(
+    runs: Runs,
+    store: MemoryEvents | None = None,
+    work_of: Callable[[FunctionId], Work | None] | None = None,
+    **changed: Any,
+) -> AsyncIterator[Queue]:
+    settings: dict[str, Any] = {"owner": "us", "draw": lambda: 0.0} | changed
+    queue = Queue(store or MemoryEvents(), runs, work_of or work(), **settings)
+    async with asyncio.timeout(SOON_S), queue.running():
+        yield queue
+
+
+def event(queue: Queue, id_: InvocationId = E1, function: FunctionId = GREET, **more: Any) -> Event:
+    now = queue.clock.now()
+    made = Event(id=id_, function=function, meta=b"", body=b"", accepted_at=now, age_s=3600.0)
+    return structs.replace(made, **more)
+
+
+async def over(queue: Queue, id_: InvocationId = E1) -> Shown:
+    shown = await queue.get(id_, SOON_S)
+    assert shown is not None
+    return shown
+
+
+async def eventually(question: Callable[[], object]) -> None:
+    """Let everybody else go on until it is so; the test's own deadline ends it."""
+    while not question():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+# ---- one event ----------------------------------------------------------------------------------
+
+
+async def test_what_is_accepted_is_run_and_its_result_can_be_waited_for():
+    runs = Runs()
+    async with running(runs) as queue:
+        assert await queue.accept(event(queue)) == Accepted(E1)
+        shown = await over(queue)
+
+    assert (shown.state, shown.result_body, shown.attempts) == (State.SUCCEEDED, b"done", 1)
+    assert [lease.id for lease in runs.seen] == [E1]
+    assert (queue.accepted, queue.outcomes[GREET, State.SUCCEEDED], queue.waiting) == (1, 1, {})
+
+
+async def test_a_failure_is_tried_again_until_it_succeeds():
+    async with running(Runs(RAISED, RAISED)) as queue:
+        await queue.accept(event(queue))
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts) == (State.SUCCEEDED, 3)
+    assert [failure.kind for failure in shown.failures] == ["Raised", "Raised"]
+
+
+async def test_what_fails_every_time_is_dead_and_keeps_every_error():
+    async with running(Runs(*[RAISED] * 9), work_of=work(attempts=4)) as queue:
+        await queue.accept(event(queue, body=b"payload"))
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts, shown.body) == (State.DEAD, 4, b"payload")
+    assert len(shown.failures) == 4
+
+
+async def test_a_dead_event_that_is_redriven_runs_again():
+    async with running(Runs(*[RAISED] * 3)) as queue:
+        await queue.accept(event(queue))
+        assert (await over(queue)).state is State.DEAD
+
+        assert await queue.redrive(GREET) == 1
+        assert (await over(queue)).state is State.SUCCEEDED
+
+
+async def test_throttles_cost_no_attempt():
+    async with running(Runs(*[NoCapacity() for _ in range(20)]), work_of=work(attempts=1)) as queue:
+        await queue.accept(event(queue))
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts) == (State.SUCCEEDED, 1)
+
+
+async def test_an_event_of_a_function_that_is_gone_is_dead_and_says_so():
+    async with running(Runs(FunctionNotFound("gone")), work_of=lambda function: None) as queue:
+        await queue.accept(event(queue))
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts) == (State.DEAD, 0)
+    assert shown.failures[0].kind == "FunctionNotFound"
+
+
+async def test_what_is_too_old_is_not_run():
+    runs = Runs()
+    async with running(runs) as queue:
+        await queue.accept(event(queue, accepted_at=0.0, age_s=10.0))
+        shown = await over(queue)
+
+    assert (shown.state, shown.failures[0].kind, runs.seen) == (State.DEAD, "Expired", [])
+
+
+async def test_the_same_key_again_runs_nothing_again():
+    runs = Runs()
+    async with running(runs) as queue:
+        key = Key("k", "f", queue.clock.now() + 60)
+        await queue.accept(event(queue, E1, key=key))
+        assert await queue.accept(event(queue, E2, key=key)) == Accepted(E1, is_new=False)
+        await over(queue)
+
+    assert [lease.id for lease in runs.seen] == [E1]
+    assert (queue.accepted, queue.duplicates) == (1, 1)
+
+
+# ---- many ---------------------------------------------------------------------------------------
+
+
+async def test_a_burst_on_one_place_runs_one_after_the_other_and_nothing_is_lost():
+    runs = Runs()
+    async with running(runs, work_of=work(places=1, attempts=1)) as queue:
+        ids = [InvocationId(f"burst-{n}") for n in range(1000)]
+        async with asyncio.TaskGroup() as tasks:
+            for id_ in ids:
+                tasks.create_task(queue.accept(event(queue, id_)))
+        ended = [await over(queue, id_) for id_ in ids]
+
+    assert {(shown.state, shown.attempts) for shown in ended} == {(State.SUCCEEDED, 1)}
+    assert [lease.id for lease in runs.seen] == ids
+    assert runs.most == {GREET: 1}
+
+
+async def test_what_comes_together_is_written_together():
+    store = MemoryEvents()
+    async with running(Runs(), store) as queue:
+        before = store.writes
+        async with asyncio.TaskGroup() as tasks:
+            for n in range(100):
+                tasks.create_task(queue.accept(event(queue, InvocationId(f"e{n}"))))
+        assert store.writes - before == 1
+
+
+async def test_a_long_backlog_of_one_function_does_not_keep_another_from_running(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """There is room for ten runs, and thousands of one function wait."""
+    monkeypatch.setattr(module, "RUNS_MAX", 10)
+    runs = Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, work_of=work(places=100)) as queue:
+        for n in range(40):
+            await queue.accept(event(queue, InvocationId(f"e{n}")))
+        await eventually(lambda: len(runs.seen) == 10)
+        await queue.accept(event(queue, E1, SHOUT))
+        runs.gate.set()
+        await over(queue, E1)
+
+    at = [lease.function for lease in runs.seen].index(SHOUT)
+    assert at <= 20
+
+
+async def test_more_than_can_be_on_their_way_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "ACCEPTING_MAX", 2)
+    async with running(Runs()) as queue, asyncio.TaskGroup() as tasks:
+        for id_ in (E1, E2):
+            tasks.create_task(queue.accept(event(queue, id_)))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await queue.accept(event(queue, E3))
+
+
+# ---- callers that go -----------------------------------------------------------------------------
+
+
+async def test_who_does_not_wait_for_the_disk_has_its_event_run_all_the_same():
+    """It may have been told to go away after the event was written."""
+    async with running(Runs()) as queue:
+        accepting = asyncio.ensure_future(queue.accept(event(queue)))
+        await asyncio.sleep(0)
+        accepting.cancel()
+        await asyncio.wait({accepting})
+        await eventually(lambda: queue.outcomes[GREET, State.SUCCEEDED])
+
+        assert (await over(queue)).state is State.SUCCEEDED
+
+
+async def test_who_waits_for_a_result_no_longer_leaves_nothing_behind():
+    runs = Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs) as queue:
+        await queue.accept(event(queue))
+        waiting = asyncio.ensure_future(queue.get(E1, SOON_S))
+        await eventually(lambda: queue._watchers)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert queue._watchers == {}
+        shown = await queue.get(E1, 0.001)
+        assert shown is not None
+        assert shown.state is State.RUNNING
+        runs.gate.set()
+
+
+async def test_the_result_of_a_cancelled_event_is_refused_and_counted():
+    runs = Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        before = await queue.cancel(E1)
+        assert before is not None
+        assert before.state is State.RUNNING
+        runs.gate.set()
+        await eventually(lambda: queue.late)
+
+        assert (await over(queue)).state is State.CANCELLED
+        assert queue.outcomes == {(GREET, State.CANCELLED): 1}
+
+
+async def test_a_cancelled_event_that_waits_is_never_run():
+    runs = Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, work_of=work(places=1)) as queue:
+        await queue.accept(event(queue, E1))
+        await queue.accept(event(queue, E2))
+        await eventually(lambda: runs.seen)
+        await queue.cancel(E2)
+        runs.gate.set()
+        await over(queue, E1)
+
+        assert (await over(queue, E2)).state is State.CANCELLED
+    assert [lease.id for lease in runs.seen] == [E1]
+    assert queue.waiting == {}
+
+
+# ---- a store that fails --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPAIR_S", 0.001)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_could_not_be_written_was_not_accepted_and_later_it_goes_on():
+    store, runs = MemoryEvents(), Runs()
+    async with running(runs, store) as queue:
+        store.broken = StoreFailed("the disk is full")
+        with pytest.raises(StoreFailed, match="the disk is full"):
+            await queue.accept(event(queue, E1))
+        with pytest.raises(StoreFailed):
+            await queue.accept(event(queue, E2))
+        assert queue.failure == "the disk is full"
+
+        store.broken = None
+        await eventually(lambda: not queue.failure)
+        assert await queue.accept(event(queue, E3)) == Accepted(E3)
+        assert (await over(queue, E3)).state is State.SUCCEEDED
+    assert [lease.id for lease in runs.seen] == [E3]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_result_that_cannot_be_written_now_is_written_when_it_can():
+    """And the event is not run again for it."""
+    store, runs = MemoryEvents(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        store.broken = StoreFailed("EIO")
+        runs.gate.set()
+        await eventually(lambda: queue.failure)
+        store.broken = None
+
+        assert (await over(queue)).state is State.SUCCEEDED
+    assert len(runs.seen) == 1
+
+
+# ---- ends and beginnings -------------------------------------------------------------------------
+
+
+async def test_what_ran_when_the_server_died_runs_again_and_has_lost_no_attempt():
+    store, runs = MemoryEvents(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store, work_of=work(attempts=1)) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+    async with running(Runs(), store, work_of=work(attempts=1), owner="again") as queue:
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts, shown.fence) == (State.SUCCEEDED, 1, 2)
+
+
+async def test_what_is_held_starts_nothing_and_keeps_what_comes():
+    store, runs = MemoryEvents(), Runs()
+    async with running(runs, store) as queue:
+        queue.hold()
+        await queue.accept(event(queue))
+        assert runs.seen == []
+    async with running(runs, store, owner="again") as queue:
+        assert (await over(queue)).state is State.SUCCEEDED
+
+
+async def test_a_result_that_comes_while_the_queue_is_held_is_written_down():
+    store, runs = MemoryEvents(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        queue.hold()
+        runs.gate.set()
+        await eventually(lambda: not queue.running_now)
+
+    shown = await store.get(E1)
+    assert shown is not None
+    assert shown.state is State.SUCCEEDED
+
+
+async def test_who_shares_its_store_takes_over_from_who_is_silent(monkeypatch: pytest.MonkeyPatch):
+    """The other is stopped, not dead: what it says when it goes on comes too late."""
+    monkeypatch.setattr(module, "BEAT_S", 0.001)
+    store = MemoryEvents()
+    await store.open("other")
+    await store.beat()
+    await store.write(0.0, accepted=[_plain(E1)], wanted={GREET: 1})
+    async with running(Runs(), store, is_alone=False) as queue:
+        shown = await queue.get(E1, 0.01)
+        assert shown is not None
+        assert shown.state is State.RUNNING
+        monkeypatch.setattr(module, "LEASE_S", 0.01)
+
+        assert (await over(queue)).state is State.SUCCEEDED
+
+
+def _plain(id_: InvocationId) -> Event:
+    return Event(id=id_, function=GREET, meta=b"", body=b"", accepted_at=9e9, age_s=3600.0)
+
+
+async def test_who_is_silent_is_told_by_our_own_clock():
+    queue = Queue(MemoryEvents(), Runs(), work(), owner="us")
+    assert queue._silent({"us": 1, "other": 7}, 100.0) == []
+    assert queue._silent({"us": 1, "other": 8}, 109.0) == []
+    assert queue._silent({"us": 1, "other": 8}, 118.9) == []
+    assert queue._silent({"us": 1, "other": 8}, 119.0) == ["other"]
+    assert queue._silent({"us": 1}, 119.0) == []
+    assert queue._silent({"us": 1, "other": 8}, 120.0) == []
+
+
+async def test_old_events_are_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "SWEEP_S", 0.001)
+    async with running(Runs(), keep=Keep(over_s=0.0)) as queue:
+        await queue.accept(event(queue))
+        while await queue.get(E1):  # noqa: ASYNC110
+            await asyncio.sleep(0)
