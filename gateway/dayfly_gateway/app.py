@@ -124,8 +124,13 @@ class DataPlane:
     async def _accept(
         self, request: web.BaseRequest, invocation: Invocation, request_id: str
     ) -> web.StreamResponse:
-        invocation = structs.replace(invocation, id=later.event_id())
-        answer = later.answer(await later.accept(self._service, invocation, request))
+        invocation = structs.replace(invocation, id=later.in_order(invocation.id))
+        accepted = await later.accept(self._service, invocation, request)
+        transport = request.transport
+        if self._is_everyday(request) and accepted.is_new and transport is not None:
+            transport.write(later.wire_bytes(accepted, request_id))
+            return WRITTEN
+        answer = later.answer(accepted)
         answer.headers["X-Request-Id"] = request_id
         return answer
 
@@ -133,23 +138,25 @@ class DataPlane:
         self, request: web.BaseRequest, outcome: Outcome, id_: InvocationId, request_id: str
     ) -> web.StreamResponse | None:
         """The hot path: a small success, written at once; None for whatever is not everyday."""
-        protocol = request.protocol
-        if (
-            not isinstance(outcome, Success)
-            or self.is_draining
-            or request.method == "HEAD"
-            or request.version != HttpVersion11
-            or not request.keep_alive
-            or not request.content.is_eof()
-            or protocol.transport is None
-            or protocol.writing_paused
-        ):
+        transport = request.transport
+        if not isinstance(outcome, Success) or not self._is_everyday(request) or transport is None:
             return None
         data = events.wire_bytes(outcome, id_, request_id)
         if data is None:
             return None
-        protocol.transport.write(data)
+        transport.write(data)
         return WRITTEN
+
+    def _is_everyday(self, request: web.BaseRequest) -> bool:
+        """Whether an answer may be written at once, on a connection that stays open."""
+        return (
+            not self.is_draining
+            and request.method != "HEAD"
+            and request.version == HttpVersion11
+            and request.keep_alive
+            and request.content.is_eof()
+            and not request.protocol.writing_paused
+        )
 
     async def _write(self, request: web.BaseRequest, answer: web.Response) -> web.StreamResponse:
         """Send the answer within the time limit; a client that does not read is cut off."""

@@ -206,7 +206,7 @@ def wire_bytes(success: Success, invocation: str, request_id: str) -> bytes | No
         f"Dayfly-Invocation: {invocation}\r\nDayfly-Start: {timing.start}\r\n"
         f"Server-Timing: {server_timing(timing)}\r\nServer: Dayfly\r\n"
         f"X-Request-Id: {request_id}\r\n{theirs}"
-        f"Content-Length: {len(body)}\r\nDate: {_date()}\r\n\r\n"
+        f"Content-Length: {len(body)}\r\nDate: {date()}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -220,7 +220,7 @@ def _line(name: str, value: str) -> str:
 _last_date = (0, "")
 
 
-def _date() -> str:
+def date() -> str:
     """The Date header, kept for the responses of the same second."""
     global _last_date
     now = int(time.time())

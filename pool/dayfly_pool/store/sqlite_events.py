@@ -39,6 +39,10 @@ T = TypeVar("T")
 ROWS_MAX: Final = 64
 """Of one statement."""
 
+CHECKPOINT_S: Final = 0.25
+CHECKPOINT_PAGES: Final = 16384
+"""Where the log is as long as this, the one who writes waits for it to be moved into the file."""
+
 DAMAGED: Final = "it is not what was accepted: the disk or the file is damaged"
 
 MIGRATIONS: Final = (
@@ -68,7 +72,10 @@ MIGRATIONS: Final = (
     CREATE INDEX waiting ON events (function, priority DESC, row) WHERE state = 0;
     CREATE INDEX delayed ON events (at) WHERE state = 1;
     CREATE INDEX running ON events (owner) WHERE state = 2;
-    CREATE INDEX over ON events (state, at) WHERE state >= 3;
+    CREATE INDEX succeeded ON events (at) WHERE state = 3;
+    CREATE INDEX dead ON events (at) WHERE state = 4;
+    CREATE INDEX dead_of ON events (function, row) WHERE state = 4;
+    CREATE INDEX cancelled ON events (at) WHERE state = 5;
     CREATE INDEX files ON events (file) WHERE file != '';
     CREATE INDEX result_files ON events (result_file) WHERE result_file != '';
     CREATE TABLE attempts (
@@ -108,8 +115,11 @@ class SqliteEvents:
         self._owner = ""
         self._writer: ThreadPoolExecutor | None = None
         self._reader: ThreadPoolExecutor | None = None
+        self._mover: ThreadPoolExecutor | None = None
+        self._moving: asyncio.Task[None] | None = None
         self._write_connection: sqlite3.Connection | None = None
         self._read_connection: sqlite3.Connection | None = None
+        self._move_connection: sqlite3.Connection | None = None
         self._next_due: float | None = None
 
     def __repr__(self) -> str:
@@ -121,9 +131,11 @@ class SqliteEvents:
         self._owner = owner
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-write")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-read")
+        self._mover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-move")
         try:
             await self._call(self._writer, self._open)
             await self._call(self._writer, self._clear_up)
+            self._moving = asyncio.create_task(self._keep_moving(), name="events-move")
         except BaseException:
             await self.close()
             raise
@@ -131,12 +143,20 @@ class SqliteEvents:
     async def close(self) -> None:
         """Close the file, after what is under way."""
         loop = asyncio.get_running_loop()
-        for thread, close in ((self._reader, self._close_reader), (self._writer, self._close)):
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.wait({self._moving})
+            self._moving = None
+        for thread, close in (
+            (self._mover, self._close_mover),
+            (self._reader, self._close_reader),
+            (self._writer, self._close),
+        ):
             if thread is not None:
                 closing = loop.run_in_executor(thread, close)
                 thread.shutdown(wait=False)
                 await asyncio.shield(closing)
-        self._writer = self._reader = None
+        self._writer = self._reader = self._mover = None
 
     async def write(
         self,
@@ -216,11 +236,31 @@ class SqliteEvents:
     async def _read(self, work: Callable[[], T]) -> T:
         return await self._call(self._reader, work)
 
+    async def _keep_moving(self) -> None:
+        """Move the log into the file, beside those who write: it takes up to 0.1 s."""
+        while True:
+            await asyncio.sleep(CHECKPOINT_S)
+            with contextlib.suppress(StoreFailed):  # whoever writes will see it
+                await self._call(self._mover, self._move)
+
+    def _move(self) -> None:
+        if self._move_connection is None:
+            self._move_connection = sqlite3.connect(
+                self._path, check_same_thread=False, isolation_level=None
+            )
+        self._move_connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _close_mover(self) -> None:
+        if self._move_connection is not None:
+            self._move_connection.close()
+            self._move_connection = None
+
     # Below: on the writer's thread.
 
     def _open(self) -> None:
         self._bodies.mkdir(mode=0o700, exist_ok=True)
         connection = self._write_connection = connect(self._path, MIGRATIONS)
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute(
             "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
         )
@@ -414,9 +454,10 @@ class SqliteEvents:
         for state in (State.SUCCEEDED, State.DEAD, State.CANCELLED):
             kept_s = dead_s if state is State.DEAD else over_s
             gone += self._into.execute(
-                "DELETE FROM events WHERE row IN (SELECT row FROM events WHERE state = ?"
+                # the number is written out: an index of some states is used for no parameter
+                f"DELETE FROM events WHERE row IN (SELECT row FROM events WHERE state = {state:d}"
                 " AND at <= ? ORDER BY at LIMIT ?) RETURNING row, file, result_file",
-                (state, now - kept_s, PAGE_MAX - len(gone)),
+                (now - kept_s, PAGE_MAX - len(gone)),
             ).fetchall()
         self._into.executemany("DELETE FROM attempts WHERE event = ?", [(row,) for row, *_ in gone])
         for file in {file for _, *files in gone for file in files if file}:
@@ -469,8 +510,8 @@ class SqliteEvents:
     def _drop(self, digest: str) -> None:
         """Remove a file that no event needs any more."""
         needed = self._into.execute(
-            "SELECT 1 FROM events WHERE file = ? UNION ALL"
-            " SELECT 1 FROM events WHERE result_file = ? LIMIT 1",
+            "SELECT 1 FROM events WHERE file = ? AND file != '' UNION ALL"
+            " SELECT 1 FROM events WHERE result_file = ? AND result_file != '' LIMIT 1",
             (digest, digest),
         ).fetchone()
         if needed is None:
