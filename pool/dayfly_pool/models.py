@@ -235,6 +235,8 @@ class Failure(Struct, frozen=True):
     message: str
     traceback: str = ""
     timing: Timing = msgspec.field(default_factory=Timing)
+    was_killed: bool = False
+    """With SIGKILL, and not for want of memory: that may have been somebody else's doing."""
 
 
 Outcome = Success | Failure

@@ -265,7 +265,7 @@ class Pool:
             outcome = Success(body, timing, message.status, message.headers)
         elif isinstance(message, Lost):
             timing.handler_s = time.monotonic() - call.assigned_at
-            outcome = Failure(message.kind, message.message, "", timing)
+            outcome = Failure(message.kind, message.message, "", timing, message.was_killed)
         else:
             assert isinstance(message, Failed)  # `Sandbox` takes nothing else for an invocation
             timing.handler_s = message.handler_s

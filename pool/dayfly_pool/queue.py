@@ -115,6 +115,9 @@ class Queue:
         self._wake = asyncio.Event()
         self._due_at: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._is_due = False
+        """The timer has gone off, perhaps a little before the clock says so."""
+
         self._long = asyncio.Semaphore(LONG_AT_ONCE)
         self._beats: dict[str, tuple[int, float]] = {}
         """How often each owner has said that it lives, and when we saw that last."""
@@ -252,8 +255,9 @@ class Queue:
         events = [each.event for each in accepting]
         wanted = self._wanted(events)
         now = self.clock.now()
-        is_due = self._due_at is not None and self._due_at <= now
-        if not (events or ended or wanted or is_due or self.failure):
+        if self._is_due and self._due_at is not None:
+            now = max(now, self._due_at)
+        if not (events or ended or wanted or self._is_due or self.failure):
             return True
         try:
             written = await self._store.write(now, [end for _, end in ended], events, wanted)
@@ -328,15 +332,19 @@ class Queue:
             self._wake.set()
 
     def _set_timer(self, due_at: float | None) -> None:
-        if due_at == self._due_at:
+        if due_at == self._due_at and not self._is_due:
             return
-        self._due_at = due_at
+        self._due_at, self._is_due = due_at, False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if due_at is not None:
             wait_s = max(0.0, due_at - self.clock.now())
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._come_due)
+
+    def _come_due(self) -> None:
+        self._is_due = True
+        self._wake.set()
 
     # ---- runs ---------------------------------------------------------------------------------
 
@@ -382,7 +390,11 @@ class Queue:
     async def _flush(self) -> None:
         """Write down the last ends; the leases that are left wait again at the next start."""
         if self._ended:
-            await self._store.write(self.clock.now(), [ended for _, ended in self._ended])
+            try:
+                await self._store.write(self.clock.now(), [ended for _, ended in self._ended])
+            except StoreFailed as error:
+                extra = {"number": len(self._ended), "why": error.detail}
+                log.error("results are lost, and their events will run again", extra=extra)
             self._ended = []
 
     async def _beat(self) -> None:

@@ -56,7 +56,7 @@ def verdict(
     kind = type(outcome).__name__ if isinstance(outcome, PlatformError) else outcome.kind
     message = outcome.detail if isinstance(outcome, PlatformError) else outcome.message
     tries = lease.fence - lease.attempts
-    is_counted = isinstance(outcome, Failure) and not (kind == "Killed" and tries <= KILLS_MAX)
+    is_counted = isinstance(outcome, Failure) and not (outcome.was_killed and tries <= KILLS_MAX)
     attempt = Attempt(
         fence=lease.fence,
         started_at=started_at,

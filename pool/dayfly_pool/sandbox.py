@@ -59,9 +59,9 @@ Answer = Callable[["Message | Lost", bytes], None]
 class Lost(Exception):
     """The sandbox died, or was ended by us, while something was pending in it."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, *, was_killed: bool = False) -> None:
         super().__init__(message)
-        self.kind, self.message = kind, message
+        self.kind, self.message, self.was_killed = kind, message, was_killed
 
 
 class _Connection(asyncio.Protocol):
@@ -210,7 +210,8 @@ class Sandbox:
         """Send one invocation; *answer* is called once, with `Result`, `Failed` or `Lost`."""
         self.number += 1
         if self._is_over:
-            gone = Lost("Crashed", "the sandbox died before the invocation reached it")
+            why = "the sandbox died before the invocation reached it"
+            gone = Lost("Crashed", why, was_killed=True)
             asyncio.get_running_loop().call_soon(answer, gone, b"")
             return
         try:
@@ -231,7 +232,7 @@ class Sandbox:
     async def stop(self, kind: str, message: str, grace_s: float) -> None:
         """Ask with SIGTERM, then kill the whole tree; what is pending is `Lost` as told."""
         self._is_over = True
-        self._lose(kind, message)
+        self._lose(kind, message, was_killed=True)
         with contextlib.suppress(TimeoutError, SandboxStartFailed):
             await self._driver.terminate(self.id)
             async with asyncio.timeout(grace_s):
@@ -241,7 +242,7 @@ class Sandbox:
     async def destroy(self) -> Exit:
         """Kill what is left of it, close the connection; returns when every process is dead."""
         self._is_over = True
-        self._lose("Crashed", "the sandbox was destroyed")
+        self._lose("Crashed", "the sandbox was destroyed", was_killed=True)
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.pause_reading()
         try:
@@ -330,7 +331,13 @@ class Sandbox:
         if exit_ is not None:
             self._was_taken = exit_.code == -signal.SIGKILL and not exit_.oom_kills
         kind, message = _cause(self._violation, exit_)
-        self._lose(kind, message)
+        was_killed = (
+            not self._violation
+            and exit_ is not None
+            and exit_.code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+            and not exit_.oom_kills
+        )
+        self._lose(kind, message, was_killed=was_killed)
         self._on_death(self.id, f"{kind}: {message}")
 
     async def _finish_off(self) -> Exit | None:
@@ -341,10 +348,10 @@ class Sandbox:
                 return exit_ if exit_.oom_kills else None
         return None
 
-    def _lose(self, kind: str, message: str) -> None:
+    def _lose(self, kind: str, message: str, *, was_killed: bool) -> None:
         pending, self._pending = self._pending, {}
         for answer in pending.values():
-            answer(Lost(kind, message), b"")
+            answer(Lost(kind, message, was_killed=was_killed), b"")
 
 
 def _distrust(message: Message, *, is_loading: bool) -> None:

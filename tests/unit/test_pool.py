@@ -282,6 +282,7 @@ async def test_a_crash_tells_its_caller_the_cause(exit_: Exit, kind: str, messag
         failure = await fail(pool, GREET)
 
         assert (failure.kind, failure.message) == (kind, message)
+        assert failure.was_killed == (exit_ == Exit(-9))
         assert await succeed(pool, GREET, b"again") == b"again"
         assert driver.destroyed == ["sb-1"]
 

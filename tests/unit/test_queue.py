@@ -20,7 +20,7 @@ from dayfly_pool.models import (
     Success,
     Timing,
 )
-from dayfly_pool.queue import Keep, Queue, Work
+from dayfly_pool.queue import Clock, Keep, Queue, Work
 from dayfly_pool.store.events import Accepted, Event, Key, Lease, Shown, State
 from dayfly_pool.store.memory import MemoryEvents
 
@@ -117,6 +117,19 @@ async def test_a_failure_is_tried_again_until_it_succeeds():
 
     assert (shown.state, shown.attempts) == (State.SUCCEEDED, 3)
     assert [failure.kind for failure in shown.failures] == ["Raised", "Raised"]
+
+
+async def test_a_timer_that_goes_off_a_little_early_is_believed():
+    """Or nothing would look at the delayed event again."""
+
+    class Behind(Clock):
+        def now(self) -> float:
+            return 100.0
+
+    async with running(Runs(RAISED), clock=Behind(), draw=lambda: 0.001) as queue:
+        await queue.accept(event(queue))
+
+        assert (await over(queue)).state is State.SUCCEEDED
 
 
 async def test_what_fails_every_time_is_dead_and_keeps_every_error():
@@ -413,3 +426,22 @@ async def test_old_events_are_forgotten(monkeypatch: pytest.MonkeyPatch):
         await queue.accept(event(queue))
         while await queue.get(E1):  # noqa: ASYNC110
             await asyncio.sleep(0)
+
+
+async def test_results_that_can_never_be_written_end_the_queue_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+):
+    """Their events are run again at the next start."""
+    store, runs = MemoryEvents(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        store.broken = StoreFailed("EIO")
+        runs.gate.set()
+        await eventually(lambda: queue.failure)
+    assert "results are lost" in caplog.text
+
+    store.broken = None
+    async with running(Runs(), store, owner="again") as queue:
+        assert (await over(queue)).state is State.SUCCEEDED

@@ -95,7 +95,7 @@ def test_what_cannot_become_better_is_not_tried_again(error: type[PlatformError]
 
 
 def test_a_killed_sandbox_costs_no_attempt_until_it_looks_like_the_functions_own_doing():
-    killed = Failure("Killed", "by somebody")
+    killed = Failure("Crashed", "by somebody", was_killed=True)
     counted = [ended(killed, fence=fence).is_counted for fence in range(1, KILLS_MAX + 3)]
 
     assert counted == [False] * KILLS_MAX + [True, True]

@@ -40,6 +40,7 @@ ROWS_MAX: Final = 64
 """Of one statement."""
 
 CHECKPOINT_S: Final = 0.25
+PAGE_BYTES: Final = 4096
 CHECKPOINT_PAGES: Final = 16384
 """Where the log is as long as this, the one who writes waits for it to be moved into the file."""
 
@@ -261,6 +262,7 @@ class SqliteEvents:
         self._bodies.mkdir(mode=0o700, exist_ok=True)
         connection = self._write_connection = connect(self._path, MIGRATIONS)
         connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_PAGES * PAGE_BYTES}")
         connection.execute(
             "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
         )
