@@ -76,7 +76,11 @@ def measured(server: harness.Server, url: str, connections: int, seconds: int) -
 def wrk(url: str, connections: int, seconds: int) -> dict[str, float]:
     """Requests per second and latencies in milliseconds, as wrk measures them."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", url]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return figures_of(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def figures_of(text: str) -> dict[str, float]:
+    """What wrk says, in numbers. Raises RuntimeError when it was answered with errors."""
     if "Non-2xx" in text:
         raise RuntimeError(text)
     rate = float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])  # type: ignore[index]

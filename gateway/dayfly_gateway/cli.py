@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from dayfly_gateway import show
+from dayfly_gateway import cli_events, show
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -354,8 +354,10 @@ def _show_applied(views: Sequence[dict[str, Any]]) -> None:
 @click.argument("name")
 @click.option("-d", "--data", metavar="JSON|@FILE|-", default="{}", help="The event [{}].")
 @click.option("--timing", is_flag=True, help="Say on stderr where the time went.")
+@click.option("--later", is_flag=True, help="Have it kept and run later; print its id.")
+@click.option("--key", metavar="KEY", default="", help="Idempotency key, with --later.")
 @client_command
-def invoke(session: Session, name: str, data: str, timing: bool) -> None:
+def invoke(session: Session, name: str, data: str, timing: bool, later: bool, key: str) -> None:
     """Run the function NAME once.
 
     With a JSON event; prints what it returns.
@@ -364,8 +366,15 @@ def invoke(session: Session, name: str, data: str, timing: bool) -> None:
       dayfly invoke hello -d '{"name": "Ada"}'
       dayfly invoke resize -d @event.json --timing
       echo '[1, 2, 3]' | dayfly invoke total -d -
+      dayfly events show $(dayfly invoke hello --later)
     """
     event = _event(data)
+    if key and not later:
+        raise Misused("--key goes with --later")
+    if later:
+        id_ = session.client.accept(session.namespace, name, event, key)
+        session.show({"id": id_}, lambda _: click.echo(id_))
+        return
     started = time.perf_counter()
     try:
         reply = session.client.invoke(session.namespace, name, event)
@@ -554,6 +563,9 @@ def top(session: Session) -> None:
                 pool = session.client.pool()
     except KeyboardInterrupt:
         return
+
+
+cli.add_command(cli_events.events)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """The admin API's client: standard library HTTP, and every failure in one line with its remedy."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
@@ -153,6 +153,30 @@ class Client:
         """Run a function once. Raises `Problem`; it may take as long as the function may."""
         path = _path(namespace, "functions", name) + "/invocations"
         return self.call("POST", path, event, timeout_s=None)
+
+    def accept(self, namespace: str, name: str, event: bytes, key: str) -> str:
+        """Have a function run later; returns the invocation's id."""
+        headers = {"Prefer": "respond-async"} | ({"Idempotency-Key": key} if key else {})
+        path = _path(namespace, "functions", name) + "/invocations"
+        return str(self._document("POST", path, event, headers).get("id"))
+
+    def events(self, **which: str) -> list[dict[str, Any]]:
+        """A page of accepted events, the newest first."""
+        return self._listed(f"/events?{urlencode(which)}")
+
+    def event(self, id_: str) -> dict[str, Any]:
+        """One event with its payload."""
+        return self._document("GET", f"/events/{quote(id_, safe='')}")
+
+    def cancel(self, id_: str) -> dict[str, Any]:
+        """End an event unless it is over; as it was before, with `cancelled`."""
+        return self._document("POST", f"/events/{quote(id_, safe='')}/cancel")
+
+    def redrive(self, namespace: str, name: str, ids: Sequence[str]) -> int:
+        """Let dead events of a function wait again, all if there are no *ids*; how many."""
+        body = json.dumps({"ids": list(ids)} if ids else {}).encode()
+        path = _path(namespace, "functions", name) + "/redrive"
+        return int(self._document("POST", path, body).get("redriven", 0))
 
     def logs(self, namespace: str, name: str, tail: int) -> list[dict[str, Any]]:
         """Its last lines, the oldest first."""

@@ -23,6 +23,7 @@ from dayfly_pool.service import Service
 from dayfly_pool.store.events import Accepted, Shown, State
 
 PATH: Final = "/invocations/"
+STATES: Final = {state.name.lower(): state for state in State if state is not State.DELAYED}
 WAIT_S_MAX: Final = 60.0
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}\Z")
 _WAIT: Final = re.compile(r"wait=([0-9]{1,6})\Z")
@@ -119,11 +120,10 @@ async def show(service: Service, request: web.BaseRequest) -> web.Response:
 
 def view(shown: Shown) -> dict[str, Any]:
     """An invocation as it is shown."""
-    state = State.WAITING if shown.state is State.DELAYED else shown.state
     told: dict[str, Any] = {
         "id": shown.id,
         "function": shown.function,
-        "state": state.name.lower(),
+        "state": "waiting" if shown.state is State.DELAYED else shown.state.name.lower(),
         "attempts": shown.attempts,
         "acceptedAt": _time(shown.accepted_at),
         "expiresAt": _time(shown.expires_at),
@@ -134,7 +134,8 @@ def view(shown: Shown) -> dict[str, Any]:
         told["finishedAt"] = _time(shown.finished_at)
     if shown.state is State.SUCCEEDED:
         status, headers = msgspec.msgpack.decode(shown.result, type=tuple[int, list[list[str]]])
-        told["result"] = {"status": status, "headers": headers} | _body(shown.result_body)
+        http = {"status": status, "headers": headers} if status else {}
+        told["result"] = http | body_view(shown.result_body)
     told["failures"] = [
         {
             "at": _time(failure.started_at),
@@ -148,7 +149,8 @@ def view(shown: Shown) -> dict[str, Any]:
     return told
 
 
-def _body(body: bytes) -> dict[str, Any]:
+def body_view(body: bytes) -> dict[str, Any]:
+    """Bytes in JSON, as functions get and give them."""
     try:
         return {"body": body.decode(), "isBase64Encoded": False}
     except UnicodeDecodeError:

@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 import dayfly
-from dayfly_gateway import auth, events, openapi
+from dayfly_gateway import auth, events, later, openapi
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
@@ -33,6 +33,7 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.service import Service
+from dayfly_pool.store.events import PAGE_MAX
 from dayfly_pool.store.sqlite import StoredEnvironment, StoredFunction
 
 log = logging.getLogger("dayfly.admin")
@@ -72,6 +73,10 @@ class Management:
                 web.delete(function, self._delete),
                 web.post(f"{function}/invocations", self._invoke),
                 web.get(f"{function}/logs", self._logs),
+                web.post(f"{function}/redrive", self._redrive),
+                web.get("/events", self._events),
+                web.get("/events/{id}", self._event),
+                web.post("/events/{id}/cancel", self._cancel),
                 web.get("/environments", self._environments),
                 web.put(environment, self._build),
                 web.delete(environment, self._delete_environment),
@@ -100,6 +105,7 @@ class Management:
         return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        await self._service.event_metrics.look()
         text = generate_latest(self._service.pool.metrics.registry)
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
 
@@ -146,6 +152,9 @@ class Management:
         trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
         queue_s_max = self._service.config.queue_s_max
         invocation = Invocation(id_, stored.id, body, None, trace, queue_s_max)
+        if later.preferences(request.headers.getall("Prefer", ()))[0]:
+            invocation = msgspec.structs.replace(invocation, id=later.in_order(id_))
+            return later.answer(await later.accept(self._service, invocation, request))
         return _invoked(id_, await self._service.pool.invoke(invocation))
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
@@ -186,6 +195,44 @@ class Management:
             raise FunctionNotFound(f"no function {id_!r}")
         return self._service.functions[id_]
 
+    # ---- events -------------------------------------------------------------------------------
+
+    async def _events(self, request: web.Request) -> web.Response:
+        """A page of them, the newest first; the query says which."""
+        query = request.query
+        state = query.get("state", "")
+        if state and state not in later.STATES:
+            raise BadInput(f"state is one of {', '.join(later.STATES)}")
+        limit = query.get("limit", "100")
+        if not (limit.isdigit() and 0 < int(limit) <= PAGE_MAX):
+            raise BadInput(f"limit is a number from 1 to {PAGE_MAX}")
+        page = await self._service.queue.page(
+            FunctionId(query["function"]) if "function" in query else None,
+            later.STATES[state] if state else None,
+            int(limit),
+            InvocationId(query["before"]) if "before" in query else None,
+        )
+        return _json([later.view(shown) for shown in page])
+
+    async def _event(self, request: web.Request) -> web.Response:
+        shown = await self._service.queue.get(InvocationId(request.match_info["id"]))
+        if shown is None:
+            raise later.InvocationNotFound
+        return _json(later.view(shown) | {"event": later.body_view(shown.body)})
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        """As it was before: what is over cannot be cancelled any more."""
+        before = await self._service.queue.cancel(InvocationId(request.match_info["id"]))
+        if before is None:
+            raise later.InvocationNotFound
+        return _json(later.view(before) | {"cancelled": not before.state.is_over})
+
+    async def _redrive(self, request: web.Request) -> web.Response:
+        data = await read_body(request, self._config, SPEC_BYTES_MAX)
+        which = msgspec.json.decode(data or b"{}", type=Redrive)
+        number = await self._service.queue.redrive(self._stored(request).id, which.ids)
+        return _json({"redriven": number})
+
     # ---- environments -------------------------------------------------------------------------
 
     async def _environments(self, request: web.Request) -> web.Response:
@@ -223,6 +270,12 @@ class Management:
         info = request.match_info
         await self._service.delete_environment(info["namespace"], info["name"])
         return web.Response(status=204)
+
+
+class Redrive(msgspec.Struct, forbid_unknown_fields=True):
+    """Which dead events are to be tried again; all, if it does not say."""
+
+    ids: list[InvocationId] | None = None
 
 
 def _metadata(request: web.Request) -> Metadata:

@@ -12,6 +12,7 @@ _NAMED: Final = [
     {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
     for name in ("namespace", "name")
 ]
+_ID: Final = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 @cache
@@ -63,6 +64,25 @@ def _paths() -> dict[str, Any]:
         f"{function}/invocations": {
             "parameters": _NAMED,
             "post": _operation("Invoke it with a JSON event", _BAD | _MISSING | _FAILED, schema=""),
+        },
+        f"{function}/redrive": {
+            "parameters": _NAMED,
+            "post": _operation("Let its dead events wait again", _BAD | _MISSING, schema=""),
+        },
+        "/events": {
+            "parameters": [
+                {"name": name, "in": "query", "schema": {"type": "string"}}
+                for name in ("function", "state", "limit", "before")
+            ],
+            "get": _operation("A page of accepted events, the newest first", _BAD),
+        },
+        "/events/{id}": {
+            "parameters": [_ID],
+            "get": _operation("One event with its payload and every failure", _MISSING),
+        },
+        "/events/{id}/cancel": {
+            "parameters": [_ID],
+            "post": _operation("End it, unless it is over", _MISSING),
         },
         f"{function}/logs": {
             "parameters": [

@@ -135,7 +135,7 @@ class Server:
             faulthandler.cancel_dump_traceback_later()
 
     def _is_ready(self) -> bool:
-        return not self._stopping.is_set()
+        return not (self._stopping.is_set() or self.service.queue.failure)
 
     def _data_server(self) -> _HttpServer:
         gateway = self._gateway

@@ -126,6 +126,13 @@ def environments(views: Sequence[Mapping[str, Any]]) -> None:
     table(("NAMESPACE", "NAME", "DIGEST", "PRELOAD", "REQUIREMENTS"), rows)
 
 
+def events(found: Sequence[Mapping[str, Any]]) -> None:
+    """`dayfly events list`."""
+    headers = ("ID", "FUNCTION", "STATE", "ATTEMPTS", "ACCEPTED")
+    names = ("id", "function", "state", "attempts", "acceptedAt")
+    table(headers, [[event[name] for name in names] for event in found])
+
+
 def described(view: Mapping[str, Any]) -> None:
     """`dayfly describe`: every field on its line, nested ones with dots."""
     rows = [(name, value) for name, value in _flat("", view) if value not in ("", None)]

@@ -19,7 +19,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 import dayfly
+from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import Failure, FunctionId, Outcome, Timing
+from dayfly_pool.queue import Queue
 from dayfly_pool.state import PoolState
 
 BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
@@ -120,6 +122,51 @@ class Metrics(Collector):
         build.add_metric((dayfly.__version__,), 1)
         yield build
         yield from _state_families(self._state)
+
+
+class EventMetrics(Collector):
+    """What the queue of events counts. *look* before the families are asked for."""
+
+    def __init__(self, queue: Queue, registry: CollectorRegistry) -> None:
+        self._queue = queue
+        self._oldest: dict[FunctionId, float] = {}
+        registry.register(self)
+
+    async def look(self) -> None:
+        """Ask the store what only it knows."""
+        try:
+            self._oldest = await self._queue.oldest()
+        except StoreFailed:
+            self._oldest = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """Every family, as it is now."""
+        queue = self._queue
+        for name, text, number in (
+            ("accepted", "Events that were new", queue.accepted),
+            ("duplicates", "Events whose idempotency key was known", queue.duplicates),
+            ("late_results", "Results of runs that had lost their lease", queue.late),
+            ("redriven", "Dead events that wait again", queue.redriven),
+        ):
+            yield CounterMetricFamily(f"dayfly_events_{name}", text, number)
+        ended = CounterMetricFamily(
+            "dayfly_events_runs", "Runs by what they brought", labels=("function", "state")
+        )
+        for (function, state), number in list(queue.outcomes.items()):
+            ended.add_metric((function, state.name.lower()), number)
+        yield ended
+        for name, text, values in (
+            ("waiting", "Events that wait for room", queue.waiting),
+            ("running", "Events that are being run", queue.running_now),
+            ("oldest_seconds", "Age of the next waiting event", self._oldest),
+        ):
+            family = GaugeMetricFamily(f"dayfly_events_{name}", text, labels=("function",))
+            for function, value in list(values.items()):
+                family.add_metric((function,), value)
+            yield family
+        yield GaugeMetricFamily(
+            "dayfly_events_store_up", "Whether events can be written", not queue.failure
+        )
 
 
 def _counter(

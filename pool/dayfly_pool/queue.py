@@ -238,6 +238,12 @@ class Queue:
         """There may be more room than there was, or functions that were not there."""
         self._wake.set()
 
+    def forget(self, function: FunctionId) -> None:
+        """It is gone: its counts go too, and what waits for it will be dead."""
+        for key in [key for key in self.outcomes if key[0] == function]:
+            del self.outcomes[key]
+        self._wake.set()
+
     # ---- the writing task ---------------------------------------------------------------------
 
     async def _write_down(self) -> None:

@@ -25,6 +25,7 @@ from dayfly_pool.errors import (
     PackageDamaged,
     PlatformError,
 )
+from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
     BASE,
     Environment,
@@ -68,6 +69,7 @@ class Service:
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
         self.pool: Pool
         self.queue: Queue
+        self.event_metrics: EventMetrics
         self.packages: PackageStore
         self._builds: EnvironmentStore
         self._declarations: Declarations
@@ -88,6 +90,7 @@ class Service:
             try:
                 self.pool = Pool(config, driver)
                 self.queue = self._make_queue()
+                self.event_metrics = EventMetrics(self.queue, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
                     async with self.queue.running():
@@ -248,6 +251,7 @@ class Service:
             await self._declarations.delete_function(id_)
             self._change(id_, None)
             self.pool.remove(id_)
+            self.queue.forget(id_)
 
     # ---- environments -------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """Invocations that are accepted now and run later, over HTTP."""
 
 import base64
+import json
+import subprocess
 import threading
 from typing import Any
 
 import pytest
-from tests.harness import Reply, Server, eventually, together
+from tests.harness import DAYFLY, Reply, Server, eventually, together
 
 LATER = {"Prefer": "respond-async"}
 
@@ -50,8 +52,6 @@ def test_the_event_is_the_one_that_a_synchronous_call_gives(anywhere: Server):
     more: dict[str, Any] = {"path": "/a/b?x=1", "method": "PUT"}
     now = anywhere.call(name, b'{"n": 1}', headers=headers, **more).json()["event"]
     reply = anywhere.call(name, b'{"n": 1}', headers=headers | LATER, **more)
-    import json
-
     later = json.loads(outcome(anywhere, accepted(reply))["result"]["body"])["event"]
 
     for name_ in ("rawPath", "rawQueryString", "body", "isBase64Encoded", "routeKey"):
@@ -187,3 +187,110 @@ def test_who_waits_is_told_as_soon_as_it_is_over(anywhere: Server):
     assert eventually(release.is_set, within_s=20)
     thread.join()
     assert told[0]["state"] == "succeeded"
+
+
+# ---- for operators ------------------------------------------------------------------------------
+
+
+def dayfly(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(DAYFLY), *arguments, "--url", f"http://{server.admin}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def said(server: Server, *arguments: str) -> Any:
+    """What the command answers a script."""
+    done = dayfly(server, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+FRAGILE = """
+import os
+def handler(event, context):
+    if not event.get("well"):
+        raise ValueError("not well")
+    return {"well": True}
+"""
+
+
+def test_a_dead_event_is_found_shown_mended_and_redriven(server: Server):
+    """An operator's story: the payload is there, and so is the reason; one command mends it."""
+    retry = {"attempts": 2, "backoffSeconds": 0.01}
+    name = server.deploy("fragile", files={"main.py": FRAGILE}, retry=retry)
+    id_ = dayfly(server, "invoke", name, "-d", '{"order": 7}', "--later").stdout.strip()
+    assert outcome(server, id_)["state"] == "dead"
+
+    (listed,) = said(server, "events", "list", name, "--state", "dead")
+    assert (listed["id"], listed["attempts"], listed["function"]) == (id_, 2, f"default/{name}")
+    shown = said(server, "events", "show", id_)
+    assert json.loads(shown["event"]["body"]) == {"order": 7}
+    assert [failure["message"] for failure in shown["failures"]] == ["ValueError: not well"] * 2
+    assert id_ in dayfly(server, "events", "list").stdout
+    assert "not well" in dayfly(server, "events", "show", id_).stdout
+
+    server.deploy("fragile", name, files={"main.py": FRAGILE.replace("if not", "if False and not")})
+    assert said(server, "events", "redrive", name) == {"redriven": 1}
+    end = outcome(server, id_)
+    assert (end["state"], json.loads(end["result"]["body"])) == ("succeeded", {"well": True})
+    assert said(server, "events", "list", name, "--state", "dead") == []
+    server.delete(name)
+
+
+def test_an_event_that_waits_can_be_cancelled_and_one_that_is_over_cannot(server: Server):
+    code = "import time\ndef handler(event, context):\n    time.sleep(2)\n"
+    name = server.deploy("slow", files={"main.py": code}, maxScale=1)
+    ids = [dayfly(server, "invoke", name, "--later").stdout.strip() for _ in range(2)]
+    done = dayfly(server, "events", "cancel", ids[1])
+    assert (done.returncode, done.stdout) == (0, f"{ids[1]} cancelled\n")
+
+    assert outcome(server, ids[0])["state"] == "succeeded"
+    assert outcome(server, ids[1])["state"] == "cancelled"
+    again = dayfly(server, "events", "cancel", *ids)
+    assert again.returncode == 2
+    assert again.stdout == f"{ids[0]} is succeeded already\n{ids[1]} is cancelled already\n"
+    server.delete(name)
+
+
+def test_what_is_not_there_or_not_meant_is_told_in_one_line(server: Server):
+    for arguments in (("show", "nothing"), ("cancel", "nothing"), ("redrive", "nobody")):
+        done = dayfly(server, "events", *arguments)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+    for query in ("state=lost", "limit=0", "limit=1001", "limit=x"):
+        assert server.ask("GET", f"/events?{query}").status == 400
+    assert server.ask("POST", "/namespaces/default/functions/nobody/redrive", {}).status == 404
+    assert dayfly(server, "invoke", "x", "--key", "k").returncode == 2
+
+
+def test_a_page_goes_on_where_the_last_one_ended(server: Server):
+    name = server.deploy("hello", "paged")
+    ids = [accepted(ask(server, name, b"{}")) for _ in range(5)]
+    path = f"/events?function=default/{name}&limit=2"
+    first = [event["id"] for event in server.ask("GET", path).json()]
+    second = [event["id"] for event in server.ask("GET", f"{path}&before={first[-1]}").json()]
+
+    assert [*first, *second] == ids[:0:-1]
+    server.delete(name)
+
+
+def test_the_queue_can_be_watched(server: Server):
+    """Everything that an alarm would need: what came, what died, what waits and for how long."""
+    code = "import time\ndef handler(event, context):\n    time.sleep(1)\n"
+    name = server.deploy("watched", files={"main.py": code}, maxScale=1)
+    key = {"Idempotency-Key": "watched"}
+    ids = [accepted(ask(server, name, b"{}", **key)) for _ in range(2)]
+    ids += [accepted(ask(server, name, b"{}")) for _ in range(2)]
+    text = server.ask("GET", "/metrics").body.decode()
+    label = f'{{function="default/{name}"}}'
+
+    assert f"dayfly_events_running{label} 1.0" in text
+    assert f"dayfly_events_waiting{label} 2.0" in text
+    assert f"dayfly_events_oldest_seconds{label} " in text
+    assert "dayfly_events_store_up 1.0" in text
+    for id_ in ids:
+        outcome(server, id_)
+    text = server.ask("GET", "/metrics").body.decode()
+    runs = f'dayfly_events_runs_total{{function="default/{name}",state="succeeded"}}'
+    assert f"{runs} 3.0" in text
+    server.delete(name)
+    assert runs not in server.ask("GET", "/metrics").body.decode()

@@ -133,9 +133,11 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(small_disk: Path):
         assert (refused.status, refused.json()["error"]) == (503, "StoreFailed")
         assert refused.headers["Retry-After"] == "1"
         assert "full" in refused.json()["detail"]
+        assert server.ask("GET", "/ready").status == 503
 
         ballast.unlink()
         assert eventually(lambda: send().status == 202)
+        assert server.ask("GET", "/ready").status == 200
         assert len(accepted) > 10
         assert {state for state, _ in outcomes(server, accepted)} == {"succeeded"}
         server.log[:] = [line for line in server.log if "events cannot be written" not in line]
