@@ -40,7 +40,10 @@ def verdict(
     now: float,
     random: float,
 ) -> Ended:
-    """What the event is now, after a run of it from *started_at* until *now*."""
+    """What the event is now, after a run of it from *started_at* until *now*.
+
+    A run for which there was no room leaves no trace, or a long queue would be full of them.
+    """
     if isinstance(outcome, Success):
         if outcome.status < SERVER_ERROR:
             return Ended(
@@ -78,7 +81,7 @@ def verdict(
         fence=lease.fence,
         state=State.DEAD if is_dead or is_old else State.DELAYED,
         at=now if is_dead or is_old else at,
-        attempt=attempt,
+        attempt=attempt if isinstance(outcome, Failure) or is_dead or is_old else None,
         is_counted=is_counted,
     )
 

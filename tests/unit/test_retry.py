@@ -81,7 +81,7 @@ def test_what_fails_on_our_side_costs_no_attempt_however_often(
 ):
     end = ended(error("busy"), random=1.0, fence=fence)
 
-    assert (end.state, end.is_counted) == (State.DELAYED, False)
+    assert (end.state, end.is_counted, end.attempt) == (State.DELAYED, False, None)
     assert NOW < end.at <= NOW + THROTTLE_MAX_S
 
 
@@ -103,7 +103,9 @@ def test_a_killed_sandbox_costs_no_attempt_until_it_looks_like_the_functions_own
 
 def test_what_could_not_run_again_before_its_maximum_age_is_dead_at_once():
     assert ended(RAISED, random=0.5, expires_at=NOW + 0.5).state is State.DEAD
-    assert ended(NoCapacity(), random=0.5, expires_at=NOW).state is State.DEAD
+    end = ended(NoCapacity("full"), random=0.5, expires_at=NOW)
+    assert end.attempt is not None
+    assert (end.state, end.attempt.kind, end.attempt.message) == (State.DEAD, "NoCapacity", "full")
 
 
 def test_what_a_function_says_is_kept_within_a_limit():
