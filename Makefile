@@ -18,7 +18,8 @@ system:
 run: install system
 	$(BIN)/dayfly up --data .dayfly --deploy examples
 
-test: install system
+test: install
+	@sh .ci/packages test
 	$(BIN)/python -m pytest
 
 check: install
@@ -33,7 +34,7 @@ fix: install
 
 bench: install
 	@sh .ci/packages bench
-	for file in cold_start warm burst density scale_to_zero soak; do $(BIN)/python -m bench.$$file || exit 1; done
+	for file in cold_start warm burst density scale_to_zero soak events; do $(BIN)/python -m bench.$$file || exit 1; done
 
 load: install
 	$(BIN)/locust -f bench/locustfile.py --headless --users 20 --spawn-rate 20 --run-time 30s
