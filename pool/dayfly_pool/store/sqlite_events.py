@@ -122,6 +122,8 @@ class SqliteEvents:
         self._read_connection: sqlite3.Connection | None = None
         self._move_connection: sqlite3.Connection | None = None
         self._next_due: float | None = None
+        self._is_doubtful = False
+        """Something may look written, and not be on the disk."""
 
     def __repr__(self) -> str:
         return f"<SqliteEvents {self._path} {'open' if self._writer else 'closed'}>"
@@ -260,15 +262,22 @@ class SqliteEvents:
 
     def _open(self) -> None:
         self._bodies.mkdir(mode=0o700, exist_ok=True)
-        connection = self._write_connection = connect(self._path, MIGRATIONS)
-        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        connection.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_PAGES * PAGE_BYTES}")
-        connection.execute(
-            "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
-        )
-        (self._next_due,) = connection.execute(
-            "SELECT min(at) FROM events WHERE state = 1"
-        ).fetchone()
+        connection = connect(self._path, MIGRATIONS, is_sound=self._is_doubtful)
+        try:
+            if self._is_doubtful:
+                _settle(connection)
+            connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            connection.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_PAGES * PAGE_BYTES}")
+            connection.execute(
+                "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
+            )
+            (self._next_due,) = connection.execute(
+                "SELECT min(at) FROM events WHERE state = 1"
+            ).fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        self._write_connection, self._is_doubtful = connection, False
 
     def _clear_up(self) -> None:
         """Remove the files of events that a crash kept from being accepted."""
@@ -286,8 +295,8 @@ class SqliteEvents:
     def _transaction(self, work: Callable[[], T]) -> T:
         """*work* in one transaction, on the disk when this returns.
 
-        After a failure the connection is opened anew: what the system could not write once it may
-        take for written when it is told to write it again.
+        After a failure the connection is opened anew, and the log is moved into the file before
+        anything else is written.
         """
         if self._write_connection is None:
             self._open()
@@ -298,7 +307,7 @@ class SqliteEvents:
             connection.execute("COMMIT")
             return result
         except BaseException:
-            self._write_connection = None
+            self._write_connection, self._is_doubtful = None, True
             with contextlib.suppress(sqlite3.Error):
                 connection.close()  # rolls back
             raise
@@ -632,6 +641,17 @@ class SqliteEvents:
             if row is not None:
                 oldest[function] = row[0]
         return oldest
+
+
+def _settle(connection: sqlite3.Connection) -> None:
+    """Have what is in the log written into the file.
+
+    What the system could not write once it may take for written from then on; and what comes
+    after it in the log would be lost with it.
+    """
+    (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_busy:
+        raise sqlite3.OperationalError("the log cannot be moved into the file")
 
 
 def _attempt(
