@@ -31,7 +31,7 @@ def accepted(reply: Reply) -> str:
 
 
 def test_an_accepted_invocation_says_where_its_result_will_be(anywhere: Server):
-    name = anywhere.deploy("hello")
+    name = anywhere.deploy("hello", "later-hello")
     reply = anywhere.call(name, path="?name=Ada", headers=LATER)
     told = reply.json()
 
@@ -47,7 +47,7 @@ def test_an_accepted_invocation_says_where_its_result_will_be(anywhere: Server):
 
 
 def test_the_event_is_the_one_that_a_synchronous_call_gives(anywhere: Server):
-    name = anywhere.deploy("echo")
+    name = anywhere.deploy("echo", "later-echo")
     headers = {"X-Twice": "a", "Content-Type": "application/json"}
     more: dict[str, Any] = {"path": "/a/b?x=1", "method": "PUT"}
     now = anywhere.call(name, b'{"n": 1}', headers=headers, **more).json()["event"]
@@ -61,7 +61,7 @@ def test_the_event_is_the_one_that_a_synchronous_call_gives(anywhere: Server):
 
 def test_a_body_that_is_no_text_comes_back_in_base64(anywhere: Server):
     code = "def handler(event, context):\n    return {'statusCode': 201, 'body': b'\\x00\\xff'}\n"
-    name = anywhere.deploy("bytes", files={"main.py": code})
+    name = anywhere.deploy("later-bytes", files={"main.py": code})
     result = outcome(anywhere, accepted(ask(anywhere, name)))["result"]
 
     assert (result["status"], result["isBase64Encoded"]) == (201, True)
@@ -70,7 +70,7 @@ def test_a_body_that_is_no_text_comes_back_in_base64(anywhere: Server):
 
 def test_a_long_body_and_a_long_result_survive(anywhere: Server):
     code = "def handler(event, context):\n    return {'statusCode': 200, 'body': event['body']}\n"
-    name = anywhere.deploy("mirror", files={"main.py": code})
+    name = anywhere.deploy("later-mirror", files={"main.py": code})
     body = b"0123456789" * 100_000
     reply = ask(anywhere, name, body, **{"Content-Type": "text/plain; charset=utf-8"})
 
@@ -80,7 +80,7 @@ def test_a_long_body_and_a_long_result_survive(anywhere: Server):
 def test_a_handler_that_raises_is_tried_as_often_as_declared(anywhere: Server):
     code = "def handler(event, context):\n    raise ValueError('no')\n"
     retry = {"attempts": 2, "backoffSeconds": 0.01}
-    name = anywhere.deploy("raises", files={"main.py": code}, retry=retry)
+    name = anywhere.deploy("later-raises", files={"main.py": code}, retry=retry)
     end = outcome(anywhere, accepted(ask(anywhere, name)))
 
     assert (end["state"], end["attempts"]) == ("dead", 2)
@@ -91,14 +91,14 @@ def test_a_handler_that_raises_is_tried_as_often_as_declared(anywhere: Server):
 
 def test_a_server_error_is_a_failure_too(anywhere: Server):
     code = "def handler(event, context):\n    return {'statusCode': 503, 'body': 'busy'}\n"
-    name = anywhere.deploy("busy", files={"main.py": code}, retry={"attempts": 1})
+    name = anywhere.deploy("later-busy", files={"main.py": code}, retry={"attempts": 1})
     end = outcome(anywhere, accepted(ask(anywhere, name)))
 
     assert (end["state"], end["failures"][0]["kind"]) == ("dead", "ServerError")
 
 
 def test_the_same_idempotency_key_is_the_same_invocation(anywhere: Server):
-    name = anywhere.deploy("hello")
+    name = anywhere.deploy("hello", "later-hello")
     key = {"Idempotency-Key": f"key-{anywhere.driver}"}
     first = ask(anywhere, name, b"{}", **key)
     again = ask(anywhere, name, b"{}", **key)
@@ -114,7 +114,7 @@ def test_the_same_idempotency_key_is_the_same_invocation(anywhere: Server):
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ü".encode().decode("latin-1")])
 def test_a_key_that_is_none_is_refused(anywhere: Server, key: str):
-    name = anywhere.deploy("hello")
+    name = anywhere.deploy("hello", "later-hello")
 
     assert ask(anywhere, name, b"{}", **{"Idempotency-Key": key}).status == 400
 
@@ -129,7 +129,7 @@ def test_what_is_not_there_cannot_be_accepted_or_asked_for(anywhere: Server):
 
 
 def test_who_asks_before_it_is_over_is_told_how_far_it_is(anywhere: Server):
-    name = anywhere.deploy("wait", timeoutSeconds=30)
+    name = anywhere.deploy("wait", "later-wait", timeoutSeconds=30)
     id_ = accepted(ask(anywhere, name, b""))
     told = outcome(anywhere, id_, wait_s=0)
     assert told["state"] in ("waiting", "running")
@@ -140,7 +140,9 @@ def test_who_asks_before_it_is_over_is_told_how_far_it_is(anywhere: Server):
 
 def test_a_burst_on_one_place_loses_nothing_and_costs_no_attempts(anywhere: Server):
     """The queue of the function itself is shorter than the burst."""
-    name = anywhere.deploy("instance", maxScale=1, queueMax=5, retry={"attempts": 1})
+    name = anywhere.deploy(
+        "instance", "later-instance", maxScale=1, queueMax=5, retry={"attempts": 1}
+    )
     ids = together(100, lambda _: accepted(ask(anywhere, name)))
     ended = [outcome(anywhere, id_) for id_ in ids]
 
@@ -161,7 +163,7 @@ def test_what_was_accepted_survives_a_restart(new_server):
 
 def test_a_function_that_is_deleted_lets_its_events_die_and_they_can_be_seen(anywhere: Server):
     code = "import time\ndef handler(event, context):\n    time.sleep(0.2)\n"
-    name = anywhere.deploy("doomed", files={"main.py": code}, maxScale=1)
+    name = anywhere.deploy("later-doomed", files={"main.py": code}, maxScale=1)
     ids = together(5, lambda _: accepted(ask(anywhere, name)))
     anywhere.delete(name)
     ended = [outcome(anywhere, id_) for id_ in ids]
@@ -216,7 +218,7 @@ def handler(event, context):
 def test_a_dead_event_is_found_shown_mended_and_redriven(server: Server):
     """An operator's story: the payload is there, and so is the reason; one command mends it."""
     retry = {"attempts": 2, "backoffSeconds": 0.01}
-    name = server.deploy("fragile", files={"main.py": FRAGILE}, retry=retry)
+    name = server.deploy("later-fragile", files={"main.py": FRAGILE}, retry=retry)
     id_ = dayfly(server, "invoke", name, "-d", '{"order": 7}', "--later").stdout.strip()
     assert outcome(server, id_)["state"] == "dead"
 
@@ -238,7 +240,7 @@ def test_a_dead_event_is_found_shown_mended_and_redriven(server: Server):
 
 def test_an_event_that_waits_can_be_cancelled_and_one_that_is_over_cannot(server: Server):
     code = "import time\ndef handler(event, context):\n    time.sleep(2)\n"
-    name = server.deploy("slow", files={"main.py": code}, maxScale=1)
+    name = server.deploy("later-slow", files={"main.py": code}, maxScale=1)
     ids = [dayfly(server, "invoke", name, "--later").stdout.strip() for _ in range(2)]
     done = dayfly(server, "events", "cancel", ids[1])
     assert (done.returncode, done.stdout) == (0, f"{ids[1]} cancelled\n")
@@ -276,7 +278,7 @@ def test_a_page_goes_on_where_the_last_one_ended(server: Server):
 def test_the_queue_can_be_watched(server: Server):
     """Everything that an alarm would need: what came, what died, what waits and for how long."""
     code = "import time\ndef handler(event, context):\n    time.sleep(1)\n"
-    name = server.deploy("watched", files={"main.py": code}, maxScale=1)
+    name = server.deploy("later-watched", files={"main.py": code}, maxScale=1)
     key = {"Idempotency-Key": "watched"}
     ids = [accepted(ask(server, name, b"{}", **key)) for _ in range(2)]
     ids += [accepted(ask(server, name, b"{}")) for _ in range(2)]

@@ -60,7 +60,9 @@ class Senders:
 def test_a_server_that_is_killed_again_and_again_loses_nothing_that_it_accepted(new_server):
     """And costs nobody an attempt, though some were running each time."""
     server: Server = new_server()
-    name = server.deploy("nap", files={"main.py": NAP % 0.01}, maxScale=4, retry={"attempts": 1})
+    name = server.deploy(
+        "accepted-nap", files={"main.py": NAP % 0.01}, maxScale=4, retry={"attempts": 1}
+    )
     senders = Senders(server, name)
     for _ in range(3):
         before = len(senders.accepted)
@@ -77,7 +79,7 @@ def test_a_server_that_is_killed_again_and_again_loses_nothing_that_it_accepted(
 @pytest.mark.skipif(os.geteuid() != 0, reason="finds processes by control group")
 def test_a_killed_sandbox_costs_no_attempt(server: Server):
     """Its function did nothing wrong; it is run again, and the failure can be seen."""
-    name = server.deploy("nap", files={"main.py": NAP % 1.0}, retry={"attempts": 1})
+    name = server.deploy("accepted-nap", files={"main.py": NAP % 1.0}, retry={"attempts": 1})
     id_ = server.call(name, b"", headers=LATER).json()["id"]
     eventually(lambda: server.describe(name)["status"]["busy"])
     (box,) = server.sandboxes(name)
@@ -93,7 +95,7 @@ def test_a_killed_sandbox_costs_no_attempt(server: Server):
 def test_a_function_that_ends_its_sandbox_each_time_is_not_run_for_ever(anywhere: Server):
     code = "import os\ndef handler(event, context):\n    os._exit(3)\n"
     retry = {"attempts": 2, "backoffSeconds": 0.01}
-    name = anywhere.deploy("exits", files={"main.py": code}, retry=retry)
+    name = anywhere.deploy("accepted-exits", files={"main.py": code}, retry=retry)
     end = outcome(anywhere, anywhere.call(name, b"", headers=LATER).json()["id"])
     anywhere.delete(name)
 
@@ -117,7 +119,7 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(small_disk: Path):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(32 << 20))
     with Server(small_disk / "data", "--generic-min", "1") as server:
-        name = server.deploy("nap", files={"main.py": NAP % 0.0}, maxScale=1)
+        name = server.deploy("accepted-nap", files={"main.py": NAP % 0.0}, maxScale=1)
         accepted: set[str] = set()
 
         def send() -> Reply:
@@ -167,7 +169,9 @@ def status_of(pid: int) -> str:
 def test_what_cannot_be_synchronized_is_not_accepted_and_nothing_else_is_lost(new_server):
     """A broken disk: 503 and not ready while it lasts; then it goes on, with all that it had."""
     server: Server = new_server()
-    name = server.deploy("nap", files={"main.py": NAP % 0.05}, maxScale=1, retry={"attempts": 1})
+    name = server.deploy(
+        "accepted-nap", files={"main.py": NAP % 0.05}, maxScale=1, retry={"attempts": 1}
+    )
 
     def send() -> Reply:
         return server.call(name, b"{}", headers=LATER)
