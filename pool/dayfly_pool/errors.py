@@ -151,6 +151,13 @@ class DriverUnavailable(PlatformError):
     status = 503
 
 
+class TooManyHops(BadInput):
+    """An event has gone through too many destinations: they lead in a circle.
+
+    It is dead, and can be seen with `dayfly events show`. Correct onSuccess and onFailure.
+    """
+
+
 class StoreFailed(PlatformError):
     """The store of events does not work.
 

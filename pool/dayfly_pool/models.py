@@ -67,6 +67,12 @@ class Retry(Model, frozen=True):
     max_age_seconds: Annotated[float, Meta(gt=0, le=14 * 86400)] = 6 * 3600.0
 
 
+class Destination(Model, frozen=True):
+    """Where it is told what became of an event: another function of the same namespace."""
+
+    function: Name
+
+
 class FunctionSpec(Model, frozen=True):
     """What a user declares of a function. *package* is a digest; *source* is for the CLI only."""
 
@@ -86,6 +92,8 @@ class FunctionSpec(Model, frozen=True):
     initialize: Initialize = "auto"
     limits: Limits = Limits()
     retry: Retry = Retry()
+    on_success: Destination | None = None
+    on_failure: Destination | None = None
     routes: tuple[Route, ...] = ()
 
     def __post_init__(self) -> None:

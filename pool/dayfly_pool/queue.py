@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from dayfly_pool import retry
 from dayfly_pool.errors import PlatformError, QueueFull, StoreFailed
@@ -49,6 +49,9 @@ class Work(Struct, frozen=True):
 
 Run = Callable[[Lease], Awaitable[Outcome]]
 """Runs an event once. Raises `PlatformError` when it could not be run."""
+
+Follow = Callable[[Lease, Ended], Event | None]
+"""What is to be accepted because an event has ended so; nothing for most."""
 
 
 class Clock:
@@ -89,6 +92,7 @@ class Queue:
         run: Run,
         work_of: Callable[[FunctionId], Work | None],
         *,
+        follow: Follow = lambda lease, ended: None,
         owner: str,
         is_alone: bool = True,
         keep: Keep | None = None,
@@ -109,7 +113,7 @@ class Queue:
         """Why the last write failed; empty when it did not."""
 
         self._store, self._run, self._work_of, self._owner = store, run, work_of, owner
-        self._draw, self._is_alone = draw, is_alone
+        self._draw, self._is_alone, self._follow = draw, is_alone, follow
         self._accepting: deque[_Accepting] = deque()
         self._ended: list[tuple[Lease, Ended]] = []
         self._wake = asyncio.Event()
@@ -363,9 +367,12 @@ class Queue:
         try:
             if lease.is_long:
                 async with self._long:
-                    ended = await self._ended_by(await self._store.fetch(lease))
+                    lease = await self._store.fetch(lease)
+                    ended = await self._ended_by(lease)
             else:
                 ended = await self._ended_by(lease)
+            if ended.state.is_over:
+                ended = structs.replace(ended, then=self._follow(lease, ended))
         finally:
             del self._leases[lease.id]
             self.running_now[lease.function] -= 1

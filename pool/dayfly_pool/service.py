@@ -1,6 +1,7 @@
 """Everything one server does with declarations: keep them, build what they need, tell the pool."""
 
 import asyncio
+import base64
 import fcntl
 import hashlib
 import logging
@@ -9,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +26,7 @@ from dayfly_pool.errors import (
     FunctionNotFound,
     PackageDamaged,
     PlatformError,
+    TooManyHops,
 )
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
@@ -34,6 +37,7 @@ from dayfly_pool.models import (
     FunctionId,
     FunctionManifest,
     Invocation,
+    InvocationId,
     Isolation,
     Mold,
     Network,
@@ -43,13 +47,17 @@ from dayfly_pool.models import (
 from dayfly_pool.packages import PackageStore
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
-from dayfly_pool.store.events import Accepted, Event, Key, Lease
+from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
 from dayfly_pool.store.sqlite import Declarations, StoredEnvironment, StoredFunction
 from dayfly_pool.store.sqlite_events import SqliteEvents
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
+HOPS_MAX: Final = 8
+CONDITIONS: Final = {"Expired": "EventAgeExceeded"}
+"""Why an event is dead, where Lambda has a word of its own for it."""
+
 BASE_ENVIRONMENT: Final = Environment(digest=BASE)
 
 
@@ -58,6 +66,49 @@ class EventMeta(msgspec.Struct, frozen=True, array_like=True):
 
     http: dict[str, Any] | None
     trace: str = ""
+    hops: int = 0
+    """Destinations that it went through."""
+
+
+def report(lease: Lease, ended: Ended, version: str) -> bytes:
+    """What a destination is told, in the words of AWS Lambda's destinations."""
+    is_success = ended.state is State.SUCCEEDED
+    failure = ended.attempt
+    kind = failure.kind if failure is not None else ""
+    condition = "Success" if is_success else CONDITIONS.get(kind, "RetriesExhausted")
+    told: dict[str, Any] = {
+        "version": "1.0",
+        "timestamp": datetime.fromtimestamp(ended.at, UTC).isoformat(timespec="milliseconds"),
+        "requestContext": {
+            "requestId": lease.id,
+            "function": lease.function,
+            "functionVersion": version,
+            "condition": condition,
+            "approximateInvokeCount": lease.attempts + ended.is_counted,
+        },
+        "requestPayload": _payload(lease.body),
+    }
+    if is_success:
+        status, _ = msgspec.msgpack.decode(ended.result, type=tuple[int, list[list[str]]])
+        told["responseContext"] = {"statusCode": status or 200}
+        told["responsePayload"] = _payload(ended.body)
+    elif failure is not None:
+        told["responseContext"] = {"functionError": kind}
+        told["responsePayload"] = {"errorType": kind, "errorMessage": failure.message}
+    return msgspec.json.encode(told)
+
+
+def _payload(body: bytes) -> Any:
+    """As JSON if it is that, else as text, else in base64."""
+    try:
+        msgspec.json.decode(body)
+        return msgspec.Raw(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
 
 
 class Service:
@@ -127,14 +178,37 @@ class Service:
         folder = self.config.data / "events"
         folder.mkdir(mode=0o700, exist_ok=True)
         store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
-        return Queue(store, self._run, self._work_of, owner=secrets.token_hex(8))
+        owner = secrets.token_hex(8)
+        return Queue(store, self._run, self._work_of, follow=self._follow, owner=owner)
 
     async def _run(self, lease: Lease) -> Outcome:
         """Run a leased event once. Raises `PlatformError`."""
         meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
+        if meta.hops > HOPS_MAX:
+            raise TooManyHops(f"{meta.hops} hops, the last to {lease.function}")
         queue_s_max = self.config.queue_s_max
         return await self.pool.invoke(
             Invocation(lease.id, lease.function, lease.body, meta.http, meta.trace, queue_s_max)
+        )
+
+    def _follow(self, lease: Lease, ended: Ended) -> Event | None:
+        """What the destination of its function is told, if it has one for this end."""
+        stored = self.functions.get(lease.function)
+        if stored is None:
+            return None
+        is_success = ended.state is State.SUCCEEDED
+        where = stored.spec.on_success if is_success else stored.spec.on_failure
+        if where is None:
+            return None
+        meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
+        now = self.queue.clock.now()
+        return Event(
+            id=InvocationId(f"{int(now * 1000):012x}{secrets.token_hex(10)}"),
+            function=function_id(lease.function.partition("/")[0], where.function),
+            meta=msgspec.msgpack.encode(EventMeta(None, meta.trace, meta.hops + 1)),
+            body=report(lease, ended, str(stored.version)),
+            accepted_at=now,
+            age_s=stored.spec.retry.max_age_seconds,
         )
 
     def _work_of(self, id_: FunctionId) -> Work | None:

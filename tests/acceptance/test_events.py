@@ -191,6 +191,77 @@ def test_who_waits_is_told_as_soon_as_it_is_over(anywhere: Server):
     assert told[0]["state"] == "succeeded"
 
 
+# ---- destinations -------------------------------------------------------------------------------
+
+LISTENS = "def handler(event, context):\n    return event\n"
+
+
+def heard(server: Server, name: str) -> Any:
+    """What the destination was told last."""
+    function = f"default/{name}"
+
+    def last() -> Any:
+        found = server.ask("GET", f"/events?function={function}&state=succeeded&limit=1").json()
+        return found[0] if found else None
+
+    event = eventually(last)
+    return json.loads(outcome(server, event["id"])["result"]["body"])
+
+
+def test_a_destination_is_told_what_succeeded(anywhere: Server):
+    """In the words of Lambda's destinations, so that code for these works."""
+    listener = anywhere.deploy("listener", files={"main.py": LISTENS})
+    code = "def handler(event, context):\n    return {'sum': sum(event)}\n"
+    name = anywhere.deploy("adds", files={"main.py": code}, onSuccess={"function": listener})
+    path = f"/namespaces/default/functions/{name}/invocations"
+    id_ = accepted(anywhere.ask("POST", path, b"[1, 2, 3]", headers=LATER))
+
+    told = heard(anywhere, listener)
+    assert told["requestContext"] | {"functionVersion": ""} == {
+        "requestId": id_,
+        "function": f"default/{name}",
+        "functionVersion": "",
+        "condition": "Success",
+        "approximateInvokeCount": 1,
+    }
+    assert (told["requestPayload"], told["responsePayload"]) == ([1, 2, 3], {"sum": 6})
+    anywhere.delete(name)
+    anywhere.delete(listener)
+
+
+def test_a_destination_is_told_what_died_and_why(anywhere: Server):
+    listener = anywhere.deploy("mourner", files={"main.py": LISTENS})
+    code = "def handler(event, context):\n    raise ValueError('no')\n"
+    more = {"retry": {"attempts": 2, "backoffSeconds": 0.01}, "onFailure": {"function": listener}}
+    name = anywhere.deploy("mourned", files={"main.py": code}, **more)
+    accepted(ask(anywhere, name, b"\x00\xff"))
+
+    told = heard(anywhere, listener)
+    assert told["requestContext"]["condition"] == "RetriesExhausted"
+    assert told["requestContext"]["approximateInvokeCount"] == 2
+    assert told["responsePayload"] == {"errorType": "Raised", "errorMessage": "ValueError: no"}
+    assert told["requestPayload"] == {"body": "AP8=", "isBase64Encoded": True}
+    anywhere.delete(name)
+    anywhere.delete(listener)
+
+
+def test_destinations_in_a_circle_come_to_an_end(server: Server):
+    """Each is told of the other's success; the ninth hop is dead, and says why."""
+    for name, other in (("ping", "pong"), ("pong", "ping")):
+        there = {"onSuccess": {"function": other}}
+        server.deploy(name, files={"main.py": LISTENS}, **there)
+    accepted(ask(server, "ping", b"{}"))
+
+    def dead() -> Any:
+        return server.ask("GET", "/events?function=default/pong&state=dead").json()
+
+    (found,) = eventually(dead)
+    shown = outcome(server, found["id"])
+    assert [failure["kind"] for failure in shown["failures"]] == ["TooManyHops"]
+    for name in ("ping", "pong"):
+        server.delete(name)
+
+
 # ---- for operators ------------------------------------------------------------------------------
 
 

@@ -267,6 +267,20 @@ async def test_who_was_fenced_off_comes_too_late(store: Store):
     assert (shown.result_body, shown.attempts) == (b"new", 1)
 
 
+async def test_what_follows_an_end_is_accepted_with_it_and_only_then(store: Store):
+    """Both or neither: an end that comes too late has nothing follow it."""
+    await accept(store, event())
+    one = await lease_one(store)
+    first = structs.replace(succeeded(one), then=event(E2, SHOUT))
+    written = await store.write(110.0, [first], wanted={SHOUT: 1})
+    assert (written.due, [each.id for each in written.leased]) == (Counter({SHOUT: 1}), [E2])
+
+    again = structs.replace(succeeded(one), then=event(E3, SHOUT))
+    written = await store.write(110.0, [again])
+    assert (written.due, written.late) == (Counter(), {(one.row, one.fence)})
+    assert await store.get(E3) is None
+
+
 async def test_the_rest_of_a_write_is_done_though_an_end_was_too_late(store: Store):
     await accept(store, event(E1), event(E2))
     first, second = await lease(store)

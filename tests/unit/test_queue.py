@@ -21,7 +21,7 @@ from dayfly_pool.models import (
     Timing,
 )
 from dayfly_pool.queue import Clock, Keep, Queue, Work
-from dayfly_pool.store.events import Accepted, Event, Key, Lease, Shown, State
+from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, Shown, State
 from dayfly_pool.store.memory import MemoryEvents
 
 GREET, SHOUT = FunctionId("default/greet"), FunctionId("default/shout")
@@ -186,6 +186,20 @@ async def test_the_same_key_again_runs_nothing_again():
 
     assert [lease.id for lease in runs.seen] == [E1]
     assert (queue.accepted, queue.duplicates) == (1, 1)
+
+
+async def test_what_follows_an_end_is_run_as_well():
+    def follow(lease: Lease, ended: Ended) -> Event | None:
+        return event(queue, E2, SHOUT) if lease.function == GREET else None
+
+    runs = Runs()
+    async with running(runs, follow=follow) as queue:
+        await queue.accept(event(queue))
+        await over(queue, E1)
+        assert (await over(queue, E2)).state is State.SUCCEEDED
+
+    assert [(lease.id, lease.function) for lease in runs.seen] == [(E1, GREET), (E2, SHOUT)]
+    assert queue.waiting == {}
 
 
 # ---- many ---------------------------------------------------------------------------------------

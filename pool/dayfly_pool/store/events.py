@@ -122,7 +122,7 @@ class Ended(Struct, frozen=True, kw_only=True):
     """How a run has ended: *state* is what the event is now.
 
     *at* is when it may run again for a delayed one, else when it ended. *result* is the caller's
-    own, like an event's meta.
+    own, like an event's meta. *then* is accepted with it, unless it comes too late.
     """
 
     row: int
@@ -133,13 +133,15 @@ class Ended(Struct, frozen=True, kw_only=True):
     is_counted: bool = False
     result: bytes = b""
     body: bytes = b""
+    then: Event | None = None
 
 
 class Written(Struct, frozen=True):
     """What came of a write.
 
     *late* are those (row, fence) whose lease was no longer theirs; *due* the delayed events that
-    wait for nothing but room now, by function; *due_at* when the next one will.
+    wait for nothing but room now, by function, and those that came *then*; *due_at* when the next
+    delayed one will.
     """
 
     accepted: list[Accepted]

@@ -70,8 +70,11 @@ class MemoryEvents:
         self._check()
         self.writes += 1
         late = {(end.row, end.fence) for end in ended if not self._end(end)}
+        then = [e.then for e in ended if e.then is not None and (e.row, e.fence) not in late]
+        for event in then:
+            self._accept(event)
         found = [self._accept(event) for event in accepted]
-        due: Counter[FunctionId] = Counter()
+        due = Counter(event.function for event in then)
         for row in self._in(State.DELAYED):
             if row.at <= now:
                 row.state = State.WAITING

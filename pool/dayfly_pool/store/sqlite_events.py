@@ -325,8 +325,10 @@ class SqliteEvents:
         wanted: dict[FunctionId, int],
     ) -> Written:
         late = self._end(ended)
+        then = [e.then for e in ended if e.then is not None and (e.row, e.fence) not in late]
+        self._accept(then)
         found = self._accept(accepted)
-        due = self._ripen(now)
+        due = self._ripen(now) + Counter(event.function for event in then)
         leased = [lease for each, n in wanted.items() for lease in self._lease(each, n)]
         return Written(found, late, leased, due, self._next_due)
 
