@@ -303,8 +303,8 @@ def _route(text: str) -> dict[str, str]:
 def apply(session: Session, files: Sequence[str]) -> None:
     """Apply manifests.
 
-    `kind: Function` and `kind: Environment`, environments first. Everything is read and checked
-    before the first thing is sent. `spec.source` names the code, relative to the manifest.
+    Environments first, then functions, then triggers. Everything is read and checked before the
+    first thing is sent. `spec.source` names the code, relative to the manifest.
 
     \b
       dayfly apply -f functions.yaml
@@ -312,17 +312,11 @@ def apply(session: Session, files: Sequence[str]) -> None:
       kustomize build . | dayfly apply -f -
     """
     from dayfly_gateway import deploy as deployment
-    from dayfly_gateway.manifests import Plan
 
     wanted = [item for file in files for item in _manifests(file, session.namespace)]
-    wanted.sort(key=lambda item: isinstance(item, Plan))
+    wanted.sort(key=deployment.order)
     with show.progress() as progress:
-        applied = [
-            deployment.deploy(session.client, item, progress)
-            if isinstance(item, Plan)
-            else deployment.build(session.client, item, progress)
-            for item in wanted
-        ]
+        applied = [deployment.apply(session.client, item, progress) for item in wanted]
     session.show(applied, _show_applied)
 
 
@@ -343,7 +337,8 @@ def _manifests(file: str, namespace: str) -> list[Any]:
 def _show_applied(views: Sequence[dict[str, Any]]) -> None:
     for view in views:
         metadata, status = view["metadata"], view["status"]
-        what = f"version {status['version']}" if "version" in status else status["digest"][:12]
+        what = status.get("next") or status.get("digest", "")[:12]
+        what = f"version {status['version']}" if "version" in status else what
         click.echo(f"{view['kind']} {metadata['namespace']}/{metadata['name']} {what}")
 
 
@@ -566,6 +561,7 @@ def top(session: Session) -> None:
 
 
 cli.add_command(cli_events.events)
+cli.add_command(cli_events.trigger)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""`dayfly events`: what was accepted to run later, what became of it, and what to do about that."""
+"""`dayfly events` and `dayfly trigger`: what runs later, what became of it, and what makes it."""
 
+import json
 from typing import Any, Final
 
 import click
 
 from dayfly_gateway import show
-from dayfly_gateway.client import Misused
+from dayfly_gateway.client import Misused, Told
 from dayfly_gateway.session import Session, client_command
 
 STATES: Final = ("waiting", "running", "succeeded", "dead", "cancelled")
@@ -106,3 +107,114 @@ def _show_cancelled(ended: list[dict[str, Any]]) -> None:
     for each in ended:
         what = "cancelled" if each["cancelled"] else f"is {each['state']} already"
         click.echo(f"{each['id']} {what}")
+
+
+@click.group()
+def trigger() -> None:
+    """What makes events: list, cron, pause, resume, delete.
+
+    \b
+      dayfly trigger cron nightly --function report --schedule "30 2 * * *"
+      dayfly trigger list
+    """
+
+
+@trigger.command("list")
+@client_command
+def list_triggers(session: Session) -> None:
+    """List triggers, with when they fire next and what went wrong.
+
+    \b
+      dayfly trigger list
+      dayfly trigger list --json
+    """
+    found = session.client.triggers()
+    if session.is_namespace_given:
+        found = [view for view in found if view["metadata"]["namespace"] == session.namespace]
+    if not found and not session.is_json:
+        click.echo("no triggers: `dayfly trigger cron NAME` makes one", err=True)
+        return
+    session.show(found, show.triggers)
+
+
+@trigger.command()
+@click.argument("name")
+@click.option("--function", required=True, metavar="NAME", help="What it runs.")
+@click.option("--schedule", required=True, metavar="CRON", help="Five fields; six have seconds.")
+@click.option("--time-zone", default="UTC", metavar="ZONE", help="As in Europe/Berlin [UTC].")
+@click.option("--overlap", type=click.Choice(["allow", "skip"]), default="allow")
+@click.option("--catch-up", type=click.Choice(["none", "last", "all"]), default="last")
+@click.option("-d", "--data", metavar="JSON", default="null", help="What its events say.")
+@client_command
+def cron(
+    session: Session,
+    name: str,
+    function: str,
+    schedule: str,
+    time_zone: str,
+    overlap: str,
+    catch_up: str,
+    data: str,
+) -> None:
+    """Run a function by a schedule.
+
+    \b
+      dayfly trigger cron nightly --function report --schedule "30 2 * * *"
+      dayfly trigger cron tick --function tick --schedule "*/5 * * * *" --overlap skip
+    """
+    try:
+        told = json.loads(data)
+    except ValueError as error:
+        raise Misused(f"-d is not JSON: {error}") from None
+    source = {"schedule": schedule, "timeZone": time_zone, "overlap": overlap, "catchUp": catch_up}
+    spec = {"function": function, "cron": source, "data": told}
+    view = session.client.put_trigger(session.namespace, name, spec)
+    session.show(view, lambda _: click.echo(f"trigger {name} runs {function}"))
+
+
+@trigger.command()
+@click.argument("name")
+@client_command
+def pause(session: Session, name: str) -> None:
+    """Have a trigger make nothing for a while; nothing of it is made up for.
+
+    \b
+      dayfly trigger pause nightly
+    """
+    _set_paused(session, name, paused=True)
+
+
+@trigger.command()
+@click.argument("name")
+@client_command
+def resume(session: Session, name: str) -> None:
+    """Let a paused trigger go on.
+
+    \b
+      dayfly trigger resume nightly
+    """
+    _set_paused(session, name, paused=False)
+
+
+@trigger.command("delete")
+@click.argument("name")
+@client_command
+def delete_trigger(session: Session, name: str) -> None:
+    """Delete a trigger; what it has made already is run.
+
+    \b
+      dayfly trigger delete nightly
+    """
+    session.client.delete(session.namespace, "triggers", name)
+    session.show({"deleted": name}, lambda _: click.echo(f"deleted {name}"))
+
+
+def _set_paused(session: Session, name: str, *, paused: bool) -> None:
+    metadata = {"namespace": session.namespace, "name": name}
+    found = [view for view in session.client.triggers() if view["metadata"] == metadata]
+    if not found:
+        raise Told(f"no trigger {name!r}: `dayfly trigger list` shows those there are")
+    spec = found[0]["spec"] | {"paused": paused}
+    shown = session.client.put_trigger(session.namespace, name, spec)
+    said = f"trigger {name} {'is paused' if paused else 'goes on'}"
+    session.show(shown, lambda _: click.echo(said))

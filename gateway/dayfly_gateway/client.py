@@ -145,6 +145,14 @@ class Client:
                 progress(str(answer.get("progress", "")))
         raise Told(f"{self.url} ended the build without a result: see the server's log")
 
+    def triggers(self) -> list[dict[str, Any]]:
+        """Every trigger."""
+        return self._listed("/triggers")
+
+    def put_trigger(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a trigger; returns it as the API shows it."""
+        return self._document("PUT", _path(namespace, "triggers", name), json.dumps(spec).encode())
+
     def delete(self, namespace: str, kind: str, name: str) -> None:
         """Delete a function or an environment; *kind* is in the plural."""
         self.call("DELETE", _path(namespace, kind, name))

@@ -1,12 +1,12 @@
 """From a plan to a deployed function: pack, build what it needs, upload, declare."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import msgspec
 
 from dayfly_gateway.client import Client
-from dayfly_gateway.manifests import Plan
-from dayfly_pool.models import EnvironmentManifest
+from dayfly_gateway.manifests import Applied, Plan
+from dayfly_pool.models import EnvironmentManifest, TriggerManifest
 from dayfly_pool.packages import pack
 
 
@@ -18,6 +18,25 @@ class Progress(Protocol):
 
     def building(self, environment: str, text: str) -> None:
         """The server says what it does for an environment."""
+
+
+def order(item: Applied) -> int:
+    """What is applied first: what others need."""
+    return (EnvironmentManifest, Plan, TriggerManifest).index(type(item))
+
+
+def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
+    """Carry out one thing of a manifest; returns it as the API shows it."""
+    match item:
+        case Plan():
+            return deploy(client, item, progress)
+        case EnvironmentManifest():
+            return build(client, item, progress)
+        case TriggerManifest(metadata=metadata, spec=spec):
+            builtins = msgspec.to_builtins(spec)
+            return client.put_trigger(metadata.namespace, metadata.name, builtins)
+        case _:
+            assert_never(item)
 
 
 def deploy(client: Client, plan: Plan, progress: Progress) -> dict[str, Any]:

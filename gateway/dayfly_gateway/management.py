@@ -16,6 +16,7 @@ import dayfly
 from dayfly_gateway import auth, events, later, openapi
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
+from dayfly_gateway.triggers.schedules import Schedules
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
 from dayfly_pool.models import (
     EnvironmentManifest,
@@ -30,6 +31,8 @@ from dayfly_pool.models import (
     Metadata,
     Outcome,
     SandboxId,
+    TriggerManifest,
+    TriggerSpec,
     function_id,
 )
 from dayfly_pool.service import Service
@@ -46,11 +49,16 @@ class Management:
     """The handlers of the admin plane."""
 
     def __init__(
-        self, service: Service, config: GatewayConfig, is_ready: Callable[[], bool]
+        self,
+        service: Service,
+        config: GatewayConfig,
+        is_ready: Callable[[], bool],
+        schedules: Schedules,
     ) -> None:
         self._service = service
         self._config = config
         self._is_ready = is_ready
+        self._schedules = schedules
 
     def application(self) -> web.Application:
         """The aiohttp application of this plane."""
@@ -59,6 +67,7 @@ class Management:
         )
         function = "/namespaces/{namespace}/functions/{name}"
         environment = "/namespaces/{namespace}/environments/{name}"
+        trigger = "/namespaces/{namespace}/triggers/{name}"
         app.add_routes(
             [
                 web.get("/live", self._live),
@@ -77,6 +86,9 @@ class Management:
                 web.get("/events", self._events),
                 web.get("/events/{id}", self._event),
                 web.post("/events/{id}/cancel", self._cancel),
+                web.get("/triggers", self._triggers),
+                web.put(trigger, self._set_trigger),
+                web.delete(trigger, self._delete_trigger),
                 web.get("/environments", self._environments),
                 web.put(environment, self._build),
                 web.delete(environment, self._delete_environment),
@@ -232,6 +244,23 @@ class Management:
         which = msgspec.json.decode(data or b"{}", type=Redrive)
         number = await self._service.queue.redrive(self._stored(request).id, which.ids)
         return _json({"redriven": number})
+
+    # ---- triggers -----------------------------------------------------------------------------
+
+    async def _triggers(self, request: web.Request) -> web.Response:
+        triggers = [trigger for _, trigger in sorted(self._service.triggers.items())]
+        return _json([self._schedules.view(trigger) for trigger in triggers])
+
+    async def _set_trigger(self, request: web.Request) -> web.Response:
+        data = await read_body(request, self._config, SPEC_BYTES_MAX)
+        spec = msgspec.json.decode(data, type=TriggerSpec)
+        manifest = TriggerManifest(metadata=_metadata(request), spec=spec)
+        return _json(self._schedules.view(await self._schedules.declare(manifest)))
+
+    async def _delete_trigger(self, request: web.Request) -> web.Response:
+        info = request.match_info
+        await self._service.delete_trigger(info["namespace"], info["name"])
+        return web.Response(status=204)
 
     # ---- environments -------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from dayfly_pool.models import (
     FunctionManifest,
     Manifest,
     Metadata,
+    TriggerManifest,
 )
 
 MANIFEST_FILE: Final = "dayfly.yaml"
@@ -27,7 +28,7 @@ REQUIREMENTS_FILE: Final = "requirements.txt"
 MODULES: Final = ("main", "handler", "app", "lambda_function", "function")
 """Where a folder's handler is looked for, in this order; else in its only module."""
 HANDLERS: Final = ("handler", "lambda_handler", "main")
-KINDS: Final = ("Function", "Environment")
+KINDS: Final = ("Function", "Environment", "Trigger")
 
 
 class Plan(NamedTuple):
@@ -249,7 +250,7 @@ def read(text: str, file: str) -> Iterator[Document]:
                 continue
             document = Document(file, number, node, value if isinstance(value, dict) else {})
             if document.kind not in KINDS:
-                known = " and ".join(KINDS)
+                known = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
                 raise document.refused(
                     f"{document.kind!r} is unknown; there are {known} - at `$.kind`"
                 )
@@ -263,17 +264,20 @@ def read(text: str, file: str) -> Iterator[Document]:
         loader.dispose()
 
 
-def plans(file: str, text: str, folder: Path, namespace: str) -> list[Plan | EnvironmentManifest]:
+Applied = Plan | EnvironmentManifest | TriggerManifest
+
+
+def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
     """What `apply` does for one file; `spec.source` is relative to *folder*."""
     return [_applied(document, folder, namespace) for document in read(text, file)]
 
 
-def _applied(document: Document, folder: Path, namespace: str) -> Plan | EnvironmentManifest:
+def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     metadata = {"namespace": namespace, **document.section("metadata")}
     spec = document.section("spec")
-    if document.kind == "Environment":
+    if document.kind != "Function":
         manifest = document.converted({"metadata": metadata, "spec": spec})
-        assert isinstance(manifest, EnvironmentManifest)
+        assert not isinstance(manifest, FunctionManifest)
         return manifest
     source = _source(document, spec, folder)
     if source is not None and "handler" not in spec:

@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 
 import dayfly
-from dayfly_pool.models import EnvironmentSpec, FunctionSpec, LogLine
+from dayfly_pool.models import EnvironmentSpec, FunctionSpec, LogLine, TriggerSpec
 
 _NAMED: Final = [
     {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -19,7 +19,8 @@ _ID: Final = {"name": "id", "in": "path", "required": True, "schema": {"type": "
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 for the admin plane."""
     _, schemas = msgspec.json.schema_components(
-        [FunctionSpec, EnvironmentSpec, LogLine], ref_template="#/components/schemas/{name}"
+        [FunctionSpec, EnvironmentSpec, TriggerSpec, LogLine],
+        ref_template="#/components/schemas/{name}",
     )
     schemas["Problem"] = {
         "type": "object",
@@ -34,7 +35,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Dayfly admin plane", "version": dayfly.__version__},
-        "paths": _paths(),
+        "paths": _paths() | _event_paths(),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -65,6 +66,31 @@ def _paths() -> dict[str, Any]:
             "parameters": _NAMED,
             "post": _operation("Invoke it with a JSON event", _BAD | _MISSING | _FAILED, schema=""),
         },
+        f"{function}/logs": {
+            "parameters": [
+                *_NAMED,
+                {"name": "tail", "in": "query", "schema": {"type": "integer", "minimum": 0}},
+                {"name": "follow", "in": "query", "schema": {"type": "string"}},
+            ],
+            "get": _operation("Its last lines; with follow, server-sent events", _BAD | _MISSING),
+        },
+        "/environments": {"get": _operation("All environments")},
+        environment: {
+            "parameters": _NAMED,
+            "put": _operation(
+                "Build it; progress as JSON lines",
+                _BAD,
+                schema="EnvironmentSpec",
+                content="application/x-ndjson",
+            ),
+            "delete": _operation("Delete it", _BAD | _MISSING, "204"),
+        },
+    }
+
+
+def _event_paths() -> dict[str, Any]:
+    function = "/namespaces/{namespace}/functions/{name}"
+    return {
         f"{function}/redrive": {
             "parameters": _NAMED,
             "post": _operation("Let its dead events wait again", _BAD | _MISSING, schema=""),
@@ -84,24 +110,11 @@ def _paths() -> dict[str, Any]:
             "parameters": [_ID],
             "post": _operation("End it, unless it is over", _MISSING),
         },
-        f"{function}/logs": {
-            "parameters": [
-                *_NAMED,
-                {"name": "tail", "in": "query", "schema": {"type": "integer", "minimum": 0}},
-                {"name": "follow", "in": "query", "schema": {"type": "string"}},
-            ],
-            "get": _operation("Its last lines; with follow, server-sent events", _BAD | _MISSING),
-        },
-        "/environments": {"get": _operation("All environments")},
-        environment: {
+        "/triggers": {"get": _operation("All triggers, with when they fire next")},
+        "/namespaces/{namespace}/triggers/{name}": {
             "parameters": _NAMED,
-            "put": _operation(
-                "Build it; progress as JSON lines",
-                _BAD,
-                schema="EnvironmentSpec",
-                content="application/x-ndjson",
-            ),
-            "delete": _operation("Delete it", _BAD | _MISSING, "204"),
+            "put": _operation("Declare it", _BAD | _MISSING, schema="TriggerSpec"),
+            "delete": _operation("Delete it", _MISSING, "204"),
         },
     }
 

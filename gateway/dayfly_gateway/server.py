@@ -16,6 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from dayfly_gateway.app import DataPlane
 from dayfly_gateway.config import Address, GatewayConfig
 from dayfly_gateway.management import Management
+from dayfly_gateway.triggers.schedules import Schedules
 from dayfly_pool.config import Config
 from dayfly_pool.errors import PlatformError
 from dayfly_pool.service import Service
@@ -94,7 +95,8 @@ class Server:
         async with self.service.running():
             self.service.watch(self._data.reroute)
             self._data.reroute()
-            management = Management(self.service, self._gateway, self._is_ready)
+            schedules = Schedules(self.service)
+            management = Management(self.service, self._gateway, self._is_ready, schedules)
             admin = web.AppRunner(
                 management.application(),
                 access_log=None,
@@ -109,10 +111,12 @@ class Server:
             ):
                 async with asyncio.TaskGroup() as tasks:
                     watching = tasks.create_task(self._watch_the_loop(), name="watch-loop")
+                    firing = tasks.create_task(schedules.run(), name="schedules")
                     ready = tasks.create_task(on_ready(self), name="on-ready")
                     await self._stopping.wait()
                     ready.cancel()
                     watching.cancel()
+                    firing.cancel()
                 await self._drain(data, server)
 
     def _stop(self) -> None:

@@ -133,6 +133,19 @@ def events(found: Sequence[Mapping[str, Any]]) -> None:
     table(headers, [[event[name] for name in names] for event in found])
 
 
+def triggers(views: Sequence[Mapping[str, Any]]) -> None:
+    """`dayfly trigger list`."""
+    headers = ("NAMESPACE", "NAME", "FUNCTION", "SCHEDULE", "FIRED", "NEXT")
+    rows = []
+    for view in views:
+        metadata, spec, status = view["metadata"], view["spec"], view["status"]
+        upcoming = "paused" if spec["paused"] else status.get("next", "never")
+        schedule = f"{spec['cron']['schedule']} {spec['cron']['timeZone']}"
+        names = (metadata["namespace"], metadata["name"], spec["function"], schedule)
+        rows.append((*names, status["fired"], status["lastError"] or upcoming))
+    table(headers, rows)
+
+
 def described(view: Mapping[str, Any]) -> None:
     """`dayfly describe`: every field on its line, nested ones with dots."""
     rows = [(name, value) for name, value in _flat("", view) if value not in ("", None)]

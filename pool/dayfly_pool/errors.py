@@ -54,6 +54,15 @@ class FunctionNotFound(PlatformError):
     status = 404
 
 
+class TriggerNotFound(PlatformError):
+    """There is no such trigger.
+
+    `dayfly trigger list` shows them; `dayfly apply -f FILE` declares one.
+    """
+
+    status = 404
+
+
 class EnvironmentNotFound(PlatformError):
     """There is no such environment.
 

@@ -26,6 +26,7 @@ Isolation = Literal["fork", "exec"]
 Initialize = Literal["auto", "once", "each"]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 ENV_BYTES_MAX: Final = 32 * 1024
+TRIGGER_DATA_BYTES_MAX: Final = 64 * 1024
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -144,7 +145,42 @@ class EnvironmentManifest(Model, frozen=True, tag_field="kind", tag="Environment
     api_version: Literal["dayfly.dev/v1"] = API_VERSION
 
 
-Manifest = FunctionManifest | EnvironmentManifest
+class Cron(Model, frozen=True):
+    """When: five fields as in crontab(5), or six with seconds first, in *time_zone* (IANA).
+
+    Daylight saving time as Debian's cron has it: what would be skipped runs an hour later, what
+    would be doubled runs once. *overlap* says whether to fire while the last firing still waits or
+    runs; *catch_up* what to do about firings that were missed while no server was up.
+    """
+
+    schedule: Annotated[str, Meta(min_length=1, max_length=256)]
+    time_zone: Annotated[str, Meta(max_length=64)] = "UTC"
+    overlap: Literal["allow", "skip"] = "allow"
+    catch_up: Literal["none", "last", "all"] = "last"
+
+
+class TriggerSpec(Model, frozen=True):
+    """What makes events for *function*, of the same namespace, and what they say (*data*)."""
+
+    function: Name
+    cron: Cron
+    data: Any = None
+    paused: bool = False
+
+    def __post_init__(self) -> None:
+        if len(msgspec.json.encode(self.data)) > TRIGGER_DATA_BYTES_MAX:
+            raise ValueError(f"data is over {TRIGGER_DATA_BYTES_MAX} bytes")
+
+
+class TriggerManifest(Model, frozen=True, tag_field="kind", tag="Trigger"):
+    """`kind: Trigger`."""
+
+    metadata: Metadata
+    spec: TriggerSpec
+    api_version: Literal["dayfly.dev/v1"] = API_VERSION
+
+
+Manifest = FunctionManifest | EnvironmentManifest | TriggerManifest
 
 
 class Environment(Model, frozen=True):

@@ -27,6 +27,7 @@ from dayfly_pool.errors import (
     PackageDamaged,
     PlatformError,
     TooManyHops,
+    TriggerNotFound,
 )
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
@@ -42,13 +43,19 @@ from dayfly_pool.models import (
     Mold,
     Network,
     Outcome,
+    TriggerManifest,
     function_id,
 )
 from dayfly_pool.packages import PackageStore
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
 from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
-from dayfly_pool.store.sqlite import Declarations, StoredEnvironment, StoredFunction
+from dayfly_pool.store.sqlite import (
+    Declarations,
+    StoredEnvironment,
+    StoredFunction,
+    StoredTrigger,
+)
 from dayfly_pool.store.sqlite_events import SqliteEvents
 
 log = logging.getLogger("dayfly.service")
@@ -118,6 +125,7 @@ class Service:
         self.config = config
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
+        self.triggers: dict[tuple[str, str], StoredTrigger] = {}
         self.pool: Pool
         self.queue: Queue
         self.event_metrics: EventMetrics
@@ -154,6 +162,8 @@ class Service:
         self.pool.keep_generic(mold, BASE_ENVIRONMENT, self.config.generic_min)
         for environment in await self._declarations.environments():
             self.environments[environment.namespace, environment.name] = environment
+        for trigger in await self._declarations.triggers():
+            self.triggers[trigger.namespace, trigger.name] = trigger
         for stored in await self._declarations.functions():
             try:
                 await asyncio.to_thread(self.packages.path, stored.spec.package)
@@ -218,12 +228,17 @@ class Service:
         return Work(stored.spec.max_scale * stored.spec.concurrency, stored.spec.retry)
 
     async def accept(
-        self, invocation: Invocation, *, priority: int = 0, key: tuple[str, str] | None = None
+        self,
+        invocation: Invocation,
+        *,
+        priority: int = 0,
+        key: tuple[str, str] | None = None,
+        key_s: float | None = None,
     ) -> Accepted:
         """Keep *invocation* and run it later; it is on the disk when this returns.
 
-        *key* is an idempotency key and the fingerprint of what it came with. Raises
-        `FunctionNotFound`, `QueueFull`, `StoreFailed`.
+        *key* is an idempotency key and the fingerprint of what it came with, known for *key_s*.
+        Raises `FunctionNotFound`, `QueueFull`, `StoreFailed`.
         """
         work = self._work_of(invocation.function)
         if work is None:
@@ -237,7 +252,7 @@ class Service:
             accepted_at=now,
             age_s=work.retry.max_age_seconds,
             priority=priority,
-            key=Key(*key, now + self.queue.keep.keys_s) if key else None,
+            key=Key(*key, now + (key_s or self.queue.keep.keys_s)) if key else None,
         )
         return await self.queue.accept(event)
 
@@ -393,6 +408,41 @@ class Service:
             if (where, name) in self.environments:
                 return self.environments[where, name].environment
         raise EnvironmentNotFound(f"no environment {name!r} in namespace {namespace!r}")
+
+    # ---- triggers -----------------------------------------------------------------------------
+
+    async def set_trigger(self, manifest: TriggerManifest, seen: float) -> StoredTrigger:
+        """Declare a trigger. What its source has for it after *seen* counts, for a new one.
+
+        Raises `FunctionNotFound` if there is nothing to be run.
+        """
+        spec, metadata = manifest.spec, manifest.metadata
+        key = metadata.namespace, metadata.name
+        async with self._changing:
+            if (id_ := function_id(metadata.namespace, spec.function)) not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}: deploy it first")
+            before = self.triggers.get(key)
+            since = before.seen if before is not None else seen
+            last = before.last if before is not None else InvocationId("")
+            stored = StoredTrigger(*key, spec, time.time(), since, last)
+            await self._declarations.save_trigger(stored)
+            self.triggers[key] = stored
+        return stored
+
+    async def note_seen(self, trigger: StoredTrigger, seen: float, last: InvocationId) -> None:
+        """Its source has been looked at up to *seen*; what it had was accepted, *last* as last."""
+        key = trigger.namespace, trigger.name
+        await self._declarations.note_seen(*key, seen, last)
+        if key in self.triggers:
+            self.triggers[key] = msgspec.structs.replace(self.triggers[key], seen=seen, last=last)
+
+    async def delete_trigger(self, namespace: str, name: str) -> None:
+        """Forget a trigger; what it has made already is run. Raises `TriggerNotFound`."""
+        async with self._changing:
+            if (namespace, name) not in self.triggers:
+                raise TriggerNotFound(f"no trigger {namespace}/{name}")
+            await self._declarations.delete_trigger(namespace, name)
+            del self.triggers[namespace, name]
 
 
 def _put(

@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -367,3 +368,101 @@ def test_the_queue_can_be_watched(server: Server):
     assert f"{runs} 3.0" in text
     server.delete(name)
     assert runs not in server.ask("GET", "/metrics").body.decode()
+
+
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+def trigger(server: Server, name: str, function: str, **cron: str) -> Reply:
+    spec = {"function": function, "cron": {"schedule": "* * * * * *"} | cron, "data": {"n": 1}}
+    return server.ask("PUT", f"/namespaces/default/triggers/{name}", spec)
+
+
+def status(server: Server, name: str) -> Any:
+    views = server.ask("GET", "/triggers").json()
+    return next(v for v in views if v["metadata"]["name"] == name)["status"]
+
+
+def test_a_schedule_fires_with_a_cloud_event_and_survives_a_restart(new_server):
+    """What is fired is an event like any other: kept, run, and to be seen."""
+    server: Server = new_server()
+    listener = server.deploy("ticked", files={"main.py": LISTENS})
+    assert trigger(server, "tick", listener).status == 200
+    told = heard(server, listener)
+    assert (told["specversion"], told["type"], told["data"]) == ("1.0", "dev.dayfly.cron", {"n": 1})
+    assert told["source"] == "/triggers/default/tick"
+
+    server.stop()
+    server.start()
+    assert eventually(lambda: status(server, "tick")["fired"])
+    times = [
+        json.loads(outcome(server, event["id"])["result"]["body"])["time"]
+        for event in server.ask("GET", "/events?state=succeeded").json()
+    ]
+    assert len(times) == len(set(times))
+
+
+def test_a_trigger_is_paused_resumed_listed_and_deleted(server: Server):
+    listener = server.deploy("ticking", files={"main.py": LISTENS})
+    made = dayfly(
+        server, "trigger", "cron", "tock", "--function", listener, "--schedule", "* * * * * *"
+    )
+    assert made.returncode == 0, made.stderr
+    assert eventually(lambda: status(server, "tock")["fired"])
+    assert f"{listener}" in dayfly(server, "trigger", "list").stdout
+
+    assert dayfly(server, "trigger", "pause", "tock").returncode == 0
+    assert "paused" in dayfly(server, "trigger", "list").stdout
+    fired = status(server, "tock")["fired"]
+    assert dayfly(server, "trigger", "resume", "tock").returncode == 0
+    assert eventually(lambda: status(server, "tock")["fired"] > fired)
+    assert dayfly(server, "trigger", "delete", "tock").returncode == 0
+    assert dayfly(server, "trigger", "delete", "tock").returncode == 1
+    server.delete(listener)
+
+
+def test_a_schedule_skips_while_its_last_firing_is_not_over(server: Server):
+    code = "import time\ndef handler(event, context):\n    time.sleep(2.5)\n"
+    slow = server.deploy("slow-tick", files={"main.py": code})
+    assert trigger(server, "slowly", slow, overlap="skip").status == 200
+    assert eventually(lambda: status(server, "slowly")["skipped"])
+    server.ask("DELETE", "/namespaces/default/triggers/slowly")
+
+    events = server.ask("GET", f"/events?function=default/{slow}").json()
+    assert sum(event["state"] in ("waiting", "running") for event in events) <= 1
+    server.delete(slow)
+
+
+def test_a_trigger_that_cannot_work_is_refused_with_the_remedy(server: Server):
+    hello = server.deploy("hello", "later-hello")
+    for reply, status_, words in (
+        (trigger(server, "bad", hello, schedule="61 * * * *"), 400, "write minute"),
+        (trigger(server, "bad", hello, timeZone="Mars/Base"), 400, "IANA"),
+        (trigger(server, "bad", "nobody"), 404, "deploy it first"),
+    ):
+        assert (reply.status, words in reply.json()["detail"]) == (status_, True), reply.body
+    assert "bad" not in [v["metadata"]["name"] for v in server.ask("GET", "/triggers").json()]
+
+
+def test_manifests_declare_functions_and_what_triggers_them(server: Server, tmp_path: Path):
+    """In one file, in any order."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "main.py").write_text(LISTENS)
+    (tmp_path / "all.yaml").write_text("""
+apiVersion: dayfly.dev/v1
+kind: Trigger
+metadata: {name: applied}
+spec:
+  function: applied
+  cron: {schedule: "* * * * * *", timeZone: Europe/Berlin}
+---
+apiVersion: dayfly.dev/v1
+kind: Function
+metadata: {name: applied}
+spec: {source: code, handler: main:handler}
+""")
+    done = dayfly(server, "apply", "-f", str(tmp_path / "all.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert heard(server, "applied")["source"] == "/triggers/default/applied"
+    server.ask("DELETE", "/namespaces/default/triggers/applied")
+    server.delete("applied")

@@ -865,4 +865,4 @@ def test_a_reader_that_is_too_slow_never_stops_the_server() -> None:
 
 def test_the_manifest_kinds_are_the_models() -> None:
     """What `apply` names as known is what can be read."""
-    assert manifests.KINDS == ("Function", "Environment")
+    assert manifests.KINDS == ("Function", "Environment", "Trigger")

@@ -15,7 +15,14 @@ import msgspec
 from msgspec import Struct
 
 from dayfly_pool.errors import DataFolderUnusable
-from dayfly_pool.models import Environment, EnvironmentSpec, FunctionId, FunctionSpec
+from dayfly_pool.models import (
+    Environment,
+    EnvironmentSpec,
+    FunctionId,
+    FunctionSpec,
+    InvocationId,
+    TriggerSpec,
+)
 from dayfly_pool.store.database import connect
 
 T = TypeVar("T")
@@ -41,6 +48,17 @@ MIGRATIONS: Final = (
         PRIMARY KEY (namespace, name)
     ) STRICT;
     """,
+    """
+    CREATE TABLE triggers (
+        namespace TEXT NOT NULL,
+        name TEXT NOT NULL,
+        spec BLOB NOT NULL,
+        updated REAL NOT NULL,
+        seen REAL NOT NULL, -- up to when its source has been looked at
+        last TEXT NOT NULL, -- the event that it made last
+        PRIMARY KEY (namespace, name)
+    ) STRICT;
+    """,
 )
 
 
@@ -62,6 +80,21 @@ class StoredEnvironment(Struct, frozen=True):
     spec: EnvironmentSpec
     environment: Environment
     updated: float
+
+
+class StoredTrigger(Struct, frozen=True):
+    """A declared trigger.
+
+    *seen* is up to when its source has been looked at, in Unix time, *last* the event that it made
+    last.
+    """
+
+    namespace: str
+    name: str
+    spec: TriggerSpec
+    updated: float
+    seen: float
+    last: InvocationId = InvocationId("")
 
 
 class Declarations:
@@ -138,6 +171,30 @@ class Declarations:
         """All environments, by namespace and name."""
         return await self._call(self._environments)
 
+    async def save_trigger(self, trigger: StoredTrigger) -> None:
+        """Declare a trigger, in the place of one of that name; what it has seen stays."""
+        spec = msgspec.json.encode(trigger.spec)
+        row = (trigger.namespace, trigger.name, spec, trigger.updated, trigger.seen, trigger.last)
+        statement = (
+            "INSERT INTO triggers VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET spec = excluded.spec, updated = excluded.updated"
+        )
+        await self._call(lambda: self._write(statement, row))
+
+    async def note_seen(self, namespace: str, name: str, seen: float, last: InvocationId) -> None:
+        """Its source has been looked at up to *seen*, and it made the event *last*."""
+        statement = "UPDATE triggers SET seen = ?, last = ? WHERE namespace = ? AND name = ?"
+        await self._call(lambda: self._write(statement, (seen, last, namespace, name)))
+
+    async def delete_trigger(self, namespace: str, name: str) -> bool:
+        """Forget a trigger. False if there was none."""
+        statement = "DELETE FROM triggers WHERE namespace = ? AND name = ?"
+        return await self._call(lambda: self._write(statement, (namespace, name)) > 0)
+
+    async def triggers(self) -> list[StoredTrigger]:
+        """All triggers, by namespace and name."""
+        return await self._call(self._triggers)
+
     async def _call(self, work: Callable[[], T]) -> T:
         """Do *work* on the connection's own thread; what SQLite raises gets our name."""
         assert self._thread is not None, "not open"
@@ -210,6 +267,21 @@ class Declarations:
             built = self._spec(environment, Environment, row)
             found.append(StoredEnvironment(namespace, name, declared, built, updated))
         return found
+
+    def _triggers(self) -> list[StoredTrigger]:
+        rows = self._connection.execute(
+            "SELECT namespace, name, spec, updated, seen, last FROM triggers"
+            " ORDER BY namespace, name"
+        )
+        return [
+            StoredTrigger(
+                namespace,
+                name,
+                self._spec(spec, TriggerSpec, f"trigger {namespace}/{name}"),
+                *rest,
+            )
+            for namespace, name, spec, *rest in rows
+        ]
 
     def _spec(self, content: bytes, kind: type[T], row: str) -> T:
         try:

@@ -1,0 +1,1 @@
+"""What makes events by itself: schedules."""

@@ -1,0 +1,175 @@
+"""Schedules that fire: each firing is one accepted event, whatever stops in between.
+
+A firing has an idempotency key of its own, so that a server that dies between accepting it and
+noting that makes no second one.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from dayfly_gateway.later import in_order
+from dayfly_gateway.triggers import cron
+from dayfly_pool.errors import PlatformError
+from dayfly_pool.models import Invocation, InvocationId, TriggerManifest, function_id
+from dayfly_pool.service import Service
+from dayfly_pool.store.sqlite import StoredTrigger
+
+log = logging.getLogger("dayfly.triggers")
+LOOK_S_MAX: Final = 1.0
+"""The wall clock may jump: it is looked at again after this long at the latest."""
+
+KEY_S: Final = 40 * 86400.0
+EVENT_TYPE: Final = "dev.dayfly.cron"
+
+
+class _Life(Struct):
+    """What is known of a trigger since this server started."""
+
+    trigger: StoredTrigger
+    next_at: float | None = None
+    """When it fires next; None when that is not known, or never."""
+
+    is_known: bool = False
+    paused_until: float = 0.0
+    fired: int = 0
+    left_out: int = 0
+    skipped: int = 0
+    error: str = ""
+
+
+class Schedules:
+    """Fires the declared triggers of *service*. *now* is the wall clock, in Unix seconds."""
+
+    def __init__(self, service: Service, now: Callable[[], float] = time.time) -> None:
+        self._service, self._now = service, now
+        self._lives: dict[tuple[str, str], _Life] = {}
+        self._looked_at = 0.0
+        self._wake = asyncio.Event()
+
+    async def declare(self, manifest: TriggerManifest) -> StoredTrigger:
+        """Add or change a trigger; it counts from now on. Raises `BadInput`, `FunctionNotFound`."""
+        cron.checked(manifest.spec.cron)
+        stored = await self._service.set_trigger(manifest, self._now())
+        self._wake.set()
+        return stored
+
+    async def run(self) -> None:
+        """Fire, for ever."""
+        while True:
+            next_at = await self.look()
+            wait_s = LOOK_S_MAX if next_at is None else next_at - self._now()
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(min(LOOK_S_MAX, max(0.0, wait_s))):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def look(self) -> float | None:
+        """Fire what is due; returns when the next one will be, None if there is none."""
+        now = self._now()
+        if now < self._looked_at:  # the clock went back: what was to come is not what it was
+            for life in self._lives.values():
+                life.is_known = False
+        self._looked_at = now
+        declared = self._service.triggers
+        for key in self._lives.keys() - declared.keys():
+            del self._lives[key]
+        for trigger in list(declared.values()):
+            await self._look_at(trigger, now)
+        times = [life.next_at for life in self._lives.values() if life.next_at is not None]
+        return min(times, default=None)
+
+    async def _look_at(self, trigger: StoredTrigger, now: float) -> None:
+        life = self._lives.setdefault((trigger.namespace, trigger.name), _Life(trigger))
+        if life.trigger is not trigger:
+            life.trigger, life.is_known = trigger, False
+        if trigger.spec.paused:
+            life.paused_until, life.is_known, life.next_at = now, False, None
+            return
+        if life.is_known and (life.next_at is None or now < life.next_at):
+            return
+        try:
+            found = cron.firings(trigger.spec.cron, max(trigger.seen, life.paused_until), now)
+            last = trigger.last
+            for at in found.due:
+                last = await self._fire(life, at, last)
+            if found.due or found.left_out:
+                life.left_out += found.left_out
+                await self._service.note_seen(trigger, now, last)
+                life.trigger = self._service.triggers.get(
+                    (trigger.namespace, trigger.name), trigger
+                )
+            life.next_at, life.is_known, life.error = found.next_at, True, ""
+        except PlatformError as error:
+            if not life.error:
+                who = {"trigger": f"{trigger.namespace}/{trigger.name}", "why": error.detail}
+                log.warning("a trigger cannot fire", extra=who)
+            life.error = error.detail or str(error)
+            life.next_at, life.is_known = now + LOOK_S_MAX, False
+
+    async def _fire(self, life: _Life, at: float, last: InvocationId) -> InvocationId:
+        """Have the event of the firing *at* accepted; returns the last event's id."""
+        trigger, service = life.trigger, self._service
+        if trigger.spec.cron.overlap == "skip" and last:
+            before = await service.queue.get(last)
+            if before is not None and not before.state.is_over:
+                life.skipped += 1
+                return last
+        name = f"{trigger.namespace}/{trigger.name}"
+        id_ = in_order(InvocationId(secrets.token_hex(16)))
+        function = function_id(trigger.namespace, trigger.spec.function)
+        event = cloud_event(id_, name, at, trigger.spec.data)
+        accepted = await service.accept(
+            Invocation(id_, function, event), key=(f"trigger {name} {at:.0f}", "cron"), key_s=KEY_S
+        )
+        life.fired += accepted.is_new
+        return accepted.id
+
+    def view(self, trigger: StoredTrigger) -> dict[str, Any]:
+        """A trigger as the API shows it."""
+        life = self._lives.get((trigger.namespace, trigger.name), _Life(trigger))
+        status: dict[str, Any] = {
+            "updated": trigger.updated,
+            "fired": life.fired,
+            "leftOut": life.left_out,
+            "skipped": life.skipped,
+            "lastError": life.error,
+            "lastEvent": trigger.last,
+        }
+        if life.next_at is not None:
+            status["next"] = _time(life.next_at)
+        return {
+            "apiVersion": "dayfly.dev/v1",
+            "kind": "Trigger",
+            "metadata": {"namespace": trigger.namespace, "name": trigger.name},
+            "spec": msgspec.to_builtins(trigger.spec),
+            "status": status,
+        }
+
+
+def cloud_event(id_: str, trigger: str, at: float, data: Any) -> bytes:
+    """The firing *at* as a CloudEvent 1.0, in JSON."""
+    told = {
+        "specversion": "1.0",
+        "id": id_,
+        "source": f"/triggers/{trigger}",
+        "type": EVENT_TYPE,
+        "time": _time(at),
+        "datacontenttype": "application/json",
+        "data": data,
+    }
+    return json.dumps(told).encode()
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
