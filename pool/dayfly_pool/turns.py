@@ -3,7 +3,9 @@
 Starting a sandbox and importing a function cost processor time, and more of them at once than
 there are processors only makes each slower, for everybody. A tenant's burst must not do that to
 the others: each has an equal part while several want some, and always room for one piece of work.
-What a tenant does of its part while it wants more than that goes behind the others' work.
+What a tenant does of its part while it wants more than that goes behind the others' work; and
+beside others who do not want more it has half a part, for even what goes behind has a processor
+to itself in the kernel.
 """
 
 from collections import OrderedDict
@@ -27,7 +29,7 @@ class Turns:
         self._total = 0.0
         self._under_way: dict[str, float] = {}
         self._active: OrderedDict[str, float] = OrderedDict()
-        self._wanted: dict[str, float] = {}
+        self._wanted: OrderedDict[str, float] = OrderedDict()
         """By tenant: when it wanted more than its part."""
 
     def under_way(self, tenant: str) -> float:
@@ -40,11 +42,18 @@ class Turns:
         if not mine:
             return True
         self._forget_idle(now)
-        part = self._most / len(self._active.keys() | {tenant})
-        if mine + weight > part:
+        if mine + weight > self._part(tenant, now):
             self._wanted[tenant] = now
+            self._wanted.move_to_end(tenant)
             return False
         return self._total + weight <= self._most
+
+    def _part(self, tenant: str, now: float) -> float:
+        while self._wanted and not self.wants_more(next(iter(self._wanted)), now):
+            self._wanted.popitem(last=False)
+        tenants = len(self._active.keys() | {tenant})
+        is_behind = tenant in self._wanted and len(self._wanted) < tenants
+        return self._most / tenants / (2 if is_behind else 1)
 
     def wants_more(self, tenant: str, now: float) -> bool:
         """Whether *tenant* has asked for more than its part, and still does."""

@@ -107,6 +107,30 @@ def test_who_wants_more_than_its_part_goes_behind_until_it_has_not_for_a_while()
     assert not turns.wants_more(MINE, BURST_S)
 
 
+def test_who_wants_more_has_half_a_part_beside_one_who_does_not():
+    turns = Turns(4)
+    begun(turns, THEIRS, 0, 0.5)
+    for _ in range(8):
+        turns.end(THEIRS, 0.5)
+    turns.begin(THEIRS, 0.1, 1)
+    assert begun(turns, MINE, 1, 0.5) == 4  # before it is known that it wants more
+    for _ in range(4):
+        turns.end(MINE, 0.5)
+
+    assert begun(turns, MINE, 1.1, 0.5) == 2
+
+
+def test_where_all_want_more_each_has_its_part():
+    turns = Turns(4)
+    for tenant in (MINE, THEIRS, MINE, THEIRS):
+        begun(turns, tenant, 0, 0.5)
+        for _ in range(int(turns.under_way(tenant) / 0.5) - 1):
+            turns.end(tenant, 0.5)
+
+    assert begun(turns, MINE, 0.1, 0.5) == 3
+    assert begun(turns, THEIRS, 0.1, 0.5) == 3
+
+
 def test_who_finds_all_taken_by_others_does_not_go_behind_for_that():
     """It has not had its part."""
     turns = Turns(2)
