@@ -4,6 +4,6 @@
 def handler(event, context):
     """Say which firing this is for; *event* is a CloudEvent."""
     if not isinstance(event, dict) or event.get("type") != "dev.dayfly.cron":
-        return {"statusCode": 400, "body": "I run by a schedule\n"}
+        return "I run by a schedule: dayfly apply -f examples/report/schedule.yaml\n"
     print(f"reporting to {event['data']['to']} for {event['time']}")
     return {"reported": event["time"]}
