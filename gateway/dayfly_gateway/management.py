@@ -230,7 +230,8 @@ class Management:
         shown = await self._service.queue.get(InvocationId(request.match_info["id"]))
         if shown is None:
             raise later.InvocationNotFound
-        return _json(later.view(shown) | {"event": later.body_view(shown.body)})
+        payload = {"event": later.body_view(shown.body)} if shown.body else {}
+        return _json(later.view(shown) | payload)  # what has succeeded is not kept
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """As it was before: what is over cannot be cancelled any more."""

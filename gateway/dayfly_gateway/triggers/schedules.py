@@ -146,8 +146,11 @@ class Schedules:
             "lastError": life.error,
             "lastEvent": trigger.last,
         }
-        if life.next_at is not None:
-            status["next"] = _time(life.next_at)
+        if not trigger.spec.paused:
+            now = self._now()
+            next_at = life.next_at or cron.firings(trigger.spec.cron, now, now).next_at
+            if next_at is not None:
+                status["next"] = _time(next_at)
         return {
             "apiVersion": "dayfly.dev/v1",
             "kind": "Trigger",
