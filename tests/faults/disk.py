@@ -1,4 +1,4 @@
-"""What would be on the disk had the power gone out: from a log of what a process wrote (strace).
+"""Disks that fail, and what would be on one had the power gone out (both by strace).
 
 What was written and not synchronized may be there, or not, or in part. A change of a name (rename,
 unlink) is safe when its folder was synchronized, what is in a file when the file was.
@@ -6,9 +6,14 @@ unlink) is safe when its folder was synchronized, what is in a file when the fil
 
 import random
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from tests.harness import eventually
 
 CALLS: Final = "pwrite64,write,fdatasync,fsync,ftruncate,rename,unlink"
 STRACE: Final = ("strace", "-f", "-y", "-xx", "-s", "100000000", "-e", f"trace={CALLS}", "-o")
@@ -17,6 +22,29 @@ _START: Final = re.compile(r"(\d+) (\w+)\((.*)$", re.DOTALL)
 _RESUMED: Final = re.compile(r"(\d+) <\.\.\. (\w+) resumed>(.*)$", re.DOTALL)
 _FILE: Final = re.compile(r"(\d+)<([^>]*)>(?:, )?(.*)$", re.DOTALL)
 _TEXT: Final = re.compile(r'"([^"]*)"')
+
+
+@contextmanager
+def failing(pid: int, calls: str) -> Iterator[None]:
+    """Meanwhile these system calls of a process fail as on a broken disk."""
+    inject = f"inject={calls}:error=EIO"
+    command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
+    tracer = subprocess.Popen([*command, "-p", str(pid)])
+    try:
+        assert eventually(lambda: _is_traced(pid))
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait(20)
+
+
+def _is_traced(pid: int) -> bool:
+    """With all its threads."""
+    try:
+        tasks = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/status")]
+    except OSError:
+        return False  # one has just ended
+    return not any("TracerPid:\t0\n" in task for task in tasks)
 
 
 class Change(NamedTuple):

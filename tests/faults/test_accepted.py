@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.disk import failing
 from tests.harness import Reply, Server, eventually
 
 LATER = {"Prefer": "respond-async"}
@@ -146,25 +147,6 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(small_disk: Path):
         server.log[:] = [line for line in server.log if "events cannot be written" not in line]
 
 
-@contextlib.contextmanager
-def failing(server: Server, calls: str) -> Iterator[None]:
-    """Meanwhile these system calls of the server fail as on a broken disk."""
-    inject = f"inject={calls}:error=EIO"
-    command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
-    tracer = subprocess.Popen([*command, "-p", str(server.pid)])
-    try:
-        assert eventually(lambda: "TracerPid:\t0" not in status_of(server.pid))
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        tracer.wait(20)
-
-
-def status_of(pid: int) -> str:
-    """/proc/PID/status, of all its threads."""
-    return "".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/status"))
-
-
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
 def test_what_cannot_be_synchronized_is_not_accepted_and_nothing_else_is_lost(new_server):
     """A broken disk: 503 and not ready while it lasts; then it goes on, with all that it had."""
@@ -177,7 +159,7 @@ def test_what_cannot_be_synchronized_is_not_accepted_and_nothing_else_is_lost(ne
         return server.call(name, b"{}", headers=LATER)
 
     before = {send().json()["id"] for _ in range(20)}
-    with failing(server, "fdatasync,fsync"):
+    with failing(server.pid, "fdatasync,fsync"):
         refused = send()
         assert (refused.status, refused.json()["error"]) == (503, "StoreFailed")
         assert server.ask("GET", "/ready").status == 503
