@@ -25,9 +25,9 @@ _TEXT: Final = re.compile(r'"([^"]*)"')
 
 
 @contextmanager
-def failing(pid: int, calls: str) -> Iterator[None]:
-    """Meanwhile these system calls of a process fail as on a broken disk."""
-    inject = f"inject={calls}:error=EIO"
+def failing(pid: int, calls: str, error: str = "EIO") -> Iterator[None]:
+    """Meanwhile these system calls of a process fail, as on a broken disk or with *error*."""
+    inject = f"inject={calls}:error={error}"
     command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
     tracer = subprocess.Popen([*command, "-p", str(pid)])
     try:

@@ -2,12 +2,14 @@
 
 import itertools
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.disk import failing
 from tests.harness import (
     Reply,
     Server,
@@ -156,6 +158,23 @@ def test_a_zygote_killed_in_a_burst_of_cold_starts_fails_only_what_ran_in_it(ser
         assert again
         assert zygote(server, "bursts") != first
     assert eventually(lambda: forks_again(server, "bursts", "burst-again"))
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("error", ["ENOMEM", "EAGAIN"])
+def test_a_zygote_that_cannot_fork_for_want_of_memory_costs_nobody_an_answer(
+    server: Server, error: str
+):
+    """Or of process ids: sandboxes are started instead, until it can again."""
+    namespace = f"short-{error.lower()}"
+    names = deploy(server, 8, "short", namespace)
+    (pid,) = called(server.processes(zygote(server, namespace)), "dayfly-zygote")
+    with failing(pid, "clone", error):
+        replies = cold(server, names, namespace)
+
+    assert [reply.status for reply in replies] == [200] * 8
+    assert "created" in {reply.headers["Dayfly-Start"] for reply in replies}
+    assert eventually(lambda: forks_again(server, namespace, "again"))
 
 
 def test_a_zygote_killed_while_a_function_loads_is_not_held_against_the_function(server: Server):
