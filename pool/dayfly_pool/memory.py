@@ -52,6 +52,28 @@ def available_bytes(limited: Iterable[Group] = ()) -> int:
     return max(0, left)
 
 
+def of_processes(pid: int) -> int:
+    """What the process *pid* and all below it use, in bytes; 0 when they are gone.
+
+    Of what they share with others their share (PSS) where the kernel tells it, else all (RSS).
+    """
+    total, open_ = 0, [pid]
+    while open_:
+        at = Path("/proc", str(open_.pop()))
+        total += _used(at)
+        for task in at.glob("task/*/children"):
+            open_ += map(int, _read(task).split())
+    return total
+
+
+def _used(process: Path) -> int:
+    for line in _read(process / "smaps_rollup").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    fields = _read(process / "statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
 def _reclaimable(group: Group) -> int:
     """Its pages of files that were not used lately: the kernel takes those first."""
     details = dict(line.partition(" ")[::2] for line in _read(group.details).splitlines())

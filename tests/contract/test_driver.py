@@ -660,6 +660,20 @@ async def test_the_kernel_knows_who_is_in_the_background(linux: Driver, create_l
     assert (gives_way(linux, S1), gives_way(linux, S2)) == (False, True)
 
 
+async def test_memory_is_known_without_control_groups(
+    linux: Driver, linux_way: str, create_linux: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """By what the kernel says of its processes."""
+    if linux_way.endswith("kept"):
+        pytest.skip("there are no zygotes of functions without control groups")
+    monkeypatch.setattr(linux, "_tree", Tree(0, (), "none are delegated"))
+    await create_linux(S1)
+    assert 1 << 20 < linux.memory_bytes(S1) < 100 << 20
+
+    await within(SOON_S, linux.destroy(S1))
+    assert linux.memory_bytes(S1) == 0
+
+
 async def test_who_came_forward_while_it_was_made_is_not_kept_back(
     linux: Driver, create_linux: Any
 ):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import dayfly
+from dayfly_pool import memory
 from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit
 from dayfly_pool.drivers import cgroups, guest
 from dayfly_pool.errors import DriverUnavailable, SandboxStartFailed, ZygoteUnfit
@@ -78,6 +79,9 @@ class LinuxDriver:
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._uids: dict[str, int] = {}
         self._background: set[SandboxId] = set()
+        self._pids: dict[SandboxId, int] = {}
+        """The topmost process of each."""
+
         self._free_uids: list[int] = []
         self._said: list[str] = []
 
@@ -352,6 +356,7 @@ class LinuxDriver:
         exit_ = await self.exited(sandbox)
         self._exits.pop(sandbox, None)
         self._background.discard(sandbox)
+        self._pids.pop(sandbox, None)
         if sandbox in self._uids:
             self._free_uids.append(self._uids.pop(sandbox))
         return exit_
@@ -363,8 +368,10 @@ class LinuxDriver:
         return await asyncio.shield(self._exits[sandbox])
 
     def memory_bytes(self, sandbox: SandboxId) -> int:
-        """What its group uses now; 0 without cgroups."""
-        return cgroups.memory_bytes(self._tree, sandbox)
+        """What its group uses now; without groups, what its processes do."""
+        if self._tree.version:
+            return cgroups.memory_bytes(self._tree, sandbox)
+        return memory.of_processes(self._pids[sandbox]) if sandbox in self._pids else 0
 
     async def _ask(self, request: dict[str, Any], descriptor: int | None = None) -> None:
         data = json.dumps(request).encode()
@@ -396,6 +403,7 @@ class LinuxDriver:
         sandbox = answer["sandbox"]
         match answer["say"]:
             case "created":
+                self._pids[sandbox] = answer["pid"]
                 _set(self._waiting.get(sandbox), None)
             case "refused":
                 _set(self._exits.get(sandbox), Exit(127))
