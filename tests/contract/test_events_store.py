@@ -2,13 +2,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
+from tests.servers import postgres
 
 from dayfly_pool.models import FunctionId, InvocationId
 from dayfly_pool.store.events import (
@@ -23,18 +26,35 @@ from dayfly_pool.store.events import (
     Store,
 )
 from dayfly_pool.store.memory import MemoryEvents
+from dayfly_pool.store.postgres_events import PostgresEvents
 from dayfly_pool.store.sqlite_events import SqliteEvents
 
 GREET, SHOUT = FunctionId("default/greet"), FunctionId("default/shout")
 E1, E2, E3, E4 = (InvocationId(f"event-{n}") for n in range(1, 5))
-KINDS = ("memory", "sqlite")
+KINDS = ("memory", "sqlite", "postgres")
 HOUR_S = 3600.0
 
 
-def make(kind: str, folder: Path) -> Store:
+@pytest.fixture(scope="session")
+def dsn() -> Iterator[str]:
+    """A PostgreSQL of the session."""
+    with postgres() as started:
+        yield started
+
+
+fresh = count()
+
+
+def make(kind: str, folder: Path, dsn: str) -> Store:
+    """An empty one."""
     if kind == "memory":
         return MemoryEvents()
-    return SqliteEvents(folder / "events.sqlite", folder / "bodies")
+    if kind == "sqlite":
+        return SqliteEvents(folder / "events.sqlite", folder / "bodies")
+    name = f"events_{next(fresh)}"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return PostgresEvents(dsn.replace("dbname=postgres", f"dbname={name}"))
 
 
 @pytest.fixture(params=KINDS)
@@ -43,8 +63,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def store(kind: str, tmp_path: Path) -> AsyncIterator[Store]:
-    made = make(kind, tmp_path)
+async def store(kind: str, tmp_path: Path, dsn: str) -> AsyncIterator[Store]:
+    made = make(kind, tmp_path, dsn)
     await made.open("us")
     yield made
     await made.close()
@@ -501,18 +521,19 @@ async def play(store: Store, steps: Sequence[tuple[str, int]]) -> list[object]:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=STEPS)
-def test_the_fake_and_the_real_one_agree(
-    steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+def test_the_fake_and_the_real_ones_agree(
+    steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory, dsn: str
 ):
-    async def both() -> None:
+    async def all_of_them() -> None:
         seen = []
         for kind in KINDS:
-            store = make(kind, tmp_path_factory.mktemp("events"))
+            store = make(kind, tmp_path_factory.mktemp("events"), dsn)
             await store.open("us")
             try:
                 seen.append(await play(store, steps))
             finally:
                 await store.close()
         assert seen[0] == seen[1]
+        assert seen[0] == seen[2]
 
-    asyncio.run(both())
+    asyncio.run(all_of_them())
