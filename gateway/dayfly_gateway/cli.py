@@ -135,6 +135,11 @@ def _data_folder() -> Path:
     multiple=True,
     help="Whose X-Forwarded headers are believed. Repeatable.",
 )
+@click.option(
+    "--events-dsn-file",
+    type=PATH,
+    help="File with the address of a PostgreSQL that keeps the events; or set DAYFLY_EVENTS_DSN.",
+)
 @click.option("--deploy", type=PATH, help="Deploy every function in this folder when up.")
 @click.option(
     "--log",
@@ -142,7 +147,13 @@ def _data_folder() -> Path:
     show_default="text on a terminal, else json",
     help="Form of the log on stdout.",
 )
-def up(admin_token_file: Path | None, deploy: Path | None, log: str | None, **given: Any) -> None:
+def up(
+    admin_token_file: Path | None,
+    events_dsn_file: Path | None,
+    deploy: Path | None,
+    log: str | None,
+    **given: Any,
+) -> None:
     """Start the server.
 
     It serves until SIGTERM or Ctrl-C; no accepted request fails then. Every option can be set
@@ -158,7 +169,8 @@ def up(admin_token_file: Path | None, deploy: Path | None, log: str | None, **gi
     if deploy is not None and not deploy.is_dir():
         raise Misused(f"--deploy {deploy}: there is no such folder")
     token = secret(admin_token_file, "DAYFLY_ADMIN_TOKEN")
-    settings = server.Settings(admin_token=token, **given)
+    events_dsn = secret(events_dsn_file, "DAYFLY_EVENTS_DSN")
+    settings = server.Settings(admin_token=token, events_dsn=events_dsn, **given)
     server.serve(settings, log or ("text" if sys.stdout.isatty() else "json"), deploy)
 
 

@@ -42,6 +42,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     http: str
     admin: str
     admin_token: str
+    events_dsn: str
     driver: str
     generic_min: int | None
     generic_max: int | None
@@ -74,6 +75,7 @@ def _pool_config(settings: Settings) -> Config:
         generic_min = min(GENERIC_MIN, generic_max)
     return Config(
         data=settings.data.expanduser().resolve(),
+        events_dsn=settings.events_dsn,
         driver="process" if settings.driver == "process" else "linux",
         generic_min=generic_min,
         generic_max=generic_max,

@@ -50,6 +50,9 @@ class Config(Struct, frozen=True, kw_only=True):
     exec_namespaces: tuple[str, ...] = ()
     """Namespaces whose sandboxes are started, each by itself."""
 
+    events_dsn: str = ""
+    """The PostgreSQL that keeps the events, as libpq has it; empty for a file of our own."""
+
     uid_first: int = 3_000_000
     """As root, sandbox number n runs as the host uid *uid_first* + n."""
 

@@ -36,6 +36,10 @@ BEAT_S: Final = 2.0
 LEASE_S: Final = 10.0
 """An owner that has said nothing for this long, by our own clock, loses its leases."""
 
+RECOUNT_S: Final = 30.0
+LOOK_S: Final = 1.0
+"""Where others use the store too: how often we look at what they may have done."""
+
 LONG_AT_ONCE: Final = 8
 """Runs of events with long bodies, which are in memory for as long as they run."""
 
@@ -143,6 +147,7 @@ class Queue:
                     tasks.create_task(self._write_down(), name="queue-write"),
                     tasks.create_task(self._sweep(), name="queue-sweep"),
                     tasks.create_task(self._beat(), name="queue-beat"),
+                    tasks.create_task(self._listen(), name="queue-listen"),
                 ]
                 try:
                     yield self
@@ -193,8 +198,14 @@ class Queue:
             shown = await self._store.get(id_)
             if shown is None or shown.state.is_over or wait_s <= 0:
                 return shown
-            await asyncio.wait((watching,), timeout=wait_s)
-            return await self._store.get(id_)
+            end = time.monotonic() + wait_s
+            while (left_s := end - time.monotonic()) > 0 and not watching.done():
+                slice_s = left_s if self._is_alone else min(LOOK_S, left_s)
+                await asyncio.wait((watching,), timeout=slice_s)
+                shown = await self._store.get(id_)
+                if shown is None or shown.state.is_over:
+                    break
+            return shown
         finally:
             watchers.discard(watching)
             if not watchers:
@@ -287,6 +298,9 @@ class Queue:
             log.warning("events can be written again")
             self.failure = ""
         self._note(accepting, ended, written)
+        self._correct(wanted, written)
+        if self._accepting or self._ended or self._wanted(()):
+            self._wake.set()
         return True
 
     def _wanted(self, events: Sequence[Event]) -> dict[FunctionId, int]:
@@ -302,8 +316,13 @@ class Queue:
             if function in wanted:
                 continue
             number = self.waiting[function] + coming[function]
+            if number and not self._is_alone:
+                number = LEASES_AT_ONCE  # others accept as well: nobody knows how many there are
             work = self._work_of(function)
-            free = LEASES_AT_ONCE if work is None else work.places - self.running_now[function]
+            if work is None:  # somebody else may have it; else its events are to die
+                free = LEASES_AT_ONCE if self._is_alone else 0
+            else:
+                free = work.places - self.running_now[function]
             take = min(number, free, LEASES_AT_ONCE, room)
             if take > 0:
                 wanted[function] = take
@@ -338,8 +357,15 @@ class Queue:
             if left > 0:
                 self.waiting[function] = left  # behind the others: they have their turn
         self._set_timer(written.due_at)
-        if self._accepting or self._ended or self._wanted(()):
-            self._wake.set()
+
+    def _correct(self, wanted: Mapping[FunctionId, int], written: Written) -> None:
+        """Who got less than it wanted knows that nothing is left, whatever was counted."""
+        got = Counter(lease.function for lease in written.leased)
+        for function, number in wanted.items():
+            if got[function] < number:
+                self.waiting.pop(function, None)
+            elif not self._is_alone and not self.waiting[function]:
+                self.waiting[function] = 1  # there may be more
 
     def _set_timer(self, due_at: float | None) -> None:
         if due_at == self._due_at and not self._is_due:
@@ -421,6 +447,26 @@ class Queue:
                     self._wake.set()
             except StoreFailed as error:
                 log.warning("we cannot say that we live", extra={"why": error.detail})
+
+    async def _listen(self) -> None:
+        """Hear of what others accept, and look now and then whether something was not told."""
+        while not self._is_alone:
+            try:
+                for function, state in await self._store.counts():
+                    if state is State.WAITING:
+                        self._told(function)
+                async with asyncio.timeout(RECOUNT_S):
+                    await self._store.listen(self._told)
+            except TimeoutError:
+                continue
+            except StoreFailed as error:
+                log.warning("we do not hear of what others accept", extra={"why": error.detail})
+                await asyncio.sleep(LOOK_S)
+
+    def _told(self, function: FunctionId) -> None:
+        """There is something waiting of *function*, perhaps only what we know of."""
+        self.waiting[function] = max(1, self.waiting[function])
+        self._wake.set()
 
     def _silent(self, beats: Mapping[str, int], now: float) -> list[str]:
         """Who has said nothing for too long. By our own clock alone: no two of them agree."""

@@ -49,7 +49,7 @@ from dayfly_pool.models import (
 from dayfly_pool.packages import PackageStore
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
-from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
+from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State, Store
 from dayfly_pool.store.sqlite import (
     Declarations,
     StoredEnvironment,
@@ -185,11 +185,27 @@ class Service:
     # ---- events -------------------------------------------------------------------------------
 
     def _make_queue(self) -> Queue:
-        folder = self.config.data / "events"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
-        owner = secrets.token_hex(8)
-        return Queue(store, self._run, self._work_of, follow=self._follow, owner=owner)
+        store: Store
+        if self.config.events_dsn:
+            try:  # an extra
+                from dayfly_pool.store.postgres_events import PostgresEvents
+            except ImportError as error:
+                raise BadInput(
+                    f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'"
+                ) from None
+            store = PostgresEvents(self.config.events_dsn)
+        else:
+            folder = self.config.data / "events"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
+        return Queue(
+            store,
+            self._run,
+            self._work_of,
+            follow=self._follow,
+            owner=secrets.token_hex(8),
+            is_alone=not self.config.events_dsn,
+        )
 
     async def _run(self, lease: Lease) -> Outcome:
         """Run a leased event once. Raises `PlatformError`."""

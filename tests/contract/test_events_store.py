@@ -1,6 +1,7 @@
 """What every store of events promises, whatever keeps them."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from tests.servers import postgres
 
+from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
 from dayfly_pool.store.events import (
     ROW_BYTES_MAX,
@@ -332,6 +334,58 @@ async def test_leases_outlive_who_took_them_until_it_is_fenced_off(store: Store)
 
     assert await store.fence("us") == Counter({GREET: 1})
     assert (await lease_one(store)).fence == 2
+
+
+@pytest.fixture
+async def shared(tmp_path: Path, dsn: str) -> AsyncIterator[PostgresEvents]:
+    """A store that several use at once."""
+    made = make("postgres", tmp_path, dsn)
+    assert isinstance(made, PostgresEvents)
+    await made.open("us")
+    yield made
+    await made.close()
+
+
+async def test_who_listens_hears_of_what_others_accept(shared: PostgresEvents):
+    other = PostgresEvents(shared._dsn)
+    await other.open("other")
+    heard: asyncio.Queue[FunctionId] = asyncio.Queue()
+    listening = asyncio.ensure_future(other.listen(heard.put_nowait))
+    async with asyncio.timeout(10):
+        while heard.empty():
+            await accept(shared, event(InvocationId(f"event-{time.monotonic_ns()}"), SHOUT))
+            await asyncio.sleep(0.01)
+        assert await heard.get() == SHOUT
+    listening.cancel()
+    await asyncio.wait({listening})
+    await other.close()
+
+
+async def test_two_that_lease_at_once_never_get_the_same(shared: PostgresEvents):
+    other = PostgresEvents(shared._dsn)
+    await other.open("other")
+    ids = [InvocationId(f"many-{n}") for n in range(200)]
+    await accept(shared, *map(event, ids))
+    got = await asyncio.gather(*(lease(s, most=7) for _ in range(20) for s in (shared, other)))
+    leased = [one.id for some in got for one in some]
+    await other.close()
+
+    assert len(leased) == len(set(leased)) == 200
+
+
+async def test_a_connection_that_is_cut_is_made_again(shared: PostgresEvents, dsn: str):
+    """What was under way failed, and nobody knows; what comes then works."""
+    await accept(shared, event(E1))
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
+        )
+    with pytest.raises(StoreFailed):
+        await accept(shared, event(E2))
+    await accept(shared, event(E3))
+
+    assert [one.id for one in await lease(shared)] == [E1, E3]
+    assert await state_of(shared, E2) is None
 
 
 # ---- idempotency --------------------------------------------------------------------------------

@@ -420,6 +420,31 @@ async def test_who_shares_its_store_takes_over_from_who_is_silent(monkeypatch: p
         assert (await over(queue)).state is State.SUCCEEDED
 
 
+async def test_who_shares_its_store_runs_what_others_accept(monkeypatch: pytest.MonkeyPatch):
+    """It is told; it knows no number, and asks until nothing is left."""
+    store, runs = MemoryEvents(), Runs()
+    async with running(runs, store, is_alone=False) as queue:
+        await eventually(lambda: store._listeners)
+        ids = [InvocationId(f"e{n}") for n in range(200)]
+        await store.write(0.0, accepted=[_plain(id_) for id_ in ids])
+        for id_ in ids:
+            await over(queue, id_)
+        await eventually(lambda: not queue.waiting)
+
+    assert [lease.id for lease in runs.seen] == ids
+
+
+async def test_who_shares_its_store_leaves_functions_that_it_does_not_know_to_others():
+    store, runs = MemoryEvents(), Runs()
+    async with running(runs, store, lambda function: None, is_alone=False) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: not queue._wake.is_set())
+        shown = await queue.get(E1)
+
+    assert shown is not None
+    assert (shown.state, runs.seen) == (State.WAITING, [])
+
+
 def _plain(id_: InvocationId) -> Event:
     return Event(id=id_, function=GREET, meta=b"", body=b"", accepted_at=9e9, age_s=3600.0)
 

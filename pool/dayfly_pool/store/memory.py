@@ -1,7 +1,8 @@
 """Events in memory, by the rules of `Store`: for tests, and gone with the process."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct, structs
 
@@ -50,6 +51,7 @@ class MemoryEvents:
         self._keys: dict[tuple[FunctionId, str], tuple[Key, InvocationId]] = {}
         self._beats: dict[str, int] = {}
         self._last = 0
+        self._listeners: list[Callable[[FunctionId], None]] = []
 
     async def open(self, owner: str) -> None:
         """Be *owner*."""
@@ -165,6 +167,14 @@ class MemoryEvents:
         self._beats[self._owner] = self._beats.get(self._owner, 0) + 1
         return dict(self._beats)
 
+    async def listen(self, told: Callable[[FunctionId], None]) -> None:
+        """Whoever writes is in this process."""
+        self._listeners.append(told)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._listeners.remove(told)
+
     async def fence(self, owner: str) -> Counter[FunctionId]:
         """Take all leases from *owner*."""
         self._check()
@@ -212,6 +222,8 @@ class MemoryEvents:
             self._keys[event.function, event.key.text] = event.key, event.id
         self._last += 1
         expires_at = event.accepted_at + event.age_s
+        for told in self._listeners:
+            told(event.function)
         self._rows[self._last] = _Row(self._last, event, expires_at, body=event.body)
         return Accepted(event.id)
 
