@@ -4,8 +4,6 @@ import os
 import pwd
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -14,27 +12,43 @@ from tests.harness import free_port
 PLACES: Final = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path("/usr/bin")]
 
 
-@contextmanager
-def postgres() -> Iterator[str]:
-    """A PostgreSQL with an empty database; what libpq takes to connect. As root, runs as nobody."""
-    programs = next(place for place in PLACES if (place / "initdb").exists())
-    port, user = free_port(), None
-    with tempfile.TemporaryDirectory(prefix="dayfly-postgres-") as folder:  # nobody may enter it
-        data = Path(folder) / "data"
-        data.mkdir(mode=0o700)
+class Postgres:
+    """A PostgreSQL with an empty database; *dsn* is what libpq takes to connect.
+
+    As root it runs as nobody. Use it as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._programs = next(place for place in PLACES if (place / "initdb").exists())
+        self._folder = tempfile.TemporaryDirectory(prefix="dayfly-postgres-")  # nobody may enter it
+        self._data, self._user = Path(self._folder.name) / "data", None
+        self._data.mkdir(mode=0o700)
         if os.geteuid() == 0:
-            user = pwd.getpwnam("nobody").pw_uid
-            Path(folder).chmod(0o755)
-            os.chown(data, user, -1)
+            self._user = pwd.getpwnam("nobody").pw_uid
+            Path(self._folder.name).chmod(0o755)
+            os.chown(self._data, self._user, -1)
+        self._port = free_port()
+        self.dsn = f"host=127.0.0.1 port={self._port} user=dayfly dbname=postgres"
 
-        def run(program: str, *arguments: str) -> None:
-            command = [str(programs / program), "-D", str(data), *arguments]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=user, cwd="/")
+    def start(self) -> None:
+        """Be there."""
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        self._run("pg_ctl", "-w", "-l", str(self._data / "log"), "-o", options, "start")
 
-        run("initdb", "-U", "dayfly", "--auth=trust", "-N")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
-        run("pg_ctl", "-w", "-l", str(data / "log"), "-o", options, "start")
-        try:
-            yield f"host=127.0.0.1 port={port} user=dayfly dbname=postgres"
-        finally:
-            run("pg_ctl", "-m", "immediate", "stop")
+    def stop(self) -> None:
+        """Be gone, at once and without a word."""
+        self._run("pg_ctl", "-m", "immediate", "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._programs / program), "-D", str(self._data), *arguments]
+        quiet = subprocess.DEVNULL
+        subprocess.run(command, check=True, stdout=quiet, user=self._user, cwd="/")
+
+    def __enter__(self) -> "Postgres":
+        self._run("initdb", "-U", "dayfly", "--auth=trust", "-N")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()

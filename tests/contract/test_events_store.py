@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from tests.servers import postgres
+from tests.servers import Postgres
 
 from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
@@ -40,8 +40,8 @@ HOUR_S = 3600.0
 @pytest.fixture(scope="session")
 def dsn() -> Iterator[str]:
     """A PostgreSQL of the session."""
-    with postgres() as started:
-        yield started
+    with Postgres() as started:
+        yield started.dsn
 
 
 fresh = count()

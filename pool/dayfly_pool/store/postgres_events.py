@@ -381,9 +381,7 @@ class PostgresEvents:
                 async with connection.transaction(), connection.cursor() as cursor:
                     yield cursor
             except BaseException:
-                self._write_connection = None
-                with contextlib.suppress(psycopg.Error, OSError):
-                    await connection.close()
+                await self._drop()
                 raise
 
     @asynccontextmanager
@@ -392,8 +390,21 @@ class PostgresEvents:
             if self._read_connection is None or self._read_connection.closed:
                 self._read_connection = await self._connect()
                 await self._read_connection.set_autocommit(True)
-            async with self._read_connection.cursor() as cursor:
-                yield cursor
+            try:
+                async with self._read_connection.cursor() as cursor:
+                    yield cursor
+            except BaseException:
+                self._read_connection = None  # the next one has another
+                raise
+
+    async def _drop(self) -> None:
+        """Connect anew, to read as well: what is wrong with one is mostly wrong with both."""
+        connections = self._write_connection, self._read_connection
+        self._write_connection = self._read_connection = None
+        for connection in connections:
+            if connection is not None:
+                with contextlib.suppress(psycopg.Error, OSError):
+                    await connection.close()
 
     async def _migrate(self, cursor: Cursor) -> None:
         await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
