@@ -167,9 +167,7 @@ class Queue:
         if self._is_alone:
             for owner in beats.keys() - {self._owner}:
                 await self._store.fence(owner)
-        for (function, state), number in (await self._store.counts()).items():
-            if state is State.WAITING:
-                self.waiting[function] = number
+        await self._count()
         self._wake.set()
 
     def hold(self) -> None:
@@ -294,14 +292,37 @@ class Queue:
                 log.error("events cannot be written", extra={"why": error.detail})
             self.failure = error.detail
             return False
-        if self.failure:
-            log.warning("events can be written again")
-            self.failure = ""
         self._note(accepting, ended, written)
         self._correct(wanted, written)
+        if self.failure and not await self._take_stock():
+            return False
         if self._accepting or self._ended or self._wanted(()):
             self._wake.set()
         return True
+
+    async def _take_stock(self) -> bool:
+        """After a failure: a write that seemed to fail may have been done, and nobody knows of it.
+
+        False when that cannot be found out now.
+        """
+        held = {lease.row for lease, _ in self._leases.values()}
+        held |= {lease.row for lease, _ in self._ended}
+        try:
+            await self._store.release(held)
+            await self._count()
+        except StoreFailed as error:
+            self.failure = error.detail
+            return False
+        log.warning("events can be written again")
+        self.failure = ""
+        return True
+
+    async def _count(self) -> None:
+        """How many wait, by function."""
+        self.waiting.clear()
+        for (function, state), number in (await self._store.counts()).items():
+            if state is State.WAITING:
+                self.waiting[function] = number
 
     def _wanted(self, events: Sequence[Event]) -> dict[FunctionId, int]:
         """How many leases there is room for, of each function that has something waiting."""

@@ -303,6 +303,19 @@ async def test_what_follows_an_end_is_accepted_with_it_and_only_then(store: Stor
     assert await store.get(E3) is None
 
 
+async def test_leases_that_nobody_knows_of_are_given_back_and_no_others(store: Store):
+    """The answer to a write may be lost, though it was done."""
+    await accept(store, event(E1), event(E2), event(E3))
+    first, second = await lease(store, most=2)
+    assert await store.release({second.row}) == Counter({GREET: 1})
+
+    assert [one.id for one in await lease(store)] == [E1, E3]
+    assert await end(store, succeeded(first), succeeded(second)) == {(first.row, first.fence)}
+    await store.close()
+    await store.open("them")
+    assert await store.release(()) == Counter()
+
+
 async def test_the_rest_of_a_write_is_done_though_an_end_was_too_late(store: Store):
     await accept(store, event(E1), event(E2))
     first, second = await lease(store)

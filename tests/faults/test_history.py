@@ -29,7 +29,7 @@ pytestmark = [
 ]
 EVENTS = int(os.environ.get("DAYFLY_EVENTS", "1500"))
 SEED = int(os.environ.get("DAYFLY_SEED", "0")) or random.randrange(1, 1 << 30)
-CLIENTS, FAULTS_EACH = 8, 250
+CLIENTS, FAULTS_EACH = 8, max(250, EVENTS // 100)
 FAILS_EVERY, RETRIES = 50, 100
 HANDLER = """
 import json, os, socket, time

@@ -21,7 +21,16 @@ from dayfly_pool.models import (
     Timing,
 )
 from dayfly_pool.queue import Clock, Keep, Queue, Work
-from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, Shown, State
+from dayfly_pool.store.events import (
+    Accepted,
+    Ended,
+    Event,
+    Key,
+    Lease,
+    Shown,
+    State,
+    Written,
+)
 from dayfly_pool.store.memory import MemoryEvents
 
 GREET, SHOUT = FunctionId("default/greet"), FunctionId("default/shout")
@@ -362,6 +371,31 @@ async def test_a_result_that_cannot_be_written_now_is_written_when_it_can():
 
         assert (await over(queue)).state is State.SUCCEEDED
     assert len(runs.seen) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_write_that_was_done_though_it_seemed_to_fail_is_found_out():
+    """Its event is run, and so is what it leased: nobody was told of either."""
+
+    class Unclear(MemoryEvents):
+        async def write(self, *given: Any, **more: Any) -> Written:
+            written = await super().write(*given, **more)
+            if self.unclear:
+                self.unclear, self.broken = False, StoreFailed("the answer was lost")
+                raise self.broken
+            return written
+
+        unclear = False
+
+    store, runs = Unclear(), Runs()
+    async with running(runs, store, work_of=work(places=1)) as queue:
+        store.unclear = True
+        with pytest.raises(StoreFailed, match="answer was lost"):
+            await queue.accept(event(queue))
+        store.broken = None
+
+        assert (await over(queue)).state is State.SUCCEEDED
+    assert [lease.fence for lease in runs.seen] == [2]
 
 
 # ---- ends and beginnings -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ the run, when the event is cancelled, or when the owner is fenced off.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Final, Protocol
 
@@ -233,6 +233,12 @@ class Store(Protocol):
 
     async def beat(self) -> dict[str, int]:
         """Say that our owner lives; returns how often each owner has said so."""
+
+    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
+        """Give back our owner's leases but those of the rows *but*; how many, by function.
+
+        After a write that failed: perhaps it gave leases that nobody knows of.
+        """
 
     async def listen(self, told: Callable[[FunctionId], None]) -> None:
         """Call *told* with the function of what is accepted, by whomever; for ever.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from msgspec import Struct, structs
 
@@ -166,6 +166,14 @@ class MemoryEvents:
         self._check()
         self._beats[self._owner] = self._beats.get(self._owner, 0) + 1
         return dict(self._beats)
+
+    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
+        """Give back our leases but those of the rows *but*."""
+        self._check()
+        left = [r for r in self._in(State.RUNNING) if r.owner == self._owner and r.row not in but]
+        for row in left:
+            row.state = State.WAITING
+        return Counter(row.event.function for row in left)
 
     async def listen(self, told: Callable[[FunctionId], None]) -> None:
         """Whoever writes is in this process."""

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -349,6 +349,16 @@ class PostgresEvents:
             if owner != self._owner:
                 await cursor.execute("DELETE FROM dayfly.owners WHERE id = %s", (owner,))
         return taken
+
+    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
+        """Give back our leases but those of the rows *but*."""
+        async with self._transaction() as cursor:
+            await cursor.execute(
+                "UPDATE dayfly.events SET state = 0, owner = '' WHERE state = 2 AND owner = %s"
+                " AND row != ALL(%s) RETURNING function",
+                (self._owner, list(but)),
+            )
+            return Counter(function for (function,) in await cursor.fetchall())
 
     async def listen(self, told: Callable[[FunctionId], None]) -> None:
         """Call *told* for every function that has new events, whoever accepted them; for ever.

@@ -8,11 +8,12 @@ busy event loop taking it back may last longer than the statement.
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -216,6 +217,11 @@ class SqliteEvents:
     async def beat(self) -> dict[str, int]:
         """Say that our owner lives."""
         return await self._write(self._beat)
+
+    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
+        """Give back our leases but those of the rows *but*."""
+        kept = json.dumps(list(but))
+        return await self._write(lambda: self._release(kept))
 
     async def listen(self, told: Callable[[FunctionId], None]) -> None:
         """Nobody else writes to the file, and who does knows."""
@@ -496,6 +502,14 @@ class SqliteEvents:
         ).fetchall()
         if owner != self._owner:
             self._into.execute("DELETE FROM owners WHERE id = ?", (owner,))
+        return Counter(function for (function,) in rows)
+
+    def _release(self, kept: str) -> Counter[FunctionId]:
+        rows = self._into.execute(
+            "UPDATE events SET state = 0, owner = '' WHERE state = 2 AND owner = ?"
+            " AND row NOT IN (SELECT value FROM json_each(?)) RETURNING function",
+            (self._owner, kept),
+        ).fetchall()
         return Counter(function for (function,) in rows)
 
     def _note_due(self, times: Iterable[float]) -> None:
