@@ -7,7 +7,6 @@ passes over what another is about to lease (SKIP LOCKED); who accepts tells the 
 import asyncio
 import contextlib
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,11 +18,11 @@ from psycopg import AsyncConnection, AsyncCursor
 
 from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
+from dayfly_pool.store import rows
 from dayfly_pool.store.events import (
     PAGE_MAX,
     ROW_BYTES_MAX,
     Accepted,
-    Attempt,
     Ended,
     Event,
     Lease,
@@ -37,7 +36,6 @@ CONNECT_S_MAX: Final = 10
 MIGRATING: Final = 0x6461_7966_6C79
 """The advisory lock of whoever brings the tables up to date."""
 
-DAMAGED: Final = "it is not what was accepted: the database is damaged"
 MIGRATIONS: Final = (
     # A script that was released is never edited: append one. `dayfly.version` counts those applied.
     """
@@ -93,10 +91,6 @@ MIGRATIONS: Final = (
     CREATE INDEX old_keys ON dayfly.keys (until);
     CREATE TABLE dayfly.owners (id text PRIMARY KEY, beat bigint NOT NULL);
     """,
-)
-SHOWN: Final = (
-    "id, function, state, priority, accepted_at, expires_at, at, attempts, fence,"
-    " meta, body, file, result, result_body, result_file, row, checksum"
 )
 END: Final = """
     UPDATE dayfly.events SET state = e.state, at = e.at, attempts = attempts + e.counted,
@@ -215,8 +209,8 @@ class PostgresEvents:
             whole = await _whole(cursor, lease.file)
         if whole is None:
             return structs.replace(lease, damage="its body is lost")
-        if _checksum(lease.meta, whole) != checksum:
-            return structs.replace(lease, damage=DAMAGED)
+        if rows.checksum(lease.meta, whole) != checksum:
+            return structs.replace(lease, damage=rows.DAMAGED)
         return structs.replace(lease, body=whole)
 
     async def cancel(self, id_: InvocationId, now: float) -> Shown | None:
@@ -272,12 +266,12 @@ class PostgresEvents:
             values.append(before)
         async with self._reader() as cursor:
             await cursor.execute(
-                f"SELECT {SHOWN} FROM dayfly.events WHERE {' AND '.join(tests)}"
+                f"SELECT {rows.SHOWN} FROM dayfly.events WHERE {' AND '.join(tests)}"
                 " ORDER BY row DESC LIMIT %s",
                 (*values, min(limit, PAGE_MAX)),
             )
-            rows = await cursor.fetchall()
-        return [_shown(row, b"", b"", []) for row in rows]
+            found = await cursor.fetchall()
+        return [rows.shown(row) for row in found]
 
     async def counts(self) -> dict[tuple[FunctionId, State], int]:
         """How many there are of each function in each state."""
@@ -315,8 +309,8 @@ class PostgresEvents:
                     (now - kept_s, PAGE_MAX - len(gone)),
                 )
                 gone += await cursor.fetchall()
-            rows = [row for row, *_ in gone]
-            await cursor.execute("DELETE FROM dayfly.attempts WHERE event = ANY(%s)", (rows,))
+            events = [row for row, *_ in gone]
+            await cursor.execute("DELETE FROM dayfly.attempts WHERE event = ANY(%s)", (events,))
             files = list({file for _, *files in gone for file in files if file})
             await cursor.execute(
                 "DELETE FROM dayfly.bodies b WHERE digest = ANY(%s)"
@@ -483,7 +477,7 @@ class PostgresEvents:
             [event.priority for event in new],
             [event.accepted_at for event in new],
             [event.age_s for event in new],
-            [_checksum(event.meta, event.body) for event in new],
+            [rows.checksum(event.meta, event.body) for event in new],
             [event.meta for event in new],
             [body for body, _ in apart],
             [file for _, file in apart],
@@ -509,56 +503,22 @@ class PostgresEvents:
 
     async def _lease(self, cursor: Cursor, function: FunctionId, most: int) -> list[Lease]:
         await cursor.execute(LEASE, (function, most, self._owner))
-        rows = sorted(await cursor.fetchall(), key=lambda row: (-row[10], row[0]))
-        return [_leased(function, *row[:-1]) for row in rows]
+        return rows.leased(function, await cursor.fetchall())
 
     async def _get(self, cursor: Cursor, id_: InvocationId) -> Shown | None:
-        await cursor.execute(f"SELECT {SHOWN} FROM dayfly.events WHERE id = %s", (id_,))
+        await cursor.execute(f"SELECT {rows.SHOWN} FROM dayfly.events WHERE id = %s", (id_,))
         row = await cursor.fetchone()
         if row is None:
             return None
         body = await _whole(cursor, row[11]) if row[11] else row[10]
-        if body is None or _checksum(row[9], body) != row[16]:
+        if body is None or rows.checksum(row[9], body) != row[16]:
             body = b""
         result_body = await _whole(cursor, row[14]) if row[14] else row[13]
         await cursor.execute(
-            "SELECT fence, started_at, ended_at, is_counted, kind, message FROM dayfly.attempts"
-            " WHERE event = %s ORDER BY fence",
+            f"SELECT {rows.ATTEMPT} FROM dayfly.attempts WHERE event = %s ORDER BY fence",
             (row[15],),
         )
-        names = ("fence", "started_at", "ended_at", "is_counted", "kind", "message")
-        failures = [
-            Attempt(**dict(zip(names, failure, strict=True))) for failure in await cursor.fetchall()
-        ]
-        return _shown(row, body, result_body or b"", failures)
-
-
-def _leased(
-    function: FunctionId,
-    row: int,
-    fence: int,
-    id_: InvocationId,
-    meta: bytes,
-    body: bytes,
-    file: str,
-    attempts: int,
-    accepted_at: float,
-    expires_at: float,
-    checksum: int,
-) -> Lease:
-    return Lease(
-        row=row,
-        fence=fence,
-        id=id_,
-        function=function,
-        meta=meta,
-        body=body,
-        attempts=attempts,
-        accepted_at=accepted_at,
-        expires_at=expires_at,
-        file=file,
-        damage="" if file or _checksum(meta, body) == checksum else DAMAGED,
-    )
+        return rows.shown(row, body, result_body or b"", map(rows.attempt, await cursor.fetchall()))
 
 
 @asynccontextmanager
@@ -592,29 +552,3 @@ async def _whole(cursor: Cursor, digest: str) -> bytes | None:
 def _text(text: str) -> str:
     """PostgreSQL keeps no NUL in a text."""
     return text.replace("\0", "\ufffd")
-
-
-def _checksum(meta: bytes, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(meta))
-
-
-def _shown(row: Sequence[Any], body: bytes, result_body: bytes, failures: list[Attempt]) -> Shown:
-    (id_, function, number, priority, accepted_at, expires_at, at, attempts, fence) = row[:9]
-    state = State(number)
-    return Shown(
-        id=id_,
-        function=function,
-        state=state,
-        priority=priority,
-        accepted_at=accepted_at,
-        expires_at=expires_at,
-        ready_at=at if state is State.DELAYED else 0.0,
-        finished_at=at if state.is_over else 0.0,
-        attempts=attempts,
-        fence=fence,
-        meta=row[9],
-        body=body,
-        result=row[12],
-        result_body=result_body,
-        failures=failures,
-    )

@@ -11,23 +11,22 @@ import hashlib
 import json
 import os
 import sqlite3
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from msgspec import structs
 
 from dayfly_pool.errors import DataFolderUnusable, StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
+from dayfly_pool.store import rows
 from dayfly_pool.store.database import connect
 from dayfly_pool.store.events import (
     PAGE_MAX,
     ROW_BYTES_MAX,
     Accepted,
-    Attempt,
     Ended,
     Event,
     Lease,
@@ -44,8 +43,6 @@ CHECKPOINT_S: Final = 0.25
 PAGE_BYTES: Final = 4096
 CHECKPOINT_PAGES: Final = 16384
 """Where the log is as long as this, the one who writes waits for it to be moved into the file."""
-
-DAMAGED: Final = "it is not what was accepted: the disk or the file is damaged"
 
 MIGRATIONS: Final = (
     # A script that was released is never edited: append one. `user_version` counts those applied.
@@ -101,11 +98,6 @@ MIGRATIONS: Final = (
     CREATE INDEX old_keys ON keys (until);
     CREATE TABLE owners (id TEXT PRIMARY KEY, beat INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     """,
-)
-
-SHOWN: Final = (
-    "id, function, state, priority, accepted_at, expires_at, at, attempts, fence,"
-    " meta, body, file, result, result_body, result_file, row, checksum"
 )
 
 
@@ -345,13 +337,13 @@ class SqliteEvents:
     def _end(self, ended: Sequence[Ended]) -> set[tuple[int, int]]:
         taken: set[tuple[int, int]] = set()
         for some in _chunks(ended):
-            rows: list[object] = []
+            values: list[object] = []
             for each in some:
                 body, file = self._apart(each.body)
                 counted = each.is_counted
-                rows += (each.row, each.fence, each.state, each.at, counted, each.result, body)
-                rows.append(file)
-            taken.update(self._into.execute(_END[len(some)], rows).fetchall())
+                values += (each.row, each.fence, each.state, each.at, counted, each.result, body)
+                values.append(file)
+            taken.update(self._into.execute(_END[len(some)], values).fetchall())
         failures = [
             (e.row, a.fence, a.started_at, a.ended_at, a.is_counted, a.kind, a.message)
             for e in ended
@@ -366,13 +358,13 @@ class SqliteEvents:
         found = [self._keyed(event) if event.key else Accepted(event.id) for event in accepted]
         new = [event for event, a in zip(accepted, found, strict=True) if a.is_new]
         for some in _chunks(new):
-            rows: list[object] = []
+            values: list[object] = []
             for event in some:
                 body, file = self._apart(event.body)
-                rows += (event.id, event.function, event.priority, event.accepted_at, event.age_s)
-                rows += (event.accepted_at + event.age_s, _checksum(event.meta, event.body))
-                rows += (event.meta, body, file)
-            self._into.execute(_INSERT[len(some)], rows)
+                values += (event.id, event.function, event.priority, event.accepted_at, event.age_s)
+                values += (event.accepted_at + event.age_s, rows.checksum(event.meta, event.body))
+                values += (event.meta, body, file)
+            self._into.execute(_INSERT[len(some)], values)
         return found
 
     def _keyed(self, event: Event) -> Accepted:
@@ -408,46 +400,13 @@ class SqliteEvents:
         return Counter(function for (function,) in due)
 
     def _lease(self, function: FunctionId, most: int) -> list[Lease]:
-        rows = self._into.execute(
+        found = self._into.execute(
             "UPDATE events SET state = 2, fence = fence + 1, owner = ? WHERE row IN"
             " (SELECT row FROM events WHERE state = 0 AND function = ?"
-            " ORDER BY priority DESC, row LIMIT ?)"
-            " RETURNING row, fence, id, meta, body, file, attempts, accepted_at, expires_at,"
-            " checksum, priority",
+            f" ORDER BY priority DESC, row LIMIT ?) RETURNING {rows.LEASED}",
             (self._owner, function, most),
         ).fetchall()
-        rows.sort(key=lambda row: (-row[10], row[0]))
-        leased = []
-        for (
-            row,
-            fence,
-            id_,
-            meta,
-            body,
-            file,
-            attempts,
-            accepted_at,
-            expires_at,
-            checksum,
-            _,
-        ) in rows:
-            damage = "" if file or _checksum(meta, body) == checksum else DAMAGED
-            leased.append(
-                Lease(
-                    row=row,
-                    fence=fence,
-                    id=id_,
-                    function=function,
-                    meta=meta,
-                    body=body,
-                    attempts=attempts,
-                    accepted_at=accepted_at,
-                    expires_at=expires_at,
-                    file=file,
-                    damage=damage,
-                )
-            )
-        return leased
+        return rows.leased(function, found)
 
     def _cancel(self, id_: InvocationId, now: float) -> Shown | None:
         before = self._get(self._into, id_)
@@ -495,22 +454,22 @@ class SqliteEvents:
         return dict(self._into.execute("SELECT id, beat FROM owners").fetchall())
 
     def _fence(self, owner: str) -> Counter[FunctionId]:
-        rows = self._into.execute(
+        taken = self._into.execute(
             "UPDATE events SET state = 0, owner = '' WHERE state = 2 AND owner = ?"
             " RETURNING function",
             (owner,),
         ).fetchall()
         if owner != self._owner:
             self._into.execute("DELETE FROM owners WHERE id = ?", (owner,))
-        return Counter(function for (function,) in rows)
+        return Counter(function for (function,) in taken)
 
     def _release(self, kept: str) -> Counter[FunctionId]:
-        rows = self._into.execute(
+        taken = self._into.execute(
             "UPDATE events SET state = 0, owner = '' WHERE state = 2 AND owner = ?"
             " AND row NOT IN (SELECT value FROM json_each(?)) RETURNING function",
             (self._owner, kept),
         ).fetchall()
-        return Counter(function for (function,) in rows)
+        return Counter(function for (function,) in taken)
 
     def _note_due(self, times: Iterable[float]) -> None:
         known = () if self._next_due is None else (self._next_due,)
@@ -558,8 +517,8 @@ class SqliteEvents:
             whole = self._whole(body, file)
         except OSError as error:
             return b"", f"its body is lost: {error}"
-        if _checksum(meta, whole) != checksum:
-            return b"", DAMAGED
+        if rows.checksum(meta, whole) != checksum:
+            return b"", rows.DAMAGED
         return whole, ""
 
     # Below: on the reader's thread.
@@ -585,15 +544,17 @@ class SqliteEvents:
         return structs.replace(lease, body=body, damage=damage)
 
     def _get(self, connection: sqlite3.Connection, id_: InvocationId) -> Shown | None:
-        row = connection.execute(f"SELECT {SHOWN} FROM events WHERE id = ?", (id_,)).fetchone()
+        row = connection.execute(f"SELECT {rows.SHOWN} FROM events WHERE id = ?", (id_,)).fetchone()
         if row is None:
             return None
         failures = connection.execute(
-            "SELECT fence, started_at, ended_at, is_counted, kind, message FROM attempts"
-            " WHERE event = ? ORDER BY fence",
-            (row[15],),
+            f"SELECT {rows.ATTEMPT} FROM attempts WHERE event = ? ORDER BY fence", (row[15],)
         )
-        return self._shown(row, [_attempt(*failure) for failure in failures], is_whole=True)
+        meta, body, file, _, result_body, result_file, _, checksum = row[9:]
+        body, _ = self._checked(meta, body, file, checksum)
+        with contextlib.suppress(OSError):
+            result_body = self._whole(result_body, result_file)
+        return rows.shown(row, body, result_body, map(rows.attempt, failures))
 
     def _page(
         self,
@@ -612,43 +573,18 @@ class SqliteEvents:
         if before is not None:
             tests.append("row < (SELECT row FROM events WHERE id = ?)")
             values.append(before)
-        rows = self._read_from.execute(
-            f"SELECT {SHOWN} FROM events WHERE {' AND '.join(tests)} ORDER BY row DESC LIMIT ?",
+        found = self._read_from.execute(
+            f"SELECT {rows.SHOWN} FROM events WHERE {' AND '.join(tests)}"
+            " ORDER BY row DESC LIMIT ?",
             (*values, min(limit, PAGE_MAX)),
         )
-        return [self._shown(row, [], is_whole=False) for row in rows]
-
-    def _shown(self, row: tuple[Any, ...], failures: list[Attempt], *, is_whole: bool) -> Shown:
-        (id_, function, state, priority, accepted_at, expires_at, at, attempts, fence) = row[:9]
-        meta, body, file, result, result_body, result_file, _, checksum = row[9:]
-        state = State(state)
-        if is_whole:
-            body, _ = self._checked(meta, body, file, checksum)
-            with contextlib.suppress(OSError):
-                result_body = self._whole(result_body, result_file)
-        return Shown(
-            id=id_,
-            function=function,
-            state=state,
-            priority=priority,
-            accepted_at=accepted_at,
-            expires_at=expires_at,
-            ready_at=at if state is State.DELAYED else 0.0,
-            finished_at=at if state.is_over else 0.0,
-            attempts=attempts,
-            fence=fence,
-            meta=meta,
-            body=body if is_whole else b"",
-            result=result,
-            result_body=result_body if is_whole else b"",
-            failures=failures,
-        )
+        return [rows.shown(row) for row in found]
 
     def _counts(self) -> dict[tuple[FunctionId, State], int]:
-        rows = self._read_from.execute(
+        found = self._read_from.execute(
             "SELECT function, state, count(*) FROM events GROUP BY function, state"
         )
-        return {(function, State(state)): number for function, state, number in rows}
+        return {(function, State(state)): number for function, state, number in found}
 
     def _oldest(self, functions: Sequence[FunctionId]) -> dict[FunctionId, float]:
         oldest = {}
@@ -672,23 +608,6 @@ def _settle(connection: sqlite3.Connection) -> None:
     (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if is_busy:
         raise sqlite3.OperationalError("the log cannot be moved into the file")
-
-
-def _attempt(
-    fence: int, started_at: float, ended_at: float, is_counted: int, kind: str, message: str
-) -> Attempt:
-    return Attempt(
-        fence=fence,
-        started_at=started_at,
-        ended_at=ended_at,
-        is_counted=bool(is_counted),
-        kind=kind,
-        message=message,
-    )
-
-
-def _checksum(meta: bytes, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(meta))
 
 
 def _private(path: str, flags: int) -> int:
