@@ -119,6 +119,25 @@ async def test_what_is_accepted_is_run_and_its_result_can_be_waited_for():
     assert (queue.accepted, queue.outcomes[GREET, State.SUCCEEDED], queue.waiting) == (1, 1, {})
 
 
+async def test_who_asks_while_it_ends_is_told_that_it_has():
+    """And not what the store knew just before."""
+    runs = Runs()
+    runs.gate = asyncio.Event()
+
+    class Slow(MemoryEvents):
+        async def get(self, id_: InvocationId) -> Shown | None:
+            shown = await super().get(id_)
+            runs.gate.set()  # it ends before the answer is there
+            await eventually(lambda: queue.outcomes)
+            return shown
+
+    async with running(runs, Slow()) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+
+        assert (await over(queue)).state is State.SUCCEEDED
+
+
 async def test_a_failure_is_tried_again_until_it_succeeds():
     async with running(Runs(RAISED, RAISED)) as queue:
         await queue.accept(event(queue))
