@@ -42,7 +42,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     http: str
     admin: str
     admin_token: str
-    events_dsn: str
+    events_dsn: str = ""
     driver: str
     generic_min: int | None
     generic_max: int | None

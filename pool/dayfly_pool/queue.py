@@ -197,16 +197,14 @@ class Queue:
             if shown is None or shown.state.is_over or wait_s <= 0:
                 return shown
             end = time.monotonic() + wait_s
-            while not (shown is None or shown.state.is_over) and not watching.done():
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    return shown
+            while (left_s := end - time.monotonic()) > 0:
                 slice_s = left_s if self._is_alone else min(LOOK_S, left_s)
+                # it may have ended while the store was asked: then this takes no time
                 await asyncio.wait((watching,), timeout=slice_s)
-                if not (self._is_alone or watching.done()):
-                    shown = await self._store.get(id_)
-            # it may have ended while the store was asked what it was
-            return await self._store.get(id_) if watching.done() else shown
+                shown = await self._store.get(id_)
+                if watching.done() or shown is None or shown.state.is_over:
+                    break
+            return shown
         finally:
             watchers.discard(watching)
             if not watchers:

@@ -18,8 +18,8 @@ from tests.harness import eventually
 CALLS: Final = "pwrite64,write,fdatasync,fsync,ftruncate,rename,unlink"
 STRACE: Final = ("strace", "-f", "-y", "-xx", "-s", "100000000", "-e", f"trace={CALLS}", "-o")
 SECTOR: Final = 512
-_START: Final = re.compile(r"(\d+) (\w+)\((.*)$", re.DOTALL)
-_RESUMED: Final = re.compile(r"(\d+) <\.\.\. (\w+) resumed>(.*)$", re.DOTALL)
+_START: Final = re.compile(r"(\d+) +(\w+)\((.*)$", re.DOTALL)
+_RESUMED: Final = re.compile(r"(\d+) +<\.\.\. (\w+) resumed>(.*)$", re.DOTALL)
 _FILE: Final = re.compile(r"(\d+)<([^>]*)>(?:, )?(.*)$", re.DOTALL)
 _TEXT: Final = re.compile(r'"([^"]*)"')
 
