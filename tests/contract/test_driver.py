@@ -667,7 +667,7 @@ async def test_memory_is_known_without_control_groups(
     if linux_way.endswith("kept"):
         pytest.skip("there are no zygotes of functions without control groups")
     monkeypatch.setattr(linux, "_tree", Tree(0, (), "none are delegated"))
-    await create_linux(S1)
+    await create_linux(S1, "greet")
     assert 1 << 20 < linux.memory_bytes(S1) < 100 << 20
 
     await within(SOON_S, linux.destroy(S1))
