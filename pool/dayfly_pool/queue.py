@@ -40,6 +40,9 @@ RECOUNT_S: Final = 30.0
 LOOK_S: Final = 1.0
 """Where others use the store too: how often we look at what they may have done."""
 
+DEFECT_S: Final = 5.0
+"""Between tries of what failed for a defect of ours: each of them logs a traceback."""
+
 LONG_AT_ONCE: Final = 8
 """Runs of events with long bodies, which are in memory for as long as they run."""
 
@@ -52,7 +55,10 @@ class Work(Struct, frozen=True):
 
 
 Run = Callable[[Lease], Awaitable[Outcome]]
-"""Runs an event once. Raises `PlatformError` when it could not be run."""
+"""Runs an event once. Raises `PlatformError` when it could not be run.
+
+What else it raises is a defect of ours: the event is dead, and the others go on.
+"""
 
 Follow = Callable[[Lease, Ended], Event | None]
 """What is to be accepted because an event has ended so; nothing for most."""
@@ -273,33 +279,44 @@ class Queue:
         accepting = [self._accepting.popleft() for _ in range(min(BATCH_MAX, len(self._accepting)))]
         ended, self._ended = self._ended[:BATCH_MAX], self._ended[BATCH_MAX:]
         events = [each.event for each in accepting]
-        wanted = self._wanted(events)
-        now = self.clock.now()
-        if self._is_due and self._due_at is not None:
-            now = max(now, self._due_at)
-        if not (events or ended or wanted or self._is_due or self.failure):
-            return True
         try:
+            wanted = self._wanted(events)
+            now = self.clock.now()
+            if self._is_due and self._due_at is not None:
+                now = max(now, self._due_at)
+            if not (events or ended or wanted or self._is_due or self.failure):
+                return True
             written = await self._store.write(now, [end for _, end in ended], events, wanted)
+            self._note(accepting, ended, written)
+            self._correct(wanted, written)
         except BaseException as error:
             self._ended = [*ended, *self._ended]
-            why = error if isinstance(error, StoreFailed) else StoreFailed("the server goes down")
+            is_end = not isinstance(error, Exception)
+            why = StoreFailed("the server goes down") if is_end else self._fail(error)
             for each in accepting:
                 if not each.future.done():
                     each.future.set_exception(why)
-            if not isinstance(error, StoreFailed):
+            if is_end:
                 raise
-            if not self.failure:
-                log.error("events cannot be written", extra={"why": error.detail})
-            self.failure = error.detail
             return False
-        self._note(accepting, ended, written)
-        self._correct(wanted, written)
         if self.failure and not await self._take_stock():
             return False
         if self._accepting or self._ended or self._wanted(()):
             self._wake.set()
         return True
+
+    def _fail(self, error: BaseException) -> StoreFailed:
+        """Nothing can be written for now; returns what callers are told."""
+        if isinstance(error, StoreFailed):
+            if not self.failure:
+                log.error("events cannot be written", extra={"why": error.detail})
+            why = error
+        else:
+            why = StoreFailed(f"a defect of ours: {type(error).__name__}")
+            if self.failure != why.detail:
+                log.error("events cannot be written", exc_info=error)
+        self.failure = why.detail
+        return why
 
     async def _take_stock(self) -> bool:
         """After a failure: a write that seemed to fail may have been done, and nobody knows of it.
@@ -311,8 +328,8 @@ class Queue:
         try:
             await self._store.release(held)
             await self._count()
-        except StoreFailed as error:
-            self.failure = error.detail
+        except Exception as error:
+            self._fail(error)
             return False
         log.warning("events can be written again")
         self.failure = ""
@@ -413,14 +430,7 @@ class Queue:
 
     async def _attempt(self, lease: Lease) -> None:
         try:
-            if lease.is_long:
-                async with self._long:
-                    lease = await self._store.fetch(lease)
-                    ended = await self._ended_by(lease)
-            else:
-                ended = await self._ended_by(lease)
-            if ended.state.is_over:
-                ended = structs.replace(ended, then=self._follow(lease, ended))
+            ended = await self._ended_by(lease)
         finally:
             del self._leases[lease.id]
             self.running_now[lease.function] -= 1
@@ -430,18 +440,44 @@ class Queue:
         self._wake.set()
 
     async def _ended_by(self, lease: Lease) -> Ended:
-        """Run it, if it may be run."""
+        """Run it, if it may be run. A defect of ours must not end the others."""
         started_at = self.clock.now()
-        if (unfit := retry.unfit(lease, started_at)) is not None:
-            return unfit
+        try:
+            if not lease.is_long:
+                return await self._run_once(lease)
+            async with self._long:
+                return await self._run_once(lease)
+        except Exception as error:
+            extra = {"invocation": lease.id, "function": lease.function}
+            log.exception("an event is dead for a defect of ours", extra=extra)
+            return self._followed(lease, retry.broken(lease, error, started_at, self.clock.now()))
+
+    async def _run_once(self, lease: Lease) -> Ended:
+        started_at = self.clock.now()
         outcome: Outcome | PlatformError
         try:
+            lease = await self._store.fetch(lease) if lease.is_long else lease
+            if (unfit := retry.unfit(lease, started_at)) is not None:
+                return self._followed(lease, unfit)
             outcome = await self._run(lease)
         except PlatformError as error:
             outcome = error
         work = self._work_of(lease.function)
         policy = work.retry if work is not None else Retry()
-        return retry.verdict(lease, outcome, policy, started_at, self.clock.now(), self._draw())
+        now = self.clock.now()
+        ended = retry.verdict(lease, outcome, policy, started_at, now, self._draw())
+        return self._followed(lease, ended)
+
+    def _followed(self, lease: Lease, ended: Ended) -> Ended:
+        """With what follows it; without when that cannot be told, or the end would be lost too."""
+        if not ended.state.is_over:
+            return ended
+        try:
+            return structs.replace(ended, then=self._follow(lease, ended))
+        except Exception:
+            extra = {"invocation": lease.id, "function": lease.function}
+            log.exception("what follows an event is lost for a defect of ours", extra=extra)
+            return ended
 
     def _tell(self, id_: InvocationId) -> None:
         for watching in self._watchers.get(id_, ()):
@@ -453,9 +489,11 @@ class Queue:
         if self._ended:
             try:
                 await self._store.write(self.clock.now(), [ended for _, ended in self._ended])
-            except StoreFailed as error:
-                extra = {"number": len(self._ended), "why": error.detail}
-                log.error("results are lost, and their events will run again", extra=extra)
+            except Exception as error:
+                is_ours = not isinstance(error, StoreFailed)
+                extra = {"number": len(self._ended), "why": str(error)}
+                text = "results are lost, and their events will run again"
+                log.error(text, extra=extra, exc_info=is_ours)
             self._ended = []
 
     async def _beat(self) -> None:
@@ -469,6 +507,8 @@ class Queue:
                     self._wake.set()
             except StoreFailed as error:
                 log.warning("we cannot say that we live", extra={"why": error.detail})
+            except Exception:
+                log.exception("we cannot say that we live, for a defect of ours")
 
     async def _listen(self) -> None:
         """Hear of what others accept, and look now and then whether something was not told."""
@@ -484,6 +524,9 @@ class Queue:
             except StoreFailed as error:
                 log.warning("we do not hear of what others accept", extra={"why": error.detail})
                 await asyncio.sleep(LOOK_S)
+            except Exception:
+                log.exception("we do not hear of what others accept, for a defect of ours")
+                await asyncio.sleep(DEFECT_S)
 
     def _told(self, function: FunctionId) -> None:
         """There is something waiting of *function*, perhaps only what we know of."""
@@ -510,3 +553,6 @@ class Queue:
                 await self._store.sweep(self.clock.now(), self.keep.over_s, self.keep.dead_s)
             except StoreFailed as error:
                 log.warning("old events are still there", extra={"why": error.detail})
+            except Exception:
+                log.exception("old events are still there, for a defect of ours")
+                await asyncio.sleep(DEFECT_S)

@@ -94,9 +94,23 @@ def unfit(lease: Lease, now: float) -> Ended | None:
         kind, message = "Expired", "it was not run before its maximum age"
     else:
         return None
+    return _dead(lease, kind, message, now, now)
+
+
+def broken(lease: Lease, error: Exception, started_at: float, now: float) -> Ended:
+    """What becomes of an event over which we failed for a defect of ours.
+
+    Trying again would not help; when that is mended it can be redriven. The error's own text may
+    hold what is none of the caller's business: the log has it.
+    """
+    message = f"{type(error).__name__}: the server's log has the cause"
+    return _dead(lease, "InternalError", message, started_at, now)
+
+
+def _dead(lease: Lease, kind: str, message: str, started_at: float, now: float) -> Ended:
     attempt = Attempt(
         fence=lease.fence,
-        started_at=now,
+        started_at=started_at,
         ended_at=now,
         is_counted=False,
         kind=kind,

@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from dayfly_pool import queue as module
-from dayfly_pool.errors import FunctionNotFound, NoCapacity, PlatformError, QueueFull, StoreFailed
+from dayfly_pool.errors import FunctionNotFound, NoCapacity, QueueFull, StoreFailed
 from dayfly_pool.models import (
     Failure,
     FunctionId,
@@ -43,7 +43,7 @@ SOON_S = 5.0
 class Runs:
     """Runs events: each as the next thing of *script* says, and then all successfully."""
 
-    def __init__(self, *script: Outcome | PlatformError) -> None:
+    def __init__(self, *script: Outcome | Exception) -> None:
         self.script = list(script)
         self.seen: list[Lease] = []
         self.most: Counter[FunctionId] = Counter()
@@ -65,7 +65,7 @@ class Runs:
             outcome = self.script.pop(0) if self.script else DONE
         finally:
             self._now[lease.function] -= 1
-        if isinstance(outcome, PlatformError):
+        if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
@@ -228,6 +228,177 @@ async def test_what_follows_an_end_is_run_as_well():
 
     assert [(lease.id, lease.function) for lease in runs.seen] == [(E1, GREET), (E2, SHOUT)]
     assert queue.waiting == {}
+
+
+# ---- defects of ours ----------------------------------------------------------------------------
+
+
+class Defect(Exception):
+    """What nobody thought of."""
+
+
+def fail(*given: object) -> Any:
+    raise Defect("its text is the log's alone")
+
+
+def tracebacks(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged with a traceback."""
+    return [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+async def test_an_event_over_which_we_fail_is_dead_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+):
+    """It costs no attempt, and can be redriven when the defect is mended."""
+    async with running(Runs(Defect("its text is the log's alone"))) as queue:
+        await queue.accept(event(queue, E1))
+        dead = await over(queue, E1)
+        await queue.accept(event(queue, E2))
+
+        assert (await over(queue, E2)).state is State.SUCCEEDED
+        assert await queue.redrive(GREET) == 1
+        assert (await over(queue, E1)).state is State.SUCCEEDED
+    (failure,) = dead.failures
+    assert (dead.state, dead.attempts, failure.is_counted) == (State.DEAD, 0, False)
+    assert (failure.kind, failure.message) == (
+        "InternalError",
+        "Defect: the server's log has the cause",
+    )
+    assert tracebacks(caplog) == ["an event is dead for a defect of ours"]
+    assert "its text is the log's alone" in caplog.text
+
+
+async def test_an_end_is_not_lost_when_what_follows_it_cannot_be_told(
+    caplog: pytest.LogCaptureFixture,
+):
+    async with running(Runs(), follow=fail) as queue:
+        await queue.accept(event(queue))
+        shown = await over(queue)
+
+    assert (shown.state, shown.result_body) == (State.SUCCEEDED, b"done")
+    assert tracebacks(caplog) == ["what follows an event is lost for a defect of ours"]
+
+
+async def test_what_follows_is_told_of_a_body_that_was_fetched():
+    class Apart(MemoryEvents):
+        async def write(self, *given: Any, **more: Any) -> Written:
+            written = await super().write(*given, **more)
+            leased = [structs.replace(each, body=b"", file="apart") for each in written.leased]
+            return structs.replace(written, leased=leased)
+
+        async def fetch(self, lease: Lease) -> Lease:
+            return structs.replace(lease, body=b"long", file="")
+
+    told: list[bytes] = []
+    async with running(Runs(), Apart(), follow=lambda lease, _: told.append(lease.body)) as queue:
+        await queue.accept(event(queue))
+        await over(queue)
+
+    assert told == [b"long"]
+
+
+async def test_a_body_that_cannot_be_fetched_now_is_fetched_later():
+    """The store failed, and not the event: it costs no attempt, and nobody else anything."""
+
+    class Apart(MemoryEvents):
+        failures = 3
+
+        async def write(self, *given: Any, **more: Any) -> Written:
+            written = await super().write(*given, **more)
+            leased = [structs.replace(each, file="apart") for each in written.leased]
+            return structs.replace(written, leased=leased)
+
+        async def fetch(self, lease: Lease) -> Lease:
+            if self.failures:
+                self.failures -= 1
+                raise StoreFailed("EIO")
+            return structs.replace(lease, file="")
+
+    async with running(Runs(), Apart(), work_of=work(attempts=1)) as queue:
+        await queue.accept(event(queue))
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts, shown.fence) == (State.SUCCEEDED, 1, 4)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("where", ["write", "counts", "work_of"])
+async def test_a_defect_of_a_write_is_a_failed_write(caplog: pytest.LogCaptureFixture, where: str):
+    """Who wanted something accepted is told, and later it goes on; the log has it once."""
+    store, runs = MemoryEvents(), Runs()
+    failing = where != "counts"
+
+    class Defective(MemoryEvents):
+        async def write(self, *given: Any, **more: Any) -> Written:
+            if failing and where == "write":
+                fail()
+            return await super().write(*given, **more)
+
+        async def counts(self) -> dict[tuple[FunctionId, State], int]:
+            if failing and where == "counts":
+                fail()
+            return await super().counts()
+
+    def work_of(function: FunctionId) -> Work:
+        return fail() if failing and where == "work_of" else Work(10, Retry())
+
+    store = Defective()
+    async with running(runs, store, work_of) as queue:
+        store.broken = StoreFailed("EIO") if where == "counts" else None
+        with pytest.raises(StoreFailed, match="EIO" if store.broken else "ours: Defect"):
+            await queue.accept(event(queue, E1))
+        failing, store.broken = True, None
+        await eventually(lambda: queue.failure == "a defect of ours: Defect")
+        with pytest.raises(StoreFailed):
+            await queue.accept(event(queue, E2))
+        failing = False
+        await eventually(lambda: not queue.failure)
+        await queue.accept(event(queue, E3))
+
+        assert (await over(queue, E3)).state is State.SUCCEEDED
+    assert tracebacks(caplog) == ["events cannot be written"]
+    assert [lease.id for lease in runs.seen] == [E3]
+
+
+@pytest.mark.parametrize("what", ["sweep", "beat", "counts"])
+async def test_a_defect_of_what_is_done_now_and_then_ends_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    """It is logged, and done again."""
+    for name in ("SWEEP_S", "BEAT_S", "DEFECT_S"):
+        monkeypatch.setattr(module, name, 0.001)
+    store = MemoryEvents()
+    async with running(Runs(), store, is_alone=False) as queue:
+        whole = getattr(store, what)
+        setattr(store, what, fail)
+        await eventually(lambda: tracebacks(caplog))
+        done: list[object] = []
+
+        async def watched(*given: Any) -> object:
+            done.append(given)
+            return await whole(*given)
+
+        setattr(store, what, watched)
+        await eventually(lambda: done)
+        await queue.accept(event(queue))
+
+        assert (await over(queue)).state is State.SUCCEEDED
+    assert {text.partition(", ")[2] for text in tracebacks(caplog)} == {"for a defect of ours"}
+
+
+async def test_results_that_a_defect_keeps_from_being_written_end_the_queue_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+):
+    store, runs = MemoryEvents(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        store.write = fail  # type: ignore[method-assign]
+        runs.gate.set()
+        await eventually(lambda: queue.failure)
+
+    assert "results are lost, and their events will run again" in tracebacks(caplog)
 
 
 # ---- many ---------------------------------------------------------------------------------------

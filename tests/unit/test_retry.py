@@ -15,7 +15,7 @@ from dayfly_pool.errors import (
     SandboxStartFailed,
 )
 from dayfly_pool.models import Failure, FunctionId, InvocationId, Retry, Success, Timing
-from dayfly_pool.retry import KILLS_MAX, THROTTLE_MAX_S, backoff_s, unfit, verdict
+from dayfly_pool.retry import KILLS_MAX, THROTTLE_MAX_S, backoff_s, broken, unfit, verdict
 from dayfly_pool.store.events import Ended, Lease, State
 
 RETRY = Retry(attempts=3, backoff_seconds=1.0, backoff_max_seconds=60.0)
@@ -130,3 +130,14 @@ def test_a_damaged_or_old_event_is_not_run():
         assert end is not None
         assert end.attempt is not None
         assert (end.state, end.is_counted, end.attempt.kind) == (State.DEAD, False, kind)
+
+
+def test_an_event_over_which_we_failed_is_dead_without_the_errors_text():
+    """It may hold what is not the caller's; it costs no attempt."""
+    end = broken(LEASE, KeyError("secret"), NOW - 1, NOW)
+
+    assert end.attempt is not None
+    assert (end.state, end.at, end.is_counted) == (State.DEAD, NOW, False)
+    assert (end.attempt.kind, end.attempt.started_at) == ("InternalError", NOW - 1)
+    assert "KeyError" in end.attempt.message
+    assert "secret" not in end.attempt.message
