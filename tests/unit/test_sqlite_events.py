@@ -1,5 +1,6 @@
 """Events in SQLite: what is damaged on the disk is told, and costs nobody else anything."""
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
+from dayfly_pool.store import sqlite_events as module
 from dayfly_pool.store.events import ROW_BYTES_MAX, Ended, Event, Lease, State
 from dayfly_pool.store.sqlite_events import MIGRATIONS, SqliteEvents
 
@@ -138,6 +140,33 @@ async def test_a_store_that_is_closed_says_so(store: SqliteEvents):
     with pytest.raises(StoreFailed, match="closed"):
         await store.write(100.0)
     await store.close()
+
+
+async def test_a_defect_of_a_checkpoint_is_logged_and_not_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Else the log would grow until the server ends, and nobody would know why."""
+    monkeypatch.setattr(module, "CHECKPOINT_S", 0.001)
+    monkeypatch.setattr(module, "DEFECT_S", 0.001)
+    moved = asyncio.Event()
+
+    class Defective(SqliteEvents):
+        def _move(self) -> None:
+            if not caplog.records:
+                raise ArithmeticError("what nobody thought of")
+            super()._move()
+            loop.call_soon_threadsafe(moved.set)
+
+    loop = asyncio.get_running_loop()
+    store = Defective(tmp_path / "events.sqlite", tmp_path / "bodies")
+    await store.open("us")
+    try:
+        async with asyncio.timeout(5):
+            await moved.wait()
+    finally:
+        await store.close()
+
+    assert caplog.records[0].exc_info
 
 
 async def test_the_file_of_a_newer_dayfly_is_not_touched(tmp_path: Path, store: SqliteEvents):

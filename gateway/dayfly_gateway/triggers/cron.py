@@ -31,28 +31,38 @@ class Firings(NamedTuple):
 
 def checked(cron: Cron) -> None:
     """Raises `BadInput` with what is wrong with it."""
+    zone = _zone(cron)
     try:
-        zone = ZoneInfo(cron.time_zone)
+        next(_moments(cron, datetime.now(zone)))
+    except StopIteration:
+        raise BadInput(f"cron.schedule: {cron.schedule!r} never fires") from None
+
+
+def _zone(cron: Cron) -> ZoneInfo:
+    try:
+        return ZoneInfo(cron.time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise BadInput(
             f"cron.timeZone: {cron.time_zone!r} is no IANA time zone, such as Europe/Berlin"
         ) from None
+
+
+def _moments(cron: Cron, since: datetime) -> CronSim:
     try:
-        next(CronSim(cron.schedule, datetime.now(zone)))
+        return CronSim(cron.schedule, since)
     except CronSimError as error:
         raise BadInput(
             f"cron.schedule: {error}: write minute, hour, day of month, month and day of week,"
             " such as '*/5 * * * *'"
         ) from None
-    except StopIteration:
-        raise BadInput(f"cron.schedule: {cron.schedule!r} never fires") from None
 
 
 def firings(cron: Cron, seen: float, now: float) -> Firings:
     """What is due after *seen* and until *now*.
 
     What is later than a minute was missed: *catch_up* says whether none of these is made up for,
-    the last one, or all. Where very many were missed, not each of them is counted.
+    the last one, or all. Where very many were missed, not each of them is counted. Raises
+    `BadInput`: what was a schedule when it was declared may be none for this version or machine.
     """
     due, next_at = _between(cron, seen, now)
     uncounted = 0
@@ -68,9 +78,9 @@ def firings(cron: Cron, seen: float, now: float) -> Firings:
 
 def _between(cron: Cron, seen: float, now: float) -> tuple[list[float], float | None]:
     """(the firings after *seen* and until *now*, at most `LOOKED_AT_MAX`, the next one)."""
-    zone = ZoneInfo(cron.time_zone)
+    zone = _zone(cron)
     found: list[float] = []
-    for moment in CronSim(cron.schedule, datetime.fromtimestamp(seen, UTC).astimezone(zone)):
+    for moment in _moments(cron, datetime.fromtimestamp(seen, UTC).astimezone(zone)):
         at = moment.timestamp()
         if at > now or len(found) >= LOOKED_AT_MAX:
             return found, at

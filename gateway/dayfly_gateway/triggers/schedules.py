@@ -5,6 +5,7 @@ noting that makes no second one.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -18,7 +19,7 @@ from msgspec import Struct
 
 from dayfly_gateway.later import in_order
 from dayfly_gateway.triggers import cron
-from dayfly_pool.errors import PlatformError
+from dayfly_pool.errors import BadInput, PlatformError
 from dayfly_pool.models import Invocation, InvocationId, TriggerManifest, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger
@@ -26,6 +27,9 @@ from dayfly_pool.store.sqlite import StoredTrigger
 log = logging.getLogger("dayfly.triggers")
 LOOK_S_MAX: Final = 1.0
 """The wall clock may jump: it is looked at again after this long at the latest."""
+
+DEFECT_S: Final = 5.0
+"""Before the next look after one that failed for a defect of ours, with a traceback."""
 
 KEY_S: Final = 40 * 86400.0
 EVENT_TYPE: Final = "dev.dayfly.cron"
@@ -65,7 +69,12 @@ class Schedules:
     async def run(self) -> None:
         """Fire, for ever."""
         while True:
-            next_at = await self.look()
+            try:
+                next_at = await self.look()
+            except Exception:
+                log.exception("no trigger fires, for a defect of ours")
+                await asyncio.sleep(DEFECT_S)
+                continue
             wait_s = LOOK_S_MAX if next_at is None else next_at - self._now()
             self._wake.clear()
             try:
@@ -110,11 +119,8 @@ class Schedules:
                     (trigger.namespace, trigger.name), trigger
                 )
             life.next_at, life.is_known, life.error = found.next_at, True, ""
-        except PlatformError as error:
-            if not life.error:
-                who = {"trigger": f"{trigger.namespace}/{trigger.name}", "why": error.detail}
-                log.warning("a trigger cannot fire", extra=who)
-            life.error = error.detail or str(error)
+        except Exception as error:  # of this one: the others go on
+            _say(life, error)
             life.next_at, life.is_known = now + LOOK_S_MAX, False
 
     async def _fire(self, life: _Life, at: float, last: InvocationId) -> InvocationId:
@@ -148,9 +154,10 @@ class Schedules:
         }
         if not trigger.spec.paused:
             now = self._now()
-            next_at = life.next_at or cron.firings(trigger.spec.cron, now, now).next_at
-            if next_at is not None:
-                status["next"] = _time(next_at)
+            with contextlib.suppress(BadInput):  # it is told with the next look
+                next_at = life.next_at or cron.firings(trigger.spec.cron, now, now).next_at
+                if next_at is not None:
+                    status["next"] = _time(next_at)
         return {
             "apiVersion": "dayfly.dev/v1",
             "kind": "Trigger",
@@ -158,6 +165,20 @@ class Schedules:
             "spec": msgspec.to_builtins(trigger.spec),
             "status": status,
         }
+
+
+def _say(life: _Life, error: Exception) -> None:
+    """Note why a trigger cannot fire, and log it when it was not known: it is tried every second.
+
+    The text of what is no `PlatformError` is the log's alone.
+    """
+    is_ours = not isinstance(error, PlatformError)
+    why = f"a defect of ours: {type(error).__name__}" if is_ours else str(error)
+    if not life.error or (is_ours and life.error != why):
+        who = {"trigger": f"{life.trigger.namespace}/{life.trigger.name}", "why": why}
+        level = logging.ERROR if is_ours else logging.WARNING
+        log.log(level, "a trigger cannot fire", extra=who, exc_info=error if is_ours else None)
+    life.error = why
 
 
 def cloud_event(id_: str, trigger: str, at: float, data: Any) -> bytes:

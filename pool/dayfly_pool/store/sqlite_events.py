@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 from collections import Counter
@@ -35,11 +36,15 @@ from dayfly_pool.store.events import (
     Written,
 )
 
+log = logging.getLogger("dayfly.events")
 T = TypeVar("T")
 ROWS_MAX: Final = 64
 """Of one statement."""
 
 CHECKPOINT_S: Final = 0.25
+DEFECT_S: Final = 5.0
+"""Before the next checkpoint after one that failed for a defect of ours, with a traceback."""
+
 PAGE_BYTES: Final = 4096
 CHECKPOINT_PAGES: Final = 16384
 """Where the log is as long as this, the one who writes waits for it to be moved into the file."""
@@ -245,8 +250,13 @@ class SqliteEvents:
         """Move the log into the file, beside those who write: it takes up to 0.1 s."""
         while True:
             await asyncio.sleep(CHECKPOINT_S)
-            with contextlib.suppress(StoreFailed):  # whoever writes will see it
+            try:
                 await self._call(self._mover, self._move)
+            except StoreFailed:
+                pass  # whoever writes will see it
+            except Exception:
+                log.exception("the log of events is not moved into the file, for a defect of ours")
+                await asyncio.sleep(DEFECT_S)
 
     def _move(self) -> None:
         if self._move_connection is None:
