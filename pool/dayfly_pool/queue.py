@@ -132,6 +132,9 @@ class Queue:
         self._is_due = False
         """The timer has gone off, perhaps a little before the clock says so."""
 
+        self._asks_due = True
+        """Nobody knows when the next delayed event is due: a write tells."""
+
         self._long = asyncio.Semaphore(LONG_AT_ONCE)
         self._beats: dict[str, tuple[int, float]] = {}
         """How often each owner has said that it lives, and when we saw that last."""
@@ -284,8 +287,10 @@ class Queue:
             now = self.clock.now()
             if self._is_due and self._due_at is not None:
                 now = max(now, self._due_at)
-            if not (events or ended or wanted or self._is_due or self.failure):
+            is_due = self._is_due or self._asks_due
+            if not (events or ended or wanted or is_due or self.failure):
                 return True
+            self._asks_due = False
             written = await self._store.write(now, [end for _, end in ended], events, wanted)
             self._note(accepting, ended, written)
             self._correct(wanted, written)
@@ -517,6 +522,9 @@ class Queue:
                 for function, state in await self._store.counts():
                     if state is State.WAITING:
                         self._told(function)
+                    elif state is State.DELAYED:  # by one that may be gone, and its timer with it
+                        self._asks_due = True
+                        self._wake.set()
                 async with asyncio.timeout(RECOUNT_S):
                     await self._store.listen(self._told)
             except TimeoutError:

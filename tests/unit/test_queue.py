@@ -421,6 +421,7 @@ async def test_a_burst_on_one_place_runs_one_after_the_other_and_nothing_is_lost
 async def test_what_comes_together_is_written_together():
     store = MemoryEvents()
     async with running(Runs(), store) as queue:
+        await eventually(lambda: store.writes)  # the first asks what is delayed, and until when
         before = store.writes
         async with asyncio.TaskGroup() as tasks:
             for n in range(100):
@@ -603,6 +604,19 @@ async def test_what_ran_when_the_server_died_runs_again_and_has_lost_no_attempt(
     assert (shown.state, shown.attempts, shown.fence) == (State.SUCCEEDED, 1, 2)
 
 
+async def test_what_was_to_be_tried_again_is_tried_again_after_a_restart():
+    """Though nothing else waits or comes."""
+    store = MemoryEvents()
+    async with running(Runs(RAISED), store, draw=lambda: 0.001) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: queue.outcomes[GREET, State.DELAYED])
+        queue.hold()
+    async with running(Runs(), store, owner="again") as queue:
+        shown = await over(queue)
+
+    assert (shown.state, shown.attempts) == (State.SUCCEEDED, 2)
+
+
 async def test_what_is_held_starts_nothing_and_keeps_what_comes():
     store, runs = MemoryEvents(), Runs()
     async with running(runs, store) as queue:
@@ -656,6 +670,22 @@ async def test_who_shares_its_store_runs_what_others_accept(monkeypatch: pytest.
         await eventually(lambda: not queue.waiting)
 
     assert [lease.id for lease in runs.seen] == ids
+
+
+async def test_who_shares_its_store_tries_again_what_failed_on_a_server_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Nobody tells of it: it waits for a time, and for nobody's word."""
+    monkeypatch.setattr(module, "RECOUNT_S", 0.001)
+    store = MemoryEvents()
+    async with running(Runs(), store, is_alone=False) as queue:
+        await store.open("other")
+        (lease,) = (await store.write(0.0, accepted=[_plain(E1)], wanted={GREET: 1})).leased
+        later = Ended(row=lease.row, fence=lease.fence, state=State.DELAYED, at=0.0)
+        await store.write(-1.0, [later])
+        await store.open("us")
+
+        assert (await over(queue)).state is State.SUCCEEDED
 
 
 async def test_who_shares_its_store_leaves_functions_that_it_does_not_know_to_others():
