@@ -140,7 +140,9 @@ class Queue:
         """How often each owner has said that it lives, and when we saw that last."""
 
         self._watchers: dict[InvocationId, set[asyncio.Future[None]]] = {}
-        self._leases: dict[InvocationId, tuple[Lease, asyncio.Task[None]]] = {}
+        self._leases: dict[tuple[int, int], tuple[Lease, asyncio.Task[None]]] = {}
+        """By row and fence: of an event whose lease was taken from us we may have the next one."""
+
         self._tasks: asyncio.TaskGroup
         self._is_draining = False
 
@@ -328,8 +330,7 @@ class Queue:
 
         False when that cannot be found out now.
         """
-        held = {lease.row for lease, _ in self._leases.values()}
-        held |= {lease.row for lease, _ in self._ended}
+        held = self._leases.keys() | {(lease.row, lease.fence) for lease, _ in self._ended}
         try:
             await self._store.release(held)
             await self._count()
@@ -431,13 +432,13 @@ class Queue:
     def _begin(self, lease: Lease) -> None:
         self.running_now[lease.function] += 1
         task = self._tasks.create_task(self._attempt(lease))
-        self._leases[lease.id] = lease, task
+        self._leases[lease.row, lease.fence] = lease, task
 
     async def _attempt(self, lease: Lease) -> None:
         try:
             ended = await self._ended_by(lease)
         finally:
-            del self._leases[lease.id]
+            del self._leases[lease.row, lease.fence]
             self.running_now[lease.function] -= 1
             if not self.running_now[lease.function]:
                 del self.running_now[lease.function]

@@ -564,19 +564,22 @@ async def test_a_result_that_cannot_be_written_now_is_written_when_it_can():
     assert len(runs.seen) == 1
 
 
+class Unclear(MemoryEvents):
+    """Loses the answer to a write that is done, and is broken from then on."""
+
+    unclear = False
+
+    async def write(self, *given: Any, **more: Any) -> Written:
+        written = await super().write(*given, **more)
+        if self.unclear:
+            self.unclear, self.broken = False, StoreFailed("the answer was lost")
+            raise self.broken
+        return written
+
+
 @pytest.mark.usefixtures("impatient")
 async def test_a_write_that_was_done_though_it_seemed_to_fail_is_found_out():
     """Its event is run, and so is what it leased: nobody was told of either."""
-
-    class Unclear(MemoryEvents):
-        async def write(self, *given: Any, **more: Any) -> Written:
-            written = await super().write(*given, **more)
-            if self.unclear:
-                self.unclear, self.broken = False, StoreFailed("the answer was lost")
-                raise self.broken
-            return written
-
-        unclear = False
 
     store, runs = Unclear(), Runs()
     async with running(runs, store, work_of=work(places=1)) as queue:
@@ -587,6 +590,26 @@ async def test_a_write_that_was_done_though_it_seemed_to_fail_is_found_out():
 
         assert (await over(queue)).state is State.SUCCEEDED
     assert [lease.fence for lease in runs.seen] == [2]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_lease_that_nobody_knows_of_is_found_though_we_run_an_older_one_of_its_event():
+    """We were fenced off, leased it again, and the answer was lost."""
+    store, runs = Unclear(), Runs()
+    runs.gate = asyncio.Event()
+    async with running(runs, store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: runs.seen)
+        await store.fence("us")
+        store.unclear = True
+        queue._told(GREET)
+        await eventually(lambda: queue.failure)
+        store.broken = None
+        await eventually(lambda: len(runs.seen) == 2)
+        runs.gate.set()
+
+        assert (await over(queue)).state is State.SUCCEEDED
+    assert [lease.fence for lease in runs.seen] == [1, 3]
 
 
 # ---- ends and beginnings -------------------------------------------------------------------------
@@ -686,6 +709,29 @@ async def test_who_shares_its_store_tries_again_what_failed_on_a_server_that_is_
         await store.open("us")
 
         assert (await over(queue)).state is State.SUCCEEDED
+
+
+async def test_a_run_that_was_taken_for_dead_and_its_successor_may_both_be_ours():
+    """We stood still and were fenced off; the late one's result is refused, the other's counts."""
+    store, gates = MemoryEvents(), [asyncio.Event(), asyncio.Event()]
+
+    class Gated(Runs):
+        async def __call__(self, lease: Lease) -> Outcome:
+            await gates[lease.fence - 1].wait()
+            return await super().__call__(lease)
+
+    async with running(Gated(RAISED), store) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: queue.running_now[GREET] == 1)
+        await store.fence("us")
+        queue._told(GREET)
+        await eventually(lambda: queue.running_now[GREET] == 2)
+        gates[0].set()
+        await eventually(lambda: queue.late)
+        gates[1].set()
+
+        assert (await over(queue)).state is State.SUCCEEDED
+    assert queue.running_now == {}
 
 
 async def test_who_shares_its_store_leaves_functions_that_it_does_not_know_to_others():

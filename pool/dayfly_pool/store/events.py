@@ -234,8 +234,8 @@ class Store(Protocol):
     async def beat(self) -> dict[str, int]:
         """Say that our owner lives; returns how often each owner has said so."""
 
-    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
-        """Give back our owner's leases but those of the rows *but*; how many, by function.
+    async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
+        """Give back our owner's leases but those (row, fence) in *but*; how many, by function.
 
         After a write that failed: perhaps it gave leases that nobody knows of.
         """

@@ -167,10 +167,11 @@ class MemoryEvents:
         self._beats[self._owner] = self._beats.get(self._owner, 0) + 1
         return dict(self._beats)
 
-    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
-        """Give back our leases but those of the rows *but*."""
+    async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
+        """Give back our leases but *but*."""
         self._check()
-        left = [r for r in self._in(State.RUNNING) if r.owner == self._owner and r.row not in but]
+        ours = [row for row in self._in(State.RUNNING) if row.owner == self._owner]
+        left = [row for row in ours if (row.row, row.fence) not in but]
         for row in left:
             row.state = State.WAITING
         return Counter(row.event.function for row in left)

@@ -344,13 +344,15 @@ class PostgresEvents:
                 await cursor.execute("DELETE FROM dayfly.owners WHERE id = %s", (owner,))
         return taken
 
-    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
-        """Give back our leases but those of the rows *but*."""
+    async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
+        """Give back our leases but *but*."""
+        kept = [row for row, _ in but], [fence for _, fence in but]
         async with self._transaction() as cursor:
             await cursor.execute(
                 "UPDATE dayfly.events SET state = 0, owner = '' WHERE state = 2 AND owner = %s"
-                " AND row != ALL(%s) RETURNING function",
-                (self._owner, list(but)),
+                " AND (row, fence) NOT IN (SELECT * FROM unnest(%s::bigint[], %s::int[]))"
+                " RETURNING function",
+                (self._owner, *kept),
             )
             return Counter(function for (function,) in await cursor.fetchall())
 

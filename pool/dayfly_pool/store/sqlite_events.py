@@ -215,8 +215,8 @@ class SqliteEvents:
         """Say that our owner lives."""
         return await self._write(self._beat)
 
-    async def release(self, but: Collection[int]) -> Counter[FunctionId]:
-        """Give back our leases but those of the rows *but*."""
+    async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
+        """Give back our leases but *but*."""
         kept = json.dumps(list(but))
         return await self._write(lambda: self._release(kept))
 
@@ -476,7 +476,9 @@ class SqliteEvents:
     def _release(self, kept: str) -> Counter[FunctionId]:
         taken = self._into.execute(
             "UPDATE events SET state = 0, owner = '' WHERE state = 2 AND owner = ?"
-            " AND row NOT IN (SELECT value FROM json_each(?)) RETURNING function",
+            " AND (row, fence) NOT IN (SELECT json_extract(value, '$[0]'),"
+            " json_extract(value, '$[1]') FROM json_each(?))"
+            " RETURNING function",
             (self._owner, kept),
         ).fetchall()
         return Counter(function for (function,) in taken)
