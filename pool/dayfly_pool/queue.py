@@ -114,6 +114,9 @@ class Queue:
         self.waiting: Counter[FunctionId] = Counter()
         """Events that wait for room, by function."""
 
+        self._came: set[FunctionId] = set()
+        """Of which some have come to wait since the last write began: it may not know of them."""
+
         self.running_now: Counter[FunctionId] = Counter()
         self.accepted = self.duplicates = self.late = self.redriven = 0
         self.outcomes: Counter[tuple[FunctionId, State]] = Counter()
@@ -249,8 +252,7 @@ class Queue:
         """Let dead events of *function* wait again, all or *ids*; returns how many."""
         number = await self._store.redrive(function, ids, self.clock.now())
         self.redriven += number
-        self.waiting[function] += number
-        self._wake.set()
+        self._come(Counter({function: number}))
         return number
 
     async def oldest(self) -> dict[FunctionId, float]:
@@ -293,6 +295,7 @@ class Queue:
             if not (events or ended or wanted or is_due or self.failure):
                 return True
             self._asks_due = False
+            self._came.clear()
             written = await self._store.write(now, [end for _, end in ended], events, wanted)
             self._note(accepting, ended, written)
             self._correct(wanted, written)
@@ -342,11 +345,17 @@ class Queue:
         return True
 
     async def _count(self) -> None:
-        """How many wait, by function."""
+        """How many wait, by function.
+
+        What comes meanwhile may be counted twice: whoever looks for it finds out, but for what was
+        not counted nobody would look.
+        """
+        before = Counter(self.waiting)
+        counts = await self._store.counts()
+        came = self.waiting - before
         self.waiting.clear()
-        for (function, state), number in (await self._store.counts()).items():
-            if state is State.WAITING:
-                self.waiting[function] = number
+        self.waiting.update({f: n for (f, state), n in counts.items() if state is State.WAITING})
+        self.waiting.update(came)
 
     def _wanted(self, events: Sequence[Event]) -> dict[FunctionId, int]:
         """How many leases there is room for, of each function that has something waiting."""
@@ -407,7 +416,7 @@ class Queue:
         """Who got less than it wanted knows that nothing is left, whatever was counted."""
         got = Counter(lease.function for lease in written.leased)
         for function, number in wanted.items():
-            if got[function] < number:
+            if got[function] < number and function not in self._came:
                 self.waiting.pop(function, None)
             elif not self._is_alone and not self.waiting[function]:
                 self.waiting[function] = 1  # there may be more
@@ -509,8 +518,7 @@ class Queue:
             try:
                 for owner in self._silent(await self._store.beat(), time.monotonic()):
                     log.warning("an owner is fenced off", extra={"owner": owner})
-                    self.waiting.update(await self._store.fence(owner))
-                    self._wake.set()
+                    self._come(await self._store.fence(owner))
             except StoreFailed as error:
                 log.warning("we cannot say that we live", extra={"why": error.detail})
             except Exception:
@@ -539,7 +547,12 @@ class Queue:
 
     def _told(self, function: FunctionId) -> None:
         """There is something waiting of *function*, perhaps only what we know of."""
-        self.waiting[function] = max(1, self.waiting[function])
+        self._come(Counter({function: 0 if self.waiting[function] else 1}))
+
+    def _come(self, numbers: Counter[FunctionId]) -> None:
+        """So many more wait, and a write that is under way may not know of them."""
+        self.waiting.update(numbers)
+        self._came.update(numbers)
         self._wake.set()
 
     def _silent(self, beats: Mapping[str, int], now: float) -> list[str]:

@@ -34,7 +34,7 @@ from dayfly_pool.store.events import (
 from dayfly_pool.store.memory import MemoryEvents
 
 GREET, SHOUT = FunctionId("default/greet"), FunctionId("default/shout")
-E1, E2, E3 = (InvocationId(f"event-{n}") for n in range(1, 4))
+E1, E2, E3, E4, E5 = (InvocationId(f"event-{n}") for n in range(1, 6))
 DONE = Success(b"done", Timing())
 RAISED = Failure("Raised", "no")
 SOON_S = 5.0
@@ -612,6 +612,38 @@ async def test_a_lease_that_nobody_knows_of_is_found_though_we_run_an_older_one_
     assert [lease.fence for lease in runs.seen] == [1, 3]
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_what_is_redriven_while_the_events_are_counted_is_counted():
+    """Else some would wait until something else comes: nobody would know of them."""
+
+    class Slow(MemoryEvents):
+        async def counts(self) -> dict[tuple[FunctionId, State], int]:
+            counted = await super().counts()
+            if runs.gate is not None:
+                assert await queue.redrive(GREET) == 2
+            return counted
+
+    store, runs = Slow(), Runs(RAISED, RAISED)
+    async with running(runs, store, work(places=1, attempts=1)) as queue:
+        for id_ in (E1, E2):
+            await queue.accept(event(queue, id_))
+            assert (await over(queue, id_)).state is State.DEAD
+        runs.gate = asyncio.Event()
+        for id_ in (E3, E4):
+            await queue.accept(event(queue, id_))
+        await eventually(lambda: len(runs.seen) == 3)
+        store.broken = StoreFailed("EIO")
+        with pytest.raises(StoreFailed):
+            await queue.accept(event(queue, E5))
+        store.broken = None
+        await eventually(lambda: not queue.failure)
+        runs.gate.set()
+
+        for id_ in (E1, E2, E3, E4):
+            assert (await over(queue, id_)).state is State.SUCCEEDED
+    assert queue.waiting == {}
+
+
 # ---- ends and beginnings -------------------------------------------------------------------------
 
 
@@ -732,6 +764,25 @@ async def test_a_run_that_was_taken_for_dead_and_its_successor_may_both_be_ours(
 
         assert (await over(queue)).state is State.SUCCEEDED
     assert queue.running_now == {}
+
+
+async def test_what_comes_to_wait_during_a_write_is_not_forgotten_at_its_end():
+    """The write found nothing more: it had looked before."""
+
+    class Overtaken(MemoryEvents):
+        async def write(self, *given: Any, **more: Any) -> Written:
+            written = await super().write(*given, **more)
+            if queue.waiting and not self._rows:
+                await super().write(0.0, accepted=[_plain(E1)])  # another's, of which we are told
+            return written
+
+    store = Overtaken()
+    async with running(Runs(), store, is_alone=False) as queue:
+        await eventually(lambda: store._listeners)
+        queue._told(GREET)
+        await eventually(lambda: store._rows)
+
+        assert (await over(queue)).state is State.SUCCEEDED
 
 
 async def test_who_shares_its_store_leaves_functions_that_it_does_not_know_to_others():
