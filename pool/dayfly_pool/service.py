@@ -311,6 +311,7 @@ class Service:
             self.functions[id_] = stored
             if before is None or before.version != version:
                 self._deploy(stored)
+        self.queue.look()  # at what waited for it, or for one of the places that it has now
         log.info("function deployed", extra={"function": id_, "version": version})
         return stored
 

@@ -521,6 +521,22 @@ async def test_a_cancelled_event_that_waits_is_never_run():
     assert queue.waiting == {}
 
 
+async def test_a_cancelled_event_that_was_to_be_tried_again_is_never_run():
+    """Its time comes, and nothing does."""
+    runs = Runs(RAISED)
+    async with running(runs, draw=lambda: 0.001) as queue:
+        await queue.accept(event(queue))
+        await eventually(lambda: queue.outcomes[GREET, State.DELAYED])
+        before = await queue.cancel(E1)
+        assert before is not None
+        assert before.state is State.DELAYED
+        await eventually(lambda: queue._due_at is None)
+
+        assert (await over(queue)).state is State.CANCELLED
+        assert queue.outcomes[GREET, State.CANCELLED] == 1
+    assert (len(runs.seen), queue.waiting) == (1, {})
+
+
 # ---- a store that fails --------------------------------------------------------------------------
 
 

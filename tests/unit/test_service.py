@@ -1,4 +1,4 @@
-"""Which functions may be forked: the operator's word, the function's, and what the machine can."""
+"""One server's declarations: who may be forked, and events that wait for what is deployed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from dayfly.protocol import Invoke
 from dayfly_pool import driver as drivers
 from dayfly_pool.config import Config
 from dayfly_pool.models import (
@@ -16,13 +18,16 @@ from dayfly_pool.models import (
     EnvironmentSpec,
     FunctionManifest,
     FunctionSpec,
+    Invocation,
+    InvocationId,
     Metadata,
     Mold,
     function_id,
 )
 from dayfly_pool.packages import pack
-from dayfly_pool.service import Service
-from dayfly_pool.testing import FakeDriver
+from dayfly_pool.service import EventMeta, Service
+from dayfly_pool.store.events import Event, State
+from dayfly_pool.testing import FakeDriver, FakeGuest
 
 SOURCE = "def handle(event):\n    return event\n"
 
@@ -137,6 +142,57 @@ async def test_an_environment_of_foreign_modules_is_not_forked_when_its_namespac
 
         assert trusted != foreign
         assert server.mold("theirs") == Mold(trusted, "none", "theirs")
+
+
+async def test_what_waits_for_a_function_is_run_as_soon_as_that_is_deployed(
+    driver: FakeDriver, tmp_path: Path
+):
+    """Another server has accepted it, where several share their events."""
+
+    async def echo(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        return body
+
+    driver.functions["main:handle"] = echo
+    async with serving(tmp_path) as server:
+        queue = server.service.queue
+        queue._is_alone = False  # as with events in PostgreSQL
+        now = queue.clock.now()
+        id_, meta = InvocationId("event-1"), msgspec.msgpack.encode(EventMeta(None))
+        greet = function_id("ours", "greet")
+        more = {"id": id_, "function": greet, "meta": meta, "body": b"{}"}
+        await queue.accept(Event(**more, accepted_at=now, age_s=60.0))
+        while queue._wake.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server.deploy("ours")
+        shown = await queue.get(id_, 5.0)
+
+    assert shown is not None
+    assert (shown.state, shown.result_body) == (State.SUCCEEDED, b"{}")
+
+
+async def test_more_places_are_used_as_soon_as_they_are_declared(
+    driver: FakeDriver, tmp_path: Path
+):
+    """And not when one of the few before falls free."""
+    both = asyncio.Barrier(2)
+
+    async def meet(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        await both.wait()
+        return body
+
+    driver.functions["main:handle"] = meet
+    async with serving(tmp_path) as server:
+        await server.deploy("ours", max_scale=1)
+        greet, service = function_id("ours", "greet"), server.service
+        ids = [InvocationId(f"event-{n}") for n in (1, 2)]
+        for id_ in ids:
+            await service.accept(Invocation(id_, greet, b"{}"))
+        while both.n_waiting < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server.deploy("ours", max_scale=2)
+        shown = [await service.queue.get(id_, 5.0) for id_ in ids]
+
+    assert [each and each.state for each in shown] == [State.SUCCEEDED] * 2
 
 
 async def test_after_a_restart_the_operators_new_word_holds_for_old_functions(
