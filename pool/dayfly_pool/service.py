@@ -239,8 +239,8 @@ class Service:
 
     def _work_of(self, id_: FunctionId) -> Work | None:
         stored = self.functions.get(id_)
-        if stored is None:
-            return None
+        if stored is None or id_ not in self.pool.state.functions:
+            return None  # or it is being deployed: nothing can be run yet
         return Work(stored.spec.max_scale * stored.spec.concurrency, stored.spec.retry)
 
     async def accept(

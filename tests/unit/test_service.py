@@ -29,6 +29,7 @@ from dayfly_pool.service import EventMeta, Service
 from dayfly_pool.store.events import Event, State
 from dayfly_pool.testing import FakeDriver, FakeGuest
 
+E1 = InvocationId("event-1")
 SOURCE = "def handle(event):\n    return event\n"
 
 
@@ -144,30 +145,63 @@ async def test_an_environment_of_foreign_modules_is_not_forked_when_its_namespac
         assert server.mold("theirs") == Mold(trusted, "none", "theirs")
 
 
+async def echo(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+    return body
+
+
+async def accept_elsewhere(server: Server) -> None:
+    """As another server does that shares its events and has the function ours/greet."""
+    queue = server.service.queue
+    queue._is_alone = False
+    event = Event(
+        id=E1,
+        function=function_id("ours", "greet"),
+        meta=msgspec.msgpack.encode(EventMeta(None)),
+        body=b"{}",
+        accepted_at=queue.clock.now(),
+        age_s=60.0,
+    )
+    await queue.accept(event)
+    while queue._wake.is_set():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
 async def test_what_waits_for_a_function_is_run_as_soon_as_that_is_deployed(
     driver: FakeDriver, tmp_path: Path
 ):
     """Another server has accepted it, where several share their events."""
-
-    async def echo(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
-        return body
-
     driver.functions["main:handle"] = echo
     async with serving(tmp_path) as server:
-        queue = server.service.queue
-        queue._is_alone = False  # as with events in PostgreSQL
-        now = queue.clock.now()
-        id_, meta = InvocationId("event-1"), msgspec.msgpack.encode(EventMeta(None))
-        greet = function_id("ours", "greet")
-        more = {"id": id_, "function": greet, "meta": meta, "body": b"{}"}
-        await queue.accept(Event(**more, accepted_at=now, age_s=60.0))
-        while queue._wake.is_set():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await accept_elsewhere(server)
         await server.deploy("ours")
-        shown = await queue.get(id_, 5.0)
+        shown = await server.service.queue.get(E1, 5.0)
 
     assert shown is not None
     assert (shown.state, shown.result_body) == (State.SUCCEEDED, b"{}")
+
+
+async def test_what_waits_for_a_function_is_left_alone_while_that_is_being_deployed(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is declared by then, and the pool does not know it yet: its events would be dead."""
+    driver.functions["main:handle"] = echo
+    async with serving(tmp_path) as server:
+        await accept_elsewhere(server)
+        declarations, queue = server.service._declarations, server.service.queue
+        save = declarations.save_function
+
+        async def slowly(*given: Any) -> int:
+            queue.look()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            return await save(*given)
+
+        monkeypatch.setattr(declarations, "save_function", slowly)
+        await server.deploy("ours")
+        shown = await queue.get(E1, 5.0)
+
+    assert shown is not None
+    assert (shown.state, shown.failures) == (State.SUCCEEDED, [])
 
 
 async def test_more_places_are_used_as_soon_as_they_are_declared(
