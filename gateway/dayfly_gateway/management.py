@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 import dayfly
-from dayfly_gateway import auth, events, later, openapi
+from dayfly_gateway import auth, events, later, openapi, routing
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.triggers.schedules import Schedules
@@ -147,6 +147,7 @@ class Management:
     async def _deploy(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         spec = msgspec.json.decode(data, type=FunctionSpec)
+        routing.checked(spec.routes)
         manifest = FunctionManifest(metadata=_metadata(request), spec=spec)
         stored = await self._service.deploy(manifest)
         return _json(function_view(stored, self._service))

@@ -3,7 +3,7 @@
 Every function answers at `/fn/NAME/...` (`/ns/NAMESPACE/fn/NAME/...` outside the default
 namespace). Routes that functions declare come first; the more exact one wins: with a host before
 without, then segment by segment a literal before `{one}` before `{rest+}`, then with methods
-before without.
+before without. The server's own paths (`OWN`) come before all of them, so no route may be there.
 """
 
 import re
@@ -16,6 +16,8 @@ from dayfly_pool.models import FunctionId, Route, function_id
 
 _PARAMETER: Final = re.compile(r"\{([A-Za-z_]\w*)(\+?)\}\Z")
 DEFAULT_ROUTE: Final = "$default"
+OWN: Final = ("invocations", "events", "hooks")
+"""First segments below which the server itself answers, now or soon."""
 
 
 class MethodNotAllowed(PlatformError):
@@ -113,6 +115,20 @@ class Routes:
                 raise MethodNotAllowed(f"{method} is not among {methods}", allow=methods)
             raise FunctionNotFound(f"no route for {path[:200]!r}; functions are at /fn/NAME")
         return match
+
+
+def checked(routes: Iterable[Route]) -> None:
+    """Raises `BadInput` for a route that nobody could reach, as the server itself answers there.
+
+    For those that are declared anew: what was declared before may stay, and is only out of reach.
+    """
+    for route in routes:
+        first = route.path[1:].partition("/")[0]
+        if first in OWN:
+            raise BadInput(
+                f"route {route.path!r}: /{first} is the server's own, with all below it:"
+                " choose another path"
+            )
 
 
 def _walk(

@@ -47,7 +47,8 @@ class Limits(Model, frozen=True):
 class Route(Model, frozen=True):
     """A way in over HTTP besides `/fn/NAME`.
 
-    `{name}` in *path* matches one segment, `{name+}` the rest.
+    `{name}` in *path* matches one segment, `{name+}` the rest. It does not begin with
+    `/invocations`, `/events` or `/hooks`: there the server itself answers.
     """
 
     path: Annotated[str, Meta(pattern=r"^/", max_length=1024)]

@@ -65,6 +65,20 @@ def test_a_route_that_another_function_has_is_refused_and_nothing_changes(server
     assert reply["context"]["function_name"] == "owner"
 
 
+def test_a_route_where_the_server_itself_answers_is_refused_and_nothing_is_deployed(
+    server: Server,
+):
+    """It would never be called, and nobody would know why."""
+    routed(server, "plain", {"path": "/plain"})
+    spec = server.describe("plain")["spec"] | {"env": {}, "routes": [{"path": "/invocations/{id}"}]}
+
+    refused = server.ask("PUT", "/namespaces/default/functions/shadowed", spec)
+
+    assert refused.status == 400
+    assert "/invocations is the server's own" in refused.json()["detail"]
+    assert server.ask("GET", "/namespaces/default/functions/shadowed").status == 404
+
+
 def test_the_routes_of_a_deleted_function_lead_nowhere(server: Server):
     """And are free for another."""
     routed(server, "gone", {"path": "/for-now"})

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dayfly_gateway.routing import Match, MethodNotAllowed, Routes
+from dayfly_gateway.routing import Match, MethodNotAllowed, Routes, checked
 from dayfly_pool.errors import BadInput, FunctionNotFound
 from dayfly_pool.models import FunctionId, Route
 
@@ -186,6 +186,31 @@ def test_one_function_may_declare_a_route_twice():
 def test_a_malformed_route_is_refused(path: str):
     with pytest.raises(BadInput, match="route"):
         Routes([(ONE, route(path))])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/invocations",
+        "/invocations/",
+        "/invocations/{id}",
+        "/events",
+        "/events/x",
+        "/hooks/{name+}",
+    ],
+)
+def test_a_route_where_the_server_itself_answers_is_refused(path: str):
+    """On every host: no request would ever reach its function."""
+    for host in ("", "example.com"):
+        with pytest.raises(BadInput, match="the server's own"):
+            checked([route("/x"), route(path, host=host)])
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/{rest+}", "/{a}/{b}", "/v1/events", "/eventsource", "/fn/x"]
+)
+def test_a_route_that_only_looks_like_one_of_the_servers_is_none(path: str):
+    checked([route(path)])
 
 
 # ---- odd requests -------------------------------------------------------------------------------
