@@ -84,18 +84,9 @@ class DataPlane:
         if not REQUEST_ID.match(request_id):
             request_id = id_
         try:
-            if request.path.startswith(later.PATH):
-                return await later.show(self._service, request)
-            invocation = await self._invocation(request, id_)
-            if (
-                "Prefer" in request.headers
-                and later.preferences(request.headers.getall("Prefer"))[0]
-            ):
-                return await self._accept(request, invocation, request_id)
-            outcome = await self._outcome(invocation)
-            if (direct := self._direct(request, outcome, id_, request_id)) is not None:
-                return direct
-            answer = events.response(outcome, id_)
+            answer = await self._answer(request, id_, request_id)
+            if answer is None:
+                return WRITTEN
         except PlatformError as error:
             answer = events.platform_problem(error)
             if isinstance(error, MethodNotAllowed):
@@ -104,6 +95,20 @@ class DataPlane:
         if self.is_draining or not request.content.is_eof():
             answer.force_close()
         return await self._write(request, answer)
+
+    async def _answer(
+        self, request: web.BaseRequest, id_: InvocationId, request_id: str
+    ) -> web.Response | None:
+        """None when it is on its way already: whatever is everyday is written at once."""
+        if request.rel_url.raw_path.startswith(later.PATH):
+            return await later.show(self._service, request)
+        invocation = await self._invocation(request, id_)
+        if "Prefer" in request.headers and later.preferences(request.headers.getall("Prefer"))[0]:
+            return await self._accept(request, invocation, request_id)
+        outcome = await self._outcome(invocation)
+        if self._is_direct(request, outcome, id_, request_id):
+            return None
+        return events.response(outcome, id_)
 
     async def _invocation(self, request: web.BaseRequest, id_: InvocationId) -> Invocation:
         url = request.rel_url
@@ -123,29 +128,27 @@ class DataPlane:
 
     async def _accept(
         self, request: web.BaseRequest, invocation: Invocation, request_id: str
-    ) -> web.StreamResponse:
+    ) -> web.Response | None:
         invocation = structs.replace(invocation, id=later.in_order(invocation.id))
         accepted = await later.accept(self._service, invocation, request)
         transport = request.transport
         if self._is_everyday(request) and accepted.is_new and transport is not None:
             transport.write(later.wire_bytes(accepted, request_id))
-            return WRITTEN
-        answer = later.answer(accepted)
-        answer.headers["X-Request-Id"] = request_id
-        return answer
+            return None
+        return later.answer(accepted)
 
-    def _direct(
+    def _is_direct(
         self, request: web.BaseRequest, outcome: Outcome, id_: InvocationId, request_id: str
-    ) -> web.StreamResponse | None:
-        """The hot path: a small success, written at once; None for whatever is not everyday."""
+    ) -> bool:
+        """The hot path: a small success, written at once; False for whatever is not everyday."""
         transport = request.transport
         if not isinstance(outcome, Success) or not self._is_everyday(request) or transport is None:
-            return None
+            return False
         data = events.wire_bytes(outcome, id_, request_id)
         if data is None:
-            return None
+            return False
         transport.write(data)
-        return WRITTEN
+        return True
 
     def _is_everyday(self, request: web.BaseRequest) -> bool:
         """Whether an answer may be written at once, on a connection that stays open."""

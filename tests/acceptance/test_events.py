@@ -129,6 +129,17 @@ def test_what_is_not_there_cannot_be_accepted_or_asked_for(anywhere: Server):
     assert (posted.status, posted.headers["Allow"]) == (405, "GET, HEAD")
 
 
+def test_who_asks_for_a_result_gets_its_request_id_back(anywhere: Server):
+    """As with every answer."""
+    name = anywhere.deploy("hello", "later-hello")
+    mine = {"X-Request-Id": "mine-1"}
+    id_ = accepted(ask(anywhere, name, **mine))
+    outcome(anywhere, id_)
+    for path in (f"/invocations/{id_}", "/invocations/nothing"):
+        told = anywhere.ask("GET", path, headers=mine, plane="http")
+        assert told.headers["X-Request-Id"] == "mine-1"
+
+
 def test_who_asks_before_it_is_over_is_told_how_far_it_is(anywhere: Server):
     name = anywhere.deploy("wait", "later-wait", timeoutSeconds=30)
     id_ = accepted(ask(anywhere, name, b""))

@@ -160,14 +160,26 @@ def test_clients_that_do_not_read_are_cut_off(impatient: Server):
     impatient.call(name)
     before = resident_bytes(impatient)
     for _ in range(3):
-        ignore_responses(impatient, name, 20)
+        ignore_responses(impatient, f"/fn/{name}", 20)
 
     assert impatient.call(name).status == 200
     assert resident_bytes(impatient) - before < 200 * MIB  # 240 and more if they were kept
     impatient.delete(name)
 
 
-def ignore_responses(impatient: Server, name: str, number: int) -> None:
+def test_clients_that_ask_for_a_result_and_do_not_read_it_are_cut_off(impatient: Server):
+    code = "def handler(event, context):\n    return 'x' * (4 << 20)\n"
+    name = impatient.deploy("large-later", files={"main.py": code})
+    where = impatient.call(name, headers={"Prefer": "respond-async"}).headers["Location"]
+    wait = {"Prefer": "wait=30"}
+    told = impatient.ask("GET", where, headers=wait, plane="http").json()
+    ignore_responses(impatient, where, 5)
+
+    assert told["state"] == "succeeded"
+    impatient.delete(name)
+
+
+def ignore_responses(impatient: Server, path: str, number: int) -> None:
     """Ask *number* times at once, read nothing, and wait until the server has given up on all."""
     host, _, port = impatient.http.rpartition(":")
     cut_off = select.poll()
@@ -177,7 +189,7 @@ def ignore_responses(impatient: Server, name: str, number: int) -> None:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect((host, int(port)))
             cut_off.register(deaf, 0)  # errors and hang-ups only
-            deaf.sendall(f"GET /fn/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            deaf.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert eventually(lambda: len(cut_off.poll(0)) == number)
 
 
