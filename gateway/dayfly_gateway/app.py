@@ -115,7 +115,7 @@ class DataPlane:
         match = self.routes.match(request.headers.get("Host", ""), url.raw_path, request.method)
         meta = events.http_meta(request, match, self._config.trusted_proxies)
         body = await read_body(request, self._config, self._config.body_bytes_max)
-        trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
+        trace = events.trace(request)
         queue_s_max = self._service.config.queue_s_max
         return Invocation(id_, match.function, body, meta, trace, queue_s_max)
 

@@ -61,6 +61,12 @@ class HeadersTooLarge(PlatformError):
     status = 431
 
 
+def trace(request: web.BaseRequest) -> str:
+    """The caller's `traceparent`; none if it is not text: it could not be kept with an event."""
+    given = request.headers.get("traceparent", "")[:TRACE_CHARACTERS_MAX]
+    return given if given.isascii() else ""
+
+
 def http_meta(request: web.BaseRequest, match: Match, trusted: Networks) -> dict[str, Any]:
     """What the guest needs to build the event. Raises `HeadersTooLarge`."""
     peer = request.remote or ""

@@ -162,7 +162,7 @@ class Management:
             msgspec.json.decode(body)  # refused here with a clear error, not by the guest
         id_ = InvocationId(secrets.token_hex(16))
         stored = self._stored(request)
-        trace = request.headers.get("traceparent", "")[: events.TRACE_CHARACTERS_MAX]
+        trace = events.trace(request)
         queue_s_max = self._service.config.queue_s_max
         invocation = Invocation(id_, stored.id, body, None, trace, queue_s_max)
         if later.preferences(request.headers.getall("Prefer", ()))[0]:

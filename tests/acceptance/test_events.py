@@ -120,6 +120,13 @@ def test_a_key_that_is_none_is_refused(anywhere: Server, key: str):
     assert ask(anywhere, name, b"{}", **{"Idempotency-Key": key}).status == 400
 
 
+def test_a_trace_that_is_no_text_is_left_out_and_the_invocation_is_run(anywhere: Server):
+    name = anywhere.deploy("hello", "later-hello")
+    reply = ask(anywhere, name, b"{}", traceparent="00-\xff")
+
+    assert outcome(anywhere, accepted(reply))["state"] == "succeeded"
+
+
 def test_what_is_not_there_cannot_be_accepted_or_asked_for(anywhere: Server):
     assert ask(anywhere, "nobody").status == 404
     for id_ in ("nothing", "../functions", "a" * 5000):
