@@ -103,7 +103,7 @@ def main(seconds: int) -> None:
         source = Path(folder) / "main.py"
         source.write_text(FRAMEWORK)
         bare_port, framework_port = harness.free_port(), harness.free_port()
-        framework = [f"{Path(sys.executable).parent}/functions-framework", "--target", "main"]
+        framework = [f"{sys.prefix}/bench/bin/functions-framework", "--target", "main"]
         framework += ["--source", str(source), "--port", str(framework_port), "--host", "127.0.0.1"]
         with (
             other([sys.executable, "-c", BARE, str(bare_port)], bare_port) as bare_url,
