@@ -11,6 +11,9 @@ from typing import Annotated, Any, Final, Literal, NewType
 import msgspec
 from msgspec import Meta, Struct
 
+from dayfly_pool import brokers
+from dayfly_pool.declared import Model, Name, Seconds
+
 API_VERSION: Final = "dayfly.dev/v1"
 BASE: Final = "base"
 """The environment that every server has: the standard library only."""
@@ -19,19 +22,36 @@ FunctionId = NewType("FunctionId", str)  # "namespace/name"
 SandboxId = NewType("SandboxId", str)
 InvocationId = NewType("InvocationId", str)
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")]
 Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Network = Literal["none", "host"]
 Isolation = Literal["fork", "exec"]
 Initialize = Literal["auto", "once", "each"]
-Seconds = Annotated[float, Meta(gt=0, le=86400)]
 ENV_BYTES_MAX: Final = 32 * 1024
 TRIGGER_DATA_BYTES_MAX: Final = 64 * 1024
+DESTINATIONS: Final = (
+    "function",
+    "url",
+    "nats",
+    "redis",
+    "rabbitmq",
+    "kafka",
+    "mqtt",
+    "sqs",
+)
+SOURCES: Final = (
+    "cron",
+    "nats",
+    "redis",
+    "rabbitmq",
+    "kafka",
+    "mqtt",
+    "sqs",
+    "postgres",
+    "folder",
+    "webhook",
+    "events",
+)
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-
-
-class Model(Struct, rename="camel", forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Declared data: camelCase outside, unknown fields refused by name."""
 
 
 class Limits(Model, frozen=True):
@@ -70,9 +90,40 @@ class Retry(Model, frozen=True):
 
 
 class Destination(Model, frozen=True):
-    """Where it is told what became of an event: another function of the same namespace."""
+    """Where it is told what became of an event: one of these.
 
-    function: Name
+    *function* is another of the same namespace. To *url* it is posted, signed as Standard Webhooks
+    has it with *secret*, if one is named. The others are topics of brokers.
+    """
+
+    function: Name | None = None
+    url: Annotated[str, Meta(min_length=1, max_length=2048)] | None = None
+    secret: Name | None = None
+    nats: brokers.NatsTopic | None = None
+    redis: brokers.RedisTopic | None = None
+    rabbitmq: brokers.RabbitMqTopic | None = None
+    kafka: brokers.KafkaTopic | None = None
+    mqtt: brokers.MqttTopic | None = None
+    sqs: brokers.SqsTopic | None = None
+
+    def __post_init__(self) -> None:
+        named = [name for name in DESTINATIONS if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise ValueError(f"one destination is needed: one of {', '.join(DESTINATIONS)}")
+        if self.url is not None:
+            brokers.check_url(self.url, "https", "http")
+        elif self.secret is not None:
+            raise ValueError("secret is for url; a broker's is named with the broker")
+
+    @property
+    def kind(self) -> str:
+        """Which of them it is."""
+        return next(name for name in DESTINATIONS if getattr(self, name) is not None)
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is no function of ours."""
+        return self.function is None
 
 
 class FunctionSpec(Model, frozen=True):
@@ -160,17 +211,58 @@ class Cron(Model, frozen=True):
     catch_up: Literal["none", "last", "all"] = "last"
 
 
+class Batch(Model, frozen=True):
+    """Up to *size* events in one, which waits for them no longer than *window_seconds*."""
+
+    size: Annotated[int, Meta(ge=1, le=1000)] = 100
+    window_seconds: Annotated[float, Meta(ge=0, le=300)] = 1.0
+
+
 class TriggerSpec(Model, frozen=True):
-    """What makes events for *function*, of the same namespace, and what they say (*data*)."""
+    """What makes events for *function*, of the same namespace: one of the sources.
+
+    *filter* is an expression in CEL over the CloudEvent (`event.type == "order"`); what does not
+    match is done with. With *ordered*, one event at a time of those that the source keeps in order.
+    *data* is what a schedule's events say.
+    """
 
     function: Name
-    cron: Cron
+    cron: Cron | None = None
+    nats: brokers.NatsSource | None = None
+    redis: brokers.RedisSource | None = None
+    rabbitmq: brokers.RabbitMqSource | None = None
+    kafka: brokers.KafkaSource | None = None
+    mqtt: brokers.MqttSource | None = None
+    sqs: brokers.SqsSource | None = None
+    postgres: brokers.PostgresSource | None = None
+    folder: brokers.FolderSource | None = None
+    webhook: brokers.WebhookSource | None = None
+    events: brokers.EventsSource | None = None
+    filter: Annotated[str, Meta(max_length=4096)] = ""
+    batch: Batch | None = None
+    ordered: bool = False
     data: Any = None
     paused: bool = False
 
     def __post_init__(self) -> None:
+        named = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(named) != 1:
+            what = f"{' and '.join(named)} are" if named else "none is"
+            raise ValueError(f"one source is needed, {what} given: one of {', '.join(SOURCES)}")
         if len(msgspec.json.encode(self.data)) > TRIGGER_DATA_BYTES_MAX:
             raise ValueError(f"data is over {TRIGGER_DATA_BYTES_MAX} bytes")
+        is_asked = named[0] not in ("cron", "webhook", "events")
+        if not is_asked and (self.batch or self.ordered):
+            raise ValueError(f"batch and ordered are not for {named[0]}")
+        if named[0] == "cron" and self.filter:
+            raise ValueError("filter is not for cron")
+        if named[0] != "cron" and self.data is not None:
+            raise ValueError("data is for cron")
+
+    @property
+    def source(self) -> str:
+        """Which of the sources it has."""
+        return next(name for name in SOURCES if getattr(self, name) is not None)
 
 
 class TriggerManifest(Model, frozen=True, tag_field="kind", tag="Trigger"):
