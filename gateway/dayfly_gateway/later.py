@@ -7,9 +7,7 @@ import base64
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +16,7 @@ from aiohttp import web
 from dayfly_gateway import events
 from dayfly_gateway.routing import MethodNotAllowed
 from dayfly_pool.errors import BadInput, PlatformError
+from dayfly_pool.events import rfc3339
 from dayfly_pool.models import Invocation, InvocationId
 from dayfly_pool.service import Service
 from dayfly_pool.store.events import Accepted, Shown, State
@@ -47,14 +46,6 @@ class KeyUsed(PlatformError):
     status = 422
 
 
-def in_order(id_: InvocationId) -> InvocationId:
-    """An id in the order of time, with 80 of the random bits of *id_*: see RFC 9562, UUIDv7.
-
-    What is added to a large table in its order costs less.
-    """
-    return InvocationId(f"{time.time_ns() // 1_000_000:012x}{id_[12:]}")
-
-
 def preferences(headers: Iterable[str]) -> tuple[bool, float]:
     """(whether to answer before it has run, how many seconds to wait) of Prefer headers."""
     is_async, wait_s = False, 0.0
@@ -76,7 +67,7 @@ async def accept(service: Service, invocation: Invocation, request: web.BaseRequ
             raise BadInput("Idempotency-Key is 1 to 255 visible ASCII characters")
         said = f"{request.method} {request.rel_url.raw_path_qs} {len(invocation.body)}\n".encode()
         key = text, hashlib.sha256(said + invocation.body).hexdigest()
-    accepted = await service.accept(invocation, key=key)
+    accepted = await service.events.accept(invocation, key=key)
     if accepted.is_other:
         raise KeyUsed
     return accepted
@@ -111,7 +102,7 @@ async def show(service: Service, request: web.BaseRequest) -> web.Response:
         raise MethodNotAllowed(f"{request.method} is not among GET, HEAD", allow="GET, HEAD")
     id_ = InvocationId(request.rel_url.raw_path.removeprefix(PATH))
     _, wait_s = preferences(request.headers.getall("Prefer", ()))
-    shown = await service.queue.get(id_, wait_s)
+    shown = await service.events.queue.get(id_, wait_s)
     if shown is None:
         raise InvocationNotFound(id_[:64])
     headers = {"Content-Type": "application/json", "Server": "Dayfly"}
@@ -125,20 +116,20 @@ def view(shown: Shown) -> dict[str, Any]:
         "function": shown.function,
         "state": "waiting" if shown.state is State.DELAYED else shown.state.name.lower(),
         "attempts": shown.attempts,
-        "acceptedAt": _time(shown.accepted_at),
-        "expiresAt": _time(shown.expires_at),
+        "acceptedAt": rfc3339(shown.accepted_at),
+        "expiresAt": rfc3339(shown.expires_at),
     }
     if shown.ready_at:
-        told["readyAt"] = _time(shown.ready_at)
+        told["readyAt"] = rfc3339(shown.ready_at)
     if shown.finished_at:
-        told["finishedAt"] = _time(shown.finished_at)
+        told["finishedAt"] = rfc3339(shown.finished_at)
     if shown.state is State.SUCCEEDED:
         status, headers = msgspec.msgpack.decode(shown.result, type=tuple[int, list[list[str]]])
         http = {"status": status, "headers": headers} if status else {}
         told["result"] = http | body_view(shown.result_body)
     told["failures"] = [
         {
-            "at": _time(failure.started_at),
+            "at": rfc3339(failure.started_at),
             "tookSeconds": round(failure.ended_at - failure.started_at, 6),
             "kind": failure.kind,
             "message": failure.message,
@@ -155,7 +146,3 @@ def body_view(body: bytes) -> dict[str, Any]:
         return {"body": body.decode(), "isBase64Encoded": False}
     except UnicodeDecodeError:
         return {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

@@ -63,6 +63,15 @@ class TriggerNotFound(PlatformError):
     status = 404
 
 
+class SecretNotFound(PlatformError):
+    """There is no such secret.
+
+    `dayfly secret put NAME` keeps one; `dayfly secret list` shows their names.
+    """
+
+    status = 404
+
+
 class EnvironmentNotFound(PlatformError):
     """There is no such environment.
 
@@ -164,6 +173,13 @@ class TooManyHops(BadInput):
     """An event has gone through too many destinations: they lead in a circle.
 
     It is dead, and can be seen with `dayfly events show`. Correct onSuccess and onFailure.
+    """
+
+
+class Refused(BadInput):
+    """The event cannot be given to a function.
+
+    It is dead, and `dayfly events show` has what came. Correct whoever sends such events.
     """
 
 

@@ -60,7 +60,7 @@ Run = Callable[[Lease], Awaitable[Outcome]]
 What else it raises is a defect of ours: the event is dead, and the others go on.
 """
 
-Follow = Callable[[Lease, Ended], Event | None]
+Follow = Callable[[Lease, Ended], tuple[Event, ...]]
 """What is to be accepted because an event has ended so; nothing for most."""
 
 
@@ -102,7 +102,7 @@ class Queue:
         run: Run,
         work_of: Callable[[FunctionId], Work | None],
         *,
-        follow: Follow = lambda lease, ended: None,
+        follow: Follow = lambda lease, ended: (),
         owner: str,
         is_alone: bool = True,
         keep: Keep | None = None,
@@ -233,6 +233,10 @@ class Queue:
     ) -> Sequence[Shown]:
         """The newest first, from the one *before* on; without bodies."""
         return await self._store.page(function, state, limit, before)
+
+    async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
+        """Which events those of the idempotency *keys* stand for that stand for one."""
+        return await self._store.known(function, keys)
 
     async def cancel(self, id_: InvocationId) -> Shown | None:
         """End it, unless it is over; as it was before, None if there is none.

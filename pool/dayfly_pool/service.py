@@ -1,18 +1,15 @@
 """Everything one server does with declarations: keep them, build what they need, tell the pool."""
 
 import asyncio
-import base64
 import fcntl
 import hashlib
 import logging
 import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -26,9 +23,9 @@ from dayfly_pool.errors import (
     FunctionNotFound,
     PackageDamaged,
     PlatformError,
-    TooManyHops,
     TriggerNotFound,
 )
+from dayfly_pool.events import Events, Tell, nobody
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
     BASE,
@@ -37,99 +34,42 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionManifest,
-    Invocation,
     InvocationId,
     Isolation,
     Mold,
     Network,
-    Outcome,
     TriggerManifest,
     function_id,
 )
 from dayfly_pool.packages import PackageStore
 from dayfly_pool.pool import Pool
-from dayfly_pool.queue import Queue, Work
-from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State, Store
+from dayfly_pool.store.secrets import Secrets
 from dayfly_pool.store.sqlite import (
     Declarations,
     StoredEnvironment,
     StoredFunction,
     StoredTrigger,
 )
-from dayfly_pool.store.sqlite_events import SqliteEvents
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
-HOPS_MAX: Final = 8
-CONDITIONS: Final = {"Expired": "EventAgeExceeded"}
-"""Why an event is dead, where Lambda has a word of its own for it."""
-
 BASE_ENVIRONMENT: Final = Environment(digest=BASE)
-
-
-class EventMeta(msgspec.Struct, frozen=True, array_like=True):
-    """What is kept of an event beside its body: see `Invocation`."""
-
-    http: dict[str, Any] | None
-    trace: str = ""
-    hops: int = 0
-    """Destinations that it went through."""
-
-
-def report(lease: Lease, ended: Ended, version: str) -> bytes:
-    """What a destination is told, in the words of AWS Lambda's destinations."""
-    is_success = ended.state is State.SUCCEEDED
-    failure = ended.attempt
-    kind = failure.kind if failure is not None else ""
-    condition = "Success" if is_success else CONDITIONS.get(kind, "RetriesExhausted")
-    told: dict[str, Any] = {
-        "version": "1.0",
-        "timestamp": datetime.fromtimestamp(ended.at, UTC).isoformat(timespec="milliseconds"),
-        "requestContext": {
-            "requestId": lease.id,
-            "function": lease.function,
-            "functionVersion": version,
-            "condition": condition,
-            "approximateInvokeCount": lease.attempts + ended.is_counted,
-        },
-        "requestPayload": _payload(lease.body),
-    }
-    if is_success:
-        status, _ = msgspec.msgpack.decode(ended.result, type=tuple[int, list[list[str]]])
-        told["responseContext"] = {"statusCode": status or 200}
-        told["responsePayload"] = _payload(ended.body)
-    elif failure is not None:
-        told["responseContext"] = {"functionError": kind}
-        told["responsePayload"] = {"errorType": kind, "errorMessage": failure.message}
-    return msgspec.json.encode(told)
-
-
-def _payload(body: bytes) -> Any:
-    """As JSON if it is that, else as text, else in base64."""
-    try:
-        msgspec.json.decode(body)
-        return msgspec.Raw(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        return {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
 
 
 class Service:
     """One server's functions and environments. Use it inside `async with service.running():`."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, tell: Tell = nobody) -> None:
+        self.config, self._tell = config, tell
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
         self.triggers: dict[tuple[str, str], StoredTrigger] = {}
         self.pool: Pool
-        self.queue: Queue
+        self.events: Events
         self.event_metrics: EventMetrics
         self.packages: PackageStore
+        self.secrets = Secrets(config.data / "secrets")
         self._builds: EnvironmentStore
         self._declarations: Declarations
         self._changing = asyncio.Lock()
@@ -148,11 +88,11 @@ class Service:
             await self._declarations.open()
             try:
                 self.pool = Pool(config, driver)
-                self.queue = self._make_queue()
-                self.event_metrics = EventMetrics(self.queue, self.pool.metrics.registry)
+                self.events = Events(config, self.pool, self.functions, self._tell)
+                self.event_metrics = EventMetrics(self.events.queue, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
-                    async with self.queue.running():
+                    async with self.events.running():
                         yield self
             finally:
                 await self._declarations.close()
@@ -179,98 +119,8 @@ class Service:
 
     async def drain(self, timeout_s: float) -> bool:
         """Let end what is under way, and start nothing more; False when some did not in time."""
-        self.queue.hold()
+        self.events.queue.hold()
         return await self.pool.drain(timeout_s)
-
-    # ---- events -------------------------------------------------------------------------------
-
-    def _make_queue(self) -> Queue:
-        store: Store
-        if self.config.events_dsn:
-            try:  # an extra
-                from dayfly_pool.store.postgres_events import PostgresEvents
-            except ImportError as error:
-                raise BadInput(
-                    f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'"
-                ) from None
-            store = PostgresEvents(self.config.events_dsn)
-        else:
-            folder = self.config.data / "events"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
-        return Queue(
-            store,
-            self._run,
-            self._work_of,
-            follow=self._follow,
-            owner=secrets.token_hex(8),
-            is_alone=not self.config.events_dsn,
-        )
-
-    async def _run(self, lease: Lease) -> Outcome:
-        """Run a leased event once. Raises `PlatformError`."""
-        meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
-        if meta.hops > HOPS_MAX:
-            raise TooManyHops(f"{meta.hops} hops, the last to {lease.function}")
-        queue_s_max = self.config.queue_s_max
-        return await self.pool.invoke(
-            Invocation(lease.id, lease.function, lease.body, meta.http, meta.trace, queue_s_max)
-        )
-
-    def _follow(self, lease: Lease, ended: Ended) -> Event | None:
-        """What the destination of its function is told, if it has one for this end."""
-        stored = self.functions.get(lease.function)
-        if stored is None:
-            return None
-        is_success = ended.state is State.SUCCEEDED
-        where = stored.spec.on_success if is_success else stored.spec.on_failure
-        if where is None:
-            return None
-        meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
-        now = self.queue.clock.now()
-        return Event(
-            id=InvocationId(f"{int(now * 1000):012x}{secrets.token_hex(10)}"),
-            function=function_id(lease.function.partition("/")[0], where.function),
-            meta=msgspec.msgpack.encode(EventMeta(None, meta.trace, meta.hops + 1)),
-            body=report(lease, ended, str(stored.version)),
-            accepted_at=now,
-            age_s=stored.spec.retry.max_age_seconds,
-        )
-
-    def _work_of(self, id_: FunctionId) -> Work | None:
-        stored = self.functions.get(id_)
-        if stored is None or id_ not in self.pool.state.functions:
-            return None  # or it is being deployed: nothing can be run yet
-        return Work(stored.spec.max_scale * stored.spec.concurrency, stored.spec.retry)
-
-    async def accept(
-        self,
-        invocation: Invocation,
-        *,
-        priority: int = 0,
-        key: tuple[str, str] | None = None,
-        key_s: float | None = None,
-    ) -> Accepted:
-        """Keep *invocation* and run it later; it is on the disk when this returns.
-
-        *key* is an idempotency key and the fingerprint of what it came with, known for *key_s*.
-        Raises `FunctionNotFound`, `QueueFull`, `StoreFailed`.
-        """
-        work = self._work_of(invocation.function)
-        if work is None:
-            raise FunctionNotFound(f"no function {invocation.function!r}")
-        now = self.queue.clock.now()
-        event = Event(
-            id=invocation.id,
-            function=invocation.function,
-            meta=msgspec.msgpack.encode(EventMeta(invocation.http, invocation.trace)),
-            body=invocation.body,
-            accepted_at=now,
-            age_s=work.retry.max_age_seconds,
-            priority=priority,
-            key=Key(*key, now + (key_s or self.queue.keep.keys_s)) if key else None,
-        )
-        return await self.queue.accept(event)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Have *changed* called before a change of the functions is final; it may refuse it."""
@@ -311,7 +161,7 @@ class Service:
             self.functions[id_] = stored
             if before is None or before.version != version:
                 self._deploy(stored)
-        self.queue.look()  # at what waited for it, or for one of the places that it has now
+        self.events.queue.look()  # at what waited for it, or for one of the places that it has now
         log.info("function deployed", extra={"function": id_, "version": version})
         return stored
 
@@ -357,7 +207,7 @@ class Service:
             await self._declarations.delete_function(id_)
             self._change(id_, None)
             self.pool.remove(id_)
-            self.queue.forget(id_)
+            self.events.forget(id_)
 
     # ---- environments -------------------------------------------------------------------------
 

@@ -293,14 +293,30 @@ async def test_what_follows_an_end_is_accepted_with_it_and_only_then(store: Stor
     """Both or neither: an end that comes too late has nothing follow it."""
     await accept(store, event())
     one = await lease_one(store)
-    first = structs.replace(succeeded(one), then=event(E2, SHOUT))
+    first = structs.replace(succeeded(one), then=(event(E2, SHOUT),))
     written = await store.write(110.0, [first], wanted={SHOUT: 1})
     assert (written.due, [each.id for each in written.leased]) == (Counter({SHOUT: 1}), [E2])
 
-    again = structs.replace(succeeded(one), then=event(E3, SHOUT))
+    again = structs.replace(succeeded(one), then=(event(E3, SHOUT),))
     written = await store.write(110.0, [again])
     assert (written.due, written.late) == (Counter(), {(one.row, one.fence)})
     assert await store.get(E3) is None
+
+
+async def test_more_keys_stand_for_the_event_that_named_them_last(store: Store):
+    """What is several in one can be known by each of them, also when only some of it is left."""
+    a, b = Key("a", "", 1e9), Key("b", "", 1e9)
+    await accept(store, event(E1, known_as=(a, b)))
+    assert await store.known(GREET, ["a", "b", "c"]) == {"a": E1, "b": E1}
+    assert await store.known(SHOUT, ["a"]) == {}
+    again = await accept(store, event(E3, key=a))
+    assert [(each.id, each.is_new) for each in again] == [(E1, False)]
+
+    (one,) = await lease(store)
+    await end(store, structs.replace(succeeded(one), then=(event(E2, known_as=(b,)),)))
+    assert await store.known(GREET, ["a", "b"]) == {"a": E1, "b": E2}
+    await store.sweep(2e9, HOUR_S, HOUR_S)
+    assert await store.known(GREET, ["a", "b"]) == {}
 
 
 async def test_leases_that_nobody_knows_of_are_given_back_and_no_others(store: Store):

@@ -217,8 +217,8 @@ async def test_the_same_key_again_runs_nothing_again():
 
 
 async def test_what_follows_an_end_is_run_as_well():
-    def follow(lease: Lease, ended: Ended) -> Event | None:
-        return event(queue, E2, SHOUT) if lease.function == GREET else None
+    def follow(lease: Lease, ended: Ended) -> tuple[Event, ...]:
+        return (event(queue, E2, SHOUT),) if lease.function == GREET else ()
 
     runs = Runs()
     async with running(runs, follow=follow) as queue:
@@ -290,7 +290,9 @@ async def test_what_follows_is_told_of_a_body_that_was_fetched():
             return structs.replace(lease, body=b"long", file="")
 
     told: list[bytes] = []
-    async with running(Runs(), Apart(), follow=lambda lease, _: told.append(lease.body)) as queue:
+    async with running(
+        Runs(), Apart(), follow=lambda lease, _: (told.append(lease.body), ())[1]
+    ) as queue:
         await queue.accept(event(queue))
         await over(queue)
 

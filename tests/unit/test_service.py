@@ -12,6 +12,7 @@ import pytest
 from dayfly.protocol import Invoke
 from dayfly_pool import driver as drivers
 from dayfly_pool.config import Config
+from dayfly_pool.events import EventMeta
 from dayfly_pool.models import (
     BASE,
     EnvironmentManifest,
@@ -25,7 +26,7 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.packages import pack
-from dayfly_pool.service import EventMeta, Service
+from dayfly_pool.service import Service
 from dayfly_pool.store.events import Event, State
 from dayfly_pool.testing import FakeDriver, FakeGuest
 
@@ -151,7 +152,7 @@ async def echo(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
 
 async def accept_elsewhere(server: Server) -> None:
     """As another server does that shares its events and has the function ours/greet."""
-    queue = server.service.queue
+    queue = server.service.events.queue
     queue._is_alone = False
     event = Event(
         id=E1,
@@ -174,7 +175,7 @@ async def test_what_waits_for_a_function_is_run_as_soon_as_that_is_deployed(
     async with serving(tmp_path) as server:
         await accept_elsewhere(server)
         await server.deploy("ours")
-        shown = await server.service.queue.get(E1, 5.0)
+        shown = await server.service.events.queue.get(E1, 5.0)
 
     assert shown is not None
     assert (shown.state, shown.result_body) == (State.SUCCEEDED, b"{}")
@@ -187,7 +188,7 @@ async def test_what_waits_for_a_function_is_left_alone_while_that_is_being_deplo
     driver.functions["main:handle"] = echo
     async with serving(tmp_path) as server:
         await accept_elsewhere(server)
-        declarations, queue = server.service._declarations, server.service.queue
+        declarations, queue = server.service._declarations, server.service.events.queue
         save = declarations.save_function
 
         async def slowly(*given: Any) -> int:
@@ -220,11 +221,11 @@ async def test_more_places_are_used_as_soon_as_they_are_declared(
         greet, service = function_id("ours", "greet"), server.service
         ids = [InvocationId(f"event-{n}") for n in (1, 2)]
         for id_ in ids:
-            await service.accept(Invocation(id_, greet, b"{}"))
+            await service.events.accept(Invocation(id_, greet, b"{}"))
         while both.n_waiting < 1:  # noqa: ASYNC110
             await asyncio.sleep(0)
         await server.deploy("ours", max_scale=2)
-        shown = [await service.queue.get(id_, 5.0) for id_ in ids]
+        shown = [await service.events.queue.get(id_, 5.0) for id_ in ids]
 
     assert [each and each.state for each in shown] == [State.SUCCEEDED] * 2
 

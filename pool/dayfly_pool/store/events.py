@@ -68,6 +68,8 @@ class Event(Struct, frozen=True, kw_only=True):
     age_s: float
     priority: int = 0
     key: Key | None = None
+    known_as: tuple[Key, ...] = ()
+    """More keys that stand for it from now on, whatever they stood for before."""
 
 
 class Accepted(Struct, frozen=True):
@@ -122,7 +124,7 @@ class Ended(Struct, frozen=True, kw_only=True):
     """How a run has ended: *state* is what the event is now.
 
     *at* is when it may run again for a delayed one, else when it ended. *result* is the caller's
-    own, like an event's meta. *then* is accepted with it, unless it comes too late.
+    own, like an event's meta. What is to come *then* is accepted with it, unless it is late.
     """
 
     row: int
@@ -133,7 +135,7 @@ class Ended(Struct, frozen=True, kw_only=True):
     is_counted: bool = False
     result: bytes = b""
     body: bytes = b""
-    then: Event | None = None
+    then: tuple[Event, ...] = ()
 
 
 class Written(Struct, frozen=True):
@@ -224,6 +226,9 @@ class Store(Protocol):
 
     async def oldest(self, functions: Iterable[FunctionId]) -> dict[FunctionId, float]:
         """When the next waiting event of each was accepted, where one waits."""
+
+    async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
+        """Which events those of the *keys* stand for that stand for one."""
 
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what ended *over_s* ago, dead ones *dead_s*, and keys that are over.

@@ -72,7 +72,7 @@ class MemoryEvents:
         self._check()
         self.writes += 1
         late = {(end.row, end.fence) for end in ended if not self._end(end)}
-        then = [e.then for e in ended if e.then is not None and (e.row, e.fence) not in late]
+        then = [event for e in ended if (e.row, e.fence) not in late for event in e.then]
         for event in then:
             self._accept(event)
         found = [self._accept(event) for event in accepted]
@@ -147,6 +147,11 @@ class MemoryEvents:
         """When the next waiting event of each was accepted, where one waits."""
         waiting = {f: self._waiting(f) for f in functions}
         return {f: rows[0].event.accepted_at for f, rows in waiting.items() if rows}
+
+    async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
+        """Which events the *keys* stand for."""
+        found = {text: self._keys.get((function, text)) for text in keys}
+        return {text: known[1] for text, known in found.items() if known is not None}
 
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what is old."""
@@ -229,6 +234,8 @@ class MemoryEvents:
                 is_other = key.fingerprint != event.key.fingerprint
                 return Accepted(id_, is_new=False, is_other=is_other)
             self._keys[event.function, event.key.text] = event.key, event.id
+        for each in event.known_as:
+            self._keys[event.function, each.text] = each, event.id
         self._last += 1
         expires_at = event.accepted_at + event.age_s
         for told in self._listeners:

@@ -132,6 +132,11 @@ KEY: Final = """
         fingerprint = excluded.fingerprint, until = excluded.until WHERE k.until <= %s
     RETURNING event
 """
+KNOWN_AS: Final = """
+    INSERT INTO dayfly.keys VALUES (%s, %s, %s, %s, %s)
+    ON CONFLICT (function, key) DO UPDATE SET event = excluded.event,
+        fingerprint = excluded.fingerprint, until = excluded.until
+"""
 
 Cursor = AsyncCursor[Any]
 
@@ -184,7 +189,7 @@ class PostgresEvents:
         """All of it or nothing, in this order, and on the disk when it returns."""
         async with self._transaction() as cursor:
             late = await self._end(cursor, ended)
-            then = [e.then for e in ended if e.then is not None and (e.row, e.fence) not in late]
+            then = [event for e in ended if (e.row, e.fence) not in late for event in e.then]
             await self._accept(cursor, then)
             found = await self._accept(cursor, accepted)
             await cursor.execute(RIPEN, (now, PAGE_MAX))
@@ -294,6 +299,15 @@ class PostgresEvents:
                 if row := await cursor.fetchone():
                     oldest[function] = row[0]
         return oldest
+
+    async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
+        """Which events the *keys* stand for."""
+        async with self._reader() as cursor:
+            await cursor.execute(
+                "SELECT key, event FROM dayfly.keys WHERE function = %s AND key = ANY(%s)",
+                (function, list(keys)),
+            )
+            return dict(await cursor.fetchall())
 
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what is old."""
@@ -472,6 +486,9 @@ class PostgresEvents:
         new = [event for event, a in zip(accepted, found, strict=True) if a.is_new]
         if not new:
             return found
+        more = [(e.function, k.text, k.fingerprint, e.id, k.until) for e in new for k in e.known_as]
+        if more:
+            await cursor.executemany(KNOWN_AS, more)
         apart = [await _apart(cursor, event.body) for event in new]
         columns: list[list[Any]] = [
             [event.id for event in new],

@@ -207,6 +207,11 @@ class SqliteEvents:
         asked = list(functions)
         return await self._read(lambda: self._oldest(asked))
 
+    async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
+        """Which events the *keys* stand for."""
+        asked = json.dumps(list(keys))
+        return await self._read(lambda: self._known(function, asked))
+
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what is old."""
         return await self._write(lambda: self._sweep(now, over_s, dead_s))
@@ -337,7 +342,7 @@ class SqliteEvents:
         wanted: dict[FunctionId, int],
     ) -> Written:
         late = self._end(ended)
-        then = [e.then for e in ended if e.then is not None and (e.row, e.fence) not in late]
+        then = [event for e in ended if (e.row, e.fence) not in late for event in e.then]
         self._accept(then)
         found = self._accept(accepted)
         due = self._ripen(now) + Counter(event.function for event in then)
@@ -367,6 +372,8 @@ class SqliteEvents:
     def _accept(self, accepted: Sequence[Event]) -> list[Accepted]:
         found = [self._keyed(event) if event.key else Accepted(event.id) for event in accepted]
         new = [event for event, a in zip(accepted, found, strict=True) if a.is_new]
+        more = [(e.function, k.text, k.fingerprint, e.id, k.until) for e in new for k in e.known_as]
+        self._into.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", more)
         for some in _chunks(new):
             values: list[object] = []
             for event in some:
@@ -597,6 +604,15 @@ class SqliteEvents:
             "SELECT function, state, count(*) FROM events GROUP BY function, state"
         )
         return {(function, State(state)): number for function, state, number in found}
+
+    def _known(self, function: FunctionId, asked: str) -> dict[str, InvocationId]:
+        return dict(
+            self._read_from.execute(
+                "SELECT key, event FROM keys WHERE function = ?"
+                " AND key IN (SELECT value FROM json_each(?))",
+                (function, asked),
+            )
+        )
 
     def _oldest(self, functions: Sequence[FunctionId]) -> dict[FunctionId, float]:
         oldest = {}
