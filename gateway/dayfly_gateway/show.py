@@ -133,16 +133,30 @@ def events(found: Sequence[Mapping[str, Any]]) -> None:
     table(headers, [[event[name] for name in names] for event in found])
 
 
+PLACES: Final = ("subject", "stream", "queue", "topic", "table", "channel", "path", "scheme")
+"""Which field of a trigger's source says best where it listens."""
+
+
 def triggers(views: Sequence[Mapping[str, Any]]) -> None:
     """`dayfly trigger list`."""
-    headers = ("NAMESPACE", "NAME", "FUNCTION", "SCHEDULE", "FIRED", "NEXT")
+    headers = ("NAMESPACE", "NAME", "FUNCTION", "SOURCE", "EVENTS", "LAG", "STATE")
     rows = []
     for view in views:
         metadata, spec, status = view["metadata"], view["spec"], view["status"]
-        upcoming = "paused" if spec["paused"] else status.get("next", "never")
-        schedule = f"{spec['cron']['schedule']} {spec['cron']['timeZone']}"
-        names = (metadata["namespace"], metadata["name"], spec["function"], schedule)
-        rows.append((*names, status["fired"], status["lastError"] or upcoming))
+        source = status["source"]
+        if source == "cron":
+            where, number = spec["cron"]["schedule"], status["fired"]
+            state = f"next {status['next']}" if "next" in status else "never fires"
+        else:
+            where = next((str(spec[source][key]) for key in PLACES if key in spec[source]), "")
+            number = status.get("fetched", "")
+            state = "listens" if status.get("up", True) else "does not listen"
+        if spec["paused"]:
+            state = "paused"
+        names = (metadata["namespace"], metadata["name"], spec["function"])
+        lag = status.get("lag")
+        row = (f"{source} {where}", number, "" if lag is None else lag)
+        rows.append((*names, *row, status.get("lastError") or state))
     table(headers, rows)
 
 

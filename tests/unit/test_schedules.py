@@ -23,7 +23,7 @@ class FakeService:
         self.triggers = {(each.namespace, each.name): each for each in triggers}
         self.errors: dict[str, Exception] = {}
         self.accepted: list[str] = []
-        self.queue = self
+        self.events = self.queue = self
 
     async def accept(self, invocation: Invocation, **more: Any) -> Accepted:
         if invocation.function in self.errors:
@@ -45,7 +45,7 @@ def schedules(service: FakeService) -> Schedules:
 
 
 def error(watched: Schedules, of: StoredTrigger) -> str:
-    return str(watched.view(of)["status"]["lastError"])
+    return str(watched.status(of)["lastError"])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ async def test_a_stored_schedule_that_is_none_any_more_says_so_and_the_others_fi
     bad = trigger("bad", **cron)
     service = FakeService(bad, trigger("good"))
     watched = schedules(service)
-    assert "next" not in watched.view(bad)["status"]
+    assert "next" not in watched.status(bad)
     for _ in range(3):
         await watched.look()
 

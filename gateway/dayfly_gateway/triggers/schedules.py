@@ -8,19 +8,16 @@ import asyncio
 import contextlib
 import json
 import logging
-import secrets
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 
-from dayfly_gateway.later import in_order
 from dayfly_gateway.triggers import cron
 from dayfly_pool.errors import BadInput, PlatformError
-from dayfly_pool.models import Invocation, InvocationId, TriggerManifest, function_id
+from dayfly_pool.events import new_id, rfc3339
+from dayfly_pool.models import Cron, Invocation, InvocationId, TriggerManifest, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger
 
@@ -61,7 +58,8 @@ class Schedules:
 
     async def declare(self, manifest: TriggerManifest) -> StoredTrigger:
         """Add or change a trigger; it counts from now on. Raises `BadInput`, `FunctionNotFound`."""
-        cron.checked(manifest.spec.cron)
+        if manifest.spec.cron is not None:
+            cron.checked(manifest.spec.cron)
         stored = await self._service.set_trigger(manifest, self._now())
         self._wake.set()
         return stored
@@ -94,11 +92,12 @@ class Schedules:
         for key in self._lives.keys() - declared.keys():
             del self._lives[key]
         for trigger in list(declared.values()):
-            await self._look_at(trigger, now)
+            if trigger.spec.cron is not None:
+                await self._look_at(trigger, trigger.spec.cron, now)
         times = [life.next_at for life in self._lives.values() if life.next_at is not None]
         return min(times, default=None)
 
-    async def _look_at(self, trigger: StoredTrigger, now: float) -> None:
+    async def _look_at(self, trigger: StoredTrigger, spec: Cron, now: float) -> None:
         life = self._lives.setdefault((trigger.namespace, trigger.name), _Life(trigger))
         if life.trigger is not trigger:
             life.trigger, life.is_known = trigger, False
@@ -108,10 +107,10 @@ class Schedules:
         if life.is_known and (life.next_at is None or now < life.next_at):
             return
         try:
-            found = cron.firings(trigger.spec.cron, max(trigger.seen, life.paused_until), now)
+            found = cron.firings(spec, max(trigger.seen, life.paused_until), now)
             last = trigger.last
             for at in found.due:
-                last = await self._fire(life, at, last)
+                last = await self._fire(life, spec, at, last)
             if found.due or found.left_out:
                 life.left_out += found.left_out
                 await self._service.note_seen(trigger, now, last)
@@ -123,48 +122,41 @@ class Schedules:
             _say(life, error)
             life.next_at, life.is_known = now + LOOK_S_MAX, False
 
-    async def _fire(self, life: _Life, at: float, last: InvocationId) -> InvocationId:
+    async def _fire(self, life: _Life, spec: Cron, at: float, last: InvocationId) -> InvocationId:
         """Have the event of the firing *at* accepted; returns the last event's id."""
         trigger, service = life.trigger, self._service
-        if trigger.spec.cron.overlap == "skip" and last:
-            before = await service.queue.get(last)
+        if spec.overlap == "skip" and last:
+            before = await service.events.queue.get(last)
             if before is not None and not before.state.is_over:
                 life.skipped += 1
                 return last
         name = f"{trigger.namespace}/{trigger.name}"
-        id_ = in_order(InvocationId(secrets.token_hex(16)))
+        id_ = new_id()
         function = function_id(trigger.namespace, trigger.spec.function)
         event = cloud_event(id_, name, at, trigger.spec.data)
-        accepted = await service.accept(
+        accepted = await service.events.accept(
             Invocation(id_, function, event), key=(f"trigger {name} {at:.0f}", "cron"), key_s=KEY_S
         )
         life.fired += accepted.is_new
         return accepted.id
 
-    def view(self, trigger: StoredTrigger) -> dict[str, Any]:
-        """A trigger as the API shows it."""
+    def status(self, trigger: StoredTrigger) -> dict[str, Any]:
+        """What is known of a trigger that fires."""
         life = self._lives.get((trigger.namespace, trigger.name), _Life(trigger))
         status: dict[str, Any] = {
-            "updated": trigger.updated,
             "fired": life.fired,
             "leftOut": life.left_out,
             "skipped": life.skipped,
             "lastError": life.error,
             "lastEvent": trigger.last,
         }
-        if not trigger.spec.paused:
+        if trigger.spec.cron is not None and not trigger.spec.paused:
             now = self._now()
             with contextlib.suppress(BadInput):  # it is told with the next look
                 next_at = life.next_at or cron.firings(trigger.spec.cron, now, now).next_at
                 if next_at is not None:
-                    status["next"] = _time(next_at)
-        return {
-            "apiVersion": "dayfly.dev/v1",
-            "kind": "Trigger",
-            "metadata": {"namespace": trigger.namespace, "name": trigger.name},
-            "spec": msgspec.to_builtins(trigger.spec),
-            "status": status,
-        }
+                    status["next"] = rfc3339(next_at, "seconds")
+        return status
 
 
 def _say(life: _Life, error: Exception) -> None:
@@ -188,12 +180,8 @@ def cloud_event(id_: str, trigger: str, at: float, data: Any) -> bytes:
         "id": id_,
         "source": f"/triggers/{trigger}",
         "type": EVENT_TYPE,
-        "time": _time(at),
+        "time": rfc3339(at, "seconds"),
         "datacontenttype": "application/json",
         "data": data,
     }
     return json.dumps(told).encode()
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,133 @@
+"""CloudEvents 1.0 as they come in: from HTTP, from brokers, and made of what is none.
+
+A function is given every event in one form, the JSON format:
+https://github.com/cloudevents/spec/blob/main/cloudevents/formats/json-format.md
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+from cloudevents.core.formats.json import JSONFormat
+
+from dayfly_gateway.triggers.source import Delivery
+from dayfly_pool.errors import BadInput
+from dayfly_pool.events import new_id, rfc3339
+
+STRUCTURED: Final = "application/cloudevents+json"
+_PREFIXES: Final = ("ce_", "cloudevents:", "cloudevents_")
+"""How attributes are called in the headers of Kafka and AMQP; MQTT has them without."""
+
+_ATTRIBUTES: Final = frozenset(
+    ("specversion", "id", "source", "type", "subject", "time", "dataschema")
+)
+
+
+class BadCloudEvent(BadInput):
+    """This is no CloudEvent 1.0.
+
+    Send `Content-Type: application/cloudevents+json` and the event in JSON, or its attributes as
+    headers: ce-specversion, ce-id, ce-source, ce-type.
+    """
+
+
+def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """The event that an HTTP message is, in binary or structured mode; names in lower case.
+
+    Raises `BadCloudEvent`.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_structured = kind.startswith("application/cloudevents")
+    if is_structured and kind != STRUCTURED:
+        raise BadCloudEvent(f"content type {kind[:100]!r}: one event at a time, in JSON")
+    named = {name: value for name, value in headers.items() if name.startswith("ce-")}
+    if not is_structured and "ce-specversion" not in named:
+        raise BadCloudEvent("neither content type application/cloudevents+json nor ce-specversion")
+    try:
+        if is_structured:
+            told = json.loads(body)
+            base64.b64decode(told.get("data_base64") or "", validate=True)
+            named = {}
+        else:
+            told = {name.removeprefix("ce-"): value for name, value in named.items()}
+            named["content-type"] = headers.get("content-type", "")
+            named = {name: value for name, value in named.items() if value}
+        if not told.get("id"):
+            raise BadCloudEvent("it has no id")  # the library would make one up
+        message = HTTPMessage(named or {"content-type": STRUCTURED}, body)
+        event = json.loads(JSONFormat().write(from_http_event(message)))
+    except BadCloudEvent:
+        raise
+    except binascii.Error:
+        raise BadCloudEvent("data_base64 is not in base64") from None
+    except Exception as error:  # the library lets through whatever its parsers raise
+        raise BadCloudEvent(f"{type(error).__name__}: {error}"[:500]) from None
+    if "time" not in told:
+        del event["time"]  # neither would it say when that was
+    return dict(event)
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """The event in JSON. What JSON cannot say (infinity) is null. Raises `BadCloudEvent`."""
+    try:
+        return msgspec.json.encode(event)
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON may have it
+        raise BadCloudEvent("it holds text that is no Unicode") from None
+
+
+def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
+    """The event that a broker's message is or, if it is none, one that has it as its data.
+
+    *kind* is the broker's name, *trigger* the trigger's. Raises `BadCloudEvent` for a message that
+    says that it is one, and is not.
+    """
+    headers = _as_http(delivery.headers)
+    media = headers.get("content-type", "")
+    if "ce-specversion" in headers or media.lower().startswith("application/cloudevents"):
+        return parse(headers, delivery.body)
+    event: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": delivery.id or new_id(),
+        "source": f"/triggers/{trigger}",
+        "type": f"dev.dayfly.{kind}",
+        "subject": delivery.topic,
+    }
+    if not delivery.topic:
+        del event["subject"]
+    if delivery.at:
+        event["time"] = rfc3339(delivery.at)
+    if trace := headers.get("traceparent"):
+        event["traceparent"] = trace
+    return event | _data(delivery.body, media)
+
+
+def _as_http(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a broker's message as those of HTTP."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        lower = name.lower()
+        for prefix in _PREFIXES:
+            if lower.startswith(prefix):
+                lower = f"ce-{lower.removeprefix(prefix)}"
+        found[lower] = value
+    if found.keys() >= {"specversion", "id", "source", "type"}:
+        found |= {f"ce-{name}": found[name] for name in _ATTRIBUTES & found.keys()}
+    return found
+
+
+def _data(body: bytes, media: str) -> dict[str, Any]:
+    """A body as an event's data: JSON when it is that, else text, else base64."""
+    try:
+        value = msgspec.json.decode(body)
+        return {"datacontenttype": media or "application/json", "data": value}
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    try:
+        return {"datacontenttype": media or "text/plain", "data": body.decode()}
+    except UnicodeDecodeError:
+        kind = media or "application/octet-stream"
+        return {"datacontenttype": kind, "data_base64": base64.b64encode(body).decode()}

@@ -1,0 +1,360 @@
+"""From a source into the queue, and the word back to the source when the event is over.
+
+A message is acknowledged when its event has ended: its function succeeded, or it lies among our
+dead letters, or it was cancelled. Until then both have it, the source and the queue, and it is
+known by a key: if the source gives it out again (we were killed, or lost the connection), it is the
+event that it was, and does not run again.
+
+No more is fetched than the function has room for: what is over waits at the source.
+"""
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
+
+from msgspec import Struct
+
+from dayfly.protocol import BODY_BYTES_MAX
+from dayfly_gateway import cloudevents
+from dayfly_gateway.cloudevents import BadCloudEvent
+from dayfly_gateway.triggers.filters import Filter, FilterFailed
+from dayfly_gateway.triggers.source import Delivery, Source, SourceFailed
+from dayfly_pool import retry
+from dayfly_pool.errors import PlatformError
+from dayfly_pool.events import Events, new_id
+from dayfly_pool.models import Invocation, InvocationId, function_id
+from dayfly_pool.store.sqlite import StoredTrigger
+
+log = logging.getLogger("dayfly.triggers")
+T = TypeVar("T")
+FETCH_S: Final = 5.0
+"""How long a fetch waits for the first message."""
+
+FETCH_MAX: Final = 256
+HELD_MAX: Final = 1000
+"""Messages of one trigger that are fetched and not acknowledged, those in a backoff too."""
+
+HELD_BYTES_MAX: Final = 64 * 1024 * 1024
+USUAL_BYTES: Final = 64 * 1024
+"""How long a message is taken to be, before one has come."""
+
+LOOK_S: Final = 0.25
+"""How soon it is seen that a function has room again, if nothing of ours has ended."""
+
+LAG_S: Final = 5.0
+OVER_S: Final = 60.0
+EXTEND_AT_ONCE: Final = 16
+REOPEN_FIRST_S, REOPEN_MAX_S = 0.25, 30.0
+"""Between an error of the source and the next try."""
+
+
+class Counts(Struct):
+    """What a trigger has done since this server started."""
+
+    fetched: int = 0
+    acknowledged: int = 0
+    known: int = 0
+    """Messages that had been given out before, and were not run again for it."""
+
+    filtered: int = 0
+    filter_errors: int = 0
+    refused: int = 0
+    """Messages that could be given to no function; they are dead letters."""
+
+    failures: int = 0
+    """Of the source."""
+
+
+class Item(NamedTuple):
+    """A message as an event. *key* is what it is known by, *refused* why it must not be run."""
+
+    delivery: Delivery
+    body: bytes
+    key: str
+    trace: str = ""
+    refused: str = ""
+
+
+class _Lane(Struct):
+    """What waits for its turn: all of one group, or of a trigger that wants batches."""
+
+    items: deque[Item]
+    is_full: asyncio.Event
+
+
+def room(places: int, busy: int, coming: int, held: int, held_bytes: int, usual: float) -> int:
+    """How many more messages to fetch. Pure.
+
+    *places* is how many events of the function run at once, *busy* how many of its events wait or
+    run, *coming* how many of ours are on their way to the queue, *held* all that are ours, and
+    *usual* how many bytes a message has.
+    """
+    fitting = (HELD_BYTES_MAX - held_bytes) / max(usual, 1.0)
+    if not held and places > busy:
+        fitting = max(fitting, 1.0)  # one, whatever its size
+    return max(0, min(places - busy - coming, HELD_MAX - held, FETCH_MAX, int(fitting)))
+
+
+class Pump:
+    """One trigger. *make* gives a new, closed source."""
+
+    def __init__(self, trigger: StoredTrigger, events: Events, make: Callable[[], Source]) -> None:
+        self.trigger, self.counts = trigger, Counts()
+        self.is_up, self.lag = False, None  # type: bool, int | None
+        self.error = ""
+        """Why nothing comes, or came the last time."""
+
+        self._events, self._make = events, make
+        self._name = f"{trigger.namespace}/{trigger.name}"
+        self._function = function_id(trigger.namespace, trigger.spec.function)
+        self._filter = Filter(trigger.spec.filter)
+        self._usual = float(USUAL_BYTES)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is held: the source gives it out again."""
+        self._held: dict[int, Delivery] = {}
+        self._coming = self._bytes = 0
+        self._lanes: dict[str, _Lane] = {}
+        self._freed = asyncio.Event()
+
+    async def run(self) -> None:
+        """For ever; what goes wrong is told in `error`, and tried again."""
+        failures = 0
+        while True:
+            try:
+                source = self._make()
+                try:
+                    await source.open()
+                    log.info("a trigger listens", extra={"trigger": self._name})
+                    self.is_up, self.error, failures = True, "", 0
+                    await self._pump(source)
+                finally:
+                    self.is_up, self.lag = False, None
+                    self._forget()
+                    await source.close()
+            except Exception as error:  # whatever it is, this trigger goes on, and the others
+                self._note(error)
+            failures += 1
+            self.counts.failures += 1
+            draw = 0.5 + random.random() / 2
+            await asyncio.sleep(retry.backoff_s(REOPEN_FIRST_S, REOPEN_MAX_S, failures, draw))
+
+    def _note(self, error: Exception) -> None:
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        why = first.detail or str(first) if isinstance(first, PlatformError) else repr(first)
+        extra = {"trigger": self._name, "why": why}
+        if not isinstance(first, PlatformError):
+            log.error("a trigger failed", extra=extra, exc_info=first)
+        elif why != self.error:
+            log.warning("a trigger cannot reach its source", extra=extra)
+        self.error = why
+
+    async def _pump(self, source: Source) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._measure(source), name="lag")
+            if source.extend_s is not None:
+                tasks.create_task(self._extend(source, source.extend_s), name="extend")
+            while True:
+                most = self._room()
+                if most:
+                    for delivery in await source.fetch(most, FETCH_S):
+                        self._take(source, tasks, delivery)
+                    continue
+                self._freed.clear()
+                try:
+                    async with asyncio.timeout(LOOK_S):
+                        await self._freed.wait()
+                except TimeoutError:
+                    pass
+
+    def _room(self) -> int:
+        work, queue = self._events.work_of(self._function), self._events.queue
+        if work is None:
+            self.error = f"no function {self._function!r}: deploy it"
+            return 0
+        if queue.failure:
+            self.error = queue.failure
+            return 0
+        self.error = ""
+        busy = queue.running_now[self._function] + queue.waiting[self._function]
+        batch = self.trigger.spec.batch
+        size = batch.size if batch is not None else 1  # a batch has one place
+        held = len(self._held)
+        return room(work.places * size, busy * size, self._coming, held, self._bytes, self._usual)
+
+    # ---- one message --------------------------------------------------------------------------
+
+    def _take(self, source: Source, tasks: asyncio.TaskGroup, delivery: Delivery) -> None:
+        self.counts.fetched += 1
+        self._held[id(delivery)] = delivery
+        self._bytes += len(delivery.body)
+        self._usual += (len(delivery.body) - self._usual) / 8
+        item = self._item(delivery)
+        if item is None:
+            tasks.create_task(self._done(source, [delivery]))
+            return
+        self._coming += 1
+        spec = self.trigger.spec
+        if item.refused or not (spec.ordered or spec.batch):
+            tasks.create_task(self._carry(source, [item]))
+            return
+        group = delivery.group if spec.ordered else ""
+        lane = self._lanes.get(group)
+        if lane is None:
+            lane = self._lanes[group] = _Lane(deque(), asyncio.Event())
+            tasks.create_task(self._drive(source, tasks, group, lane))
+        lane.items.append(item)
+        if spec.batch is None or len(lane.items) >= spec.batch.size:
+            lane.is_full.set()
+
+    def _item(self, delivery: Delivery) -> Item | None:
+        """The message as an event; None for one that the filter does not mean."""
+        digest = hashlib.blake2b(delivery.body, digest_size=8).hexdigest()
+        key = f"trigger {self._name} {delivery.id} {digest}" if delivery.id else ""
+        if not key and self.trigger.spec.batch:
+            key = f"trigger {self._name} once {new_id()}"  # by which it is known within its batch
+        try:
+            event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
+            body = cloudevents.encode(event)
+        except BadCloudEvent as error:
+            return Item(delivery, delivery.body, key, refused=f"no CloudEvent: {error.detail}")
+        try:
+            if not self._filter.matches(event):
+                self.counts.filtered += 1
+                return None
+        except FilterFailed as error:
+            self.counts.filter_errors += 1
+            extra = {"trigger": self._name, "source_id": delivery.id, "why": str(error)}
+            log.debug("a filter has no value for an event", extra=extra)
+            return None
+        if len(body) + 2 > BODY_BYTES_MAX:  # a batch of one has brackets
+            why = f"{len(body)} bytes as a CloudEvent, limit {BODY_BYTES_MAX}"
+            return Item(delivery, delivery.body, key, refused=why)
+        return Item(delivery, body, key, str(event.get("traceparent", ""))[:128])
+
+    async def _drive(
+        self, source: Source, tasks: asyncio.TaskGroup, group: str, lane: _Lane
+    ) -> None:
+        """Give out what is in a lane: one after the other where there is an order."""
+        spec = self.trigger.spec
+        size = spec.batch.size if spec.batch else 1
+        while lane.items:
+            if spec.batch and len(lane.items) < size:
+                lane.is_full.clear()
+                try:
+                    async with asyncio.timeout(spec.batch.window_seconds):
+                        await lane.is_full.wait()
+                except TimeoutError:
+                    pass
+            items = [lane.items.popleft()]
+            length = len(items[0].body)
+            while lane.items and len(items) < size:
+                length += len(lane.items[0].body) + 1
+                if length + 2 > BODY_BYTES_MAX:
+                    break
+                items.append(lane.items.popleft())
+            if spec.ordered:
+                await self._carry(source, items)
+            else:
+                tasks.create_task(self._carry(source, items))
+        del self._lanes[group]
+
+    async def _carry(self, source: Source, items: Sequence[Item]) -> None:
+        """Have it accepted, wait until it is over, and tell the source."""
+        is_batch = self.trigger.spec.batch is not None and not items[0].refused
+        ids = await (self._accept_batch(items) if is_batch else self._accept_one(items[0]))
+        left = list(items)
+        while left:
+            await self._over(ids[item.key] for item in left)
+            now = dict(ids)
+            if is_batch:  # what failed of it goes on as another event
+                function = self._function
+                now |= await self._events.queue.known(function, [item.key for item in left])
+            done = [item for item in left if now[item.key] == ids[item.key]]
+            await self._done(source, [item.delivery for item in done])
+            left, ids = [item for item in left if now[item.key] != ids[item.key]], now
+
+    async def _accept_one(self, item: Item) -> dict[str, InvocationId]:
+        if item.refused:
+            self.counts.refused += 1
+        key = (item.key, "trigger") if item.key else None
+        id_ = await self._accept(item.body, item.trace, key=key, refused=item.refused)
+        self._coming -= 1
+        return {item.key: id_}
+
+    async def _accept_batch(self, items: Sequence[Item]) -> dict[str, InvocationId]:
+        """Which event each is part of: those that are known of theirs, the others of a new one."""
+        keys = [item.key for item in items]
+        known = await self._trying(lambda: self._events.queue.known(self._function, keys))
+        self.counts.known += len(known)
+        new = [item for item in items if item.key not in known]
+        if new:
+            body = b"[" + b",".join(item.body for item in new) + b"]"
+            id_ = await self._accept(body, new[0].trace, items=[item.key for item in new])
+            known |= {item.key: id_ for item in new}
+        self._coming -= len(items)
+        return known
+
+    async def _accept(self, body: bytes, trace: str, **how: Any) -> InvocationId:
+        """Have an event accepted, for as long as that takes."""
+        invocation = Invocation(new_id(), self._function, body, None, trace)
+        accepted = await self._trying(lambda: self._events.accept(invocation, **how))
+        self.counts.known += not accepted.is_new
+        return InvocationId(accepted.id)
+
+    async def _trying(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The store may be away, or the function: then what we hold waits, and is extended."""
+        while True:
+            try:
+                return await work()
+            except PlatformError as error:
+                self.error = error.detail or str(error)
+                await asyncio.sleep(LOOK_S)
+
+    async def _over(self, ids: Iterable[InvocationId]) -> None:
+        """Return when all of these events are over; one that nobody knows any more is."""
+        for id_ in set(ids):
+            while True:
+                shown = await self._trying(partial(self._events.queue.get, id_, OVER_S))
+                if shown is None or shown.state.is_over:
+                    break
+
+    async def _done(self, source: Source, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            await source.ack(delivery)
+            self.counts.acknowledged += 1
+            del self._held[id(delivery)]
+            self._bytes -= len(delivery.body)
+        self._freed.set()
+
+    # ---- beside -------------------------------------------------------------------------------
+
+    async def _extend(self, source: Source, every_s: float) -> None:
+        """Keep what we hold. One that is lost is no harm: its event goes on, and is known."""
+        while True:
+            await asyncio.sleep(every_s)
+            held = list(self._held.values())
+            for at in range(0, len(held), EXTEND_AT_ONCE):
+                some = held[at : at + EXTEND_AT_ONCE]
+                still = [delivery for delivery in some if id(delivery) in self._held]
+                await asyncio.gather(*(self._keep(source, delivery) for delivery in still))
+
+    async def _keep(self, source: Source, delivery: Delivery) -> None:
+        try:
+            await source.extend(delivery)
+        except SourceFailed:
+            if id(delivery) in self._held:
+                raise
+
+    async def _measure(self, source: Source) -> None:
+        while True:
+            self.lag = await source.lag()
+            await asyncio.sleep(LAG_S)

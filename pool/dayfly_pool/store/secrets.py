@@ -1,0 +1,78 @@
+"""Secrets that triggers and destinations name: files that only the server's user can read.
+
+A secret's text is in no manifest, no answer of the API, no log line and no command line.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from dayfly_pool.errors import BadInput, DataFolderUnusable, SecretNotFound
+
+BYTES_MAX: Final = 64 * 1024
+NUMBER_MAX: Final = 10_000
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
+
+
+class Secrets:
+    """The secrets of all namespaces, in *folder*. Its methods wait for the disk, briefly."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, namespace: str, name: str, text: bytes) -> None:
+        """Keep *text*, in the place of what was there. Raises `BadInput`, `DataFolderUnusable`.
+
+        A line break at its end is not part of it.
+        """
+        path = self._path(namespace, name)
+        text = text.removesuffix(b"\n").removesuffix(b"\r")
+        if not text or len(text) > BYTES_MAX:
+            raise BadInput(f"a secret is 1 to {BYTES_MAX} bytes")
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            raise BadInput("a secret is text in UTF-8") from None
+        if not path.exists() and len(self.names()) >= NUMBER_MAX:
+            raise BadInput(f"there are {NUMBER_MAX} secrets: delete some")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            part = path.with_name(f".{name}.part")
+            part.unlink(missing_ok=True)
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as to:
+                to.write(text)
+                to.flush()
+                os.fsync(to.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise DataFolderUnusable(f"{path}: {error.strerror}") from error
+
+    def get(self, namespace: str, name: str) -> str:
+        """The text. Raises `SecretNotFound`, `DataFolderUnusable`."""
+        path = self._path(namespace, name)
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            raise SecretNotFound(f"no secret {namespace}/{name}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataFolderUnusable(f"{path}: {error}") from error
+
+    def delete(self, namespace: str, name: str) -> None:
+        """Forget it. Raises `SecretNotFound`."""
+        try:
+            self._path(namespace, name).unlink()
+        except FileNotFoundError:
+            raise SecretNotFound(f"no secret {namespace}/{name}") from None
+        except OSError as error:
+            raise DataFolderUnusable(f"{self._folder}: {error.strerror}") from error
+
+    def names(self) -> list[tuple[str, str]]:
+        """(namespace, name) of each, sorted."""
+        paths = self._folder.glob("*/*")
+        return sorted((p.parent.name, p.name) for p in paths if _NAME.match(p.name))
+
+    def _path(self, namespace: str, name: str) -> Path:
+        if not (_NAME.match(namespace) and _NAME.match(name)):
+            raise BadInput("names are lower-case letters, digits and dashes, at most 63")
+        return self._folder / namespace / name

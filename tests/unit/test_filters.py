@@ -1,0 +1,69 @@
+"""Filters: CEL over CloudEvents."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dayfly_gateway.triggers.filters import Filter, FilterFailed
+from dayfly_pool.errors import BadInput
+
+EVENT: dict[str, Any] = {
+    "id": "1",
+    "type": "order",
+    "subject": "shop/7",
+    "data": {"total": 42, "items": [{"n": 1}]},
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", True),
+        ('event.type == "order"', True),
+        ('event.type == "refund"', False),
+        ("event.data.total > 40 && event.data.items[0].n == 1", True),
+        ("has(event.data.coupon) && event.data.coupon.value > 1", False),
+        ('event.subject.startsWith("shop/")', True),
+        ('event.subject.matches("^shop/[0-9]+$")', True),
+        ('event.type in ["order", "refund"]', True),
+    ],
+)
+def test_a_filter_says_whether_the_event_is_meant(text: str, expected: bool):
+    assert Filter(text).matches(EVENT) is expected
+
+
+@pytest.mark.parametrize("text", ["event.type ==", "type == 'order'", "\0", "(" * 4000, "event."])
+def test_what_is_no_expression_is_refused_with_the_reason(text: str):
+    with pytest.raises(BadInput, match="filter: "):
+        Filter(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "event.nope == 1",
+        "event.type",
+        "event.data.total + 1",
+        "1 / 0 == 1",
+        'event.data.total.startsWith("x")',
+        "event.many.all(a, event.many.all(b, event.many.all(c, a + b + c >= 0)))",
+    ],
+)
+def test_an_expression_without_a_value_for_the_event_fails_and_nothing_else(text: str):
+    with pytest.raises(FilterFailed):
+        Filter(text).matches(EVENT | {"many": list(range(200))})
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_no_event_breaks_a_filter(event: dict[str, Any]):
+    found = Filter('has(event.data) && event.data == event.data || event.type == "x"')
+    try:
+        assert found.matches(event) in (True, False)
+    except FilterFailed:
+        pass
