@@ -14,8 +14,10 @@ from msgspec import structs
 
 from dayfly_gateway import events, later
 from dayfly_gateway.config import GatewayConfig
+from dayfly_gateway.hooks import Hooks
 from dayfly_gateway.routing import MethodNotAllowed, Routes
 from dayfly_pool.errors import BodyTooLarge, PlatformError
+from dayfly_pool.events import in_order
 from dayfly_pool.models import Invocation, InvocationId, Outcome, Success
 from dayfly_pool.service import Service
 
@@ -66,6 +68,7 @@ class DataPlane:
         self._service = service
         self._config = config
         self._ids = _invocation_ids()
+        self._hooks = Hooks(service)
         self.routes = Routes()
         self.is_draining = False
 
@@ -100,8 +103,12 @@ class DataPlane:
         self, request: web.BaseRequest, id_: InvocationId, request_id: str
     ) -> web.Response | None:
         """None when it is on its way already: whatever is everyday is written at once."""
-        if request.rel_url.raw_path.startswith(later.PATH):
+        path = request.rel_url.raw_path
+        if path.startswith(later.PATH):
             return await later.show(self._service, request)
+        if self._hooks.takes(path):
+            body = await read_body(request, self._config, self._config.body_bytes_max)
+            return await self._hooks.answer(request, body)
         invocation = await self._invocation(request, id_)
         if "Prefer" in request.headers and later.preferences(request.headers.getall("Prefer"))[0]:
             return await self._accept(request, invocation, request_id)
@@ -129,7 +136,7 @@ class DataPlane:
     async def _accept(
         self, request: web.BaseRequest, invocation: Invocation, request_id: str
     ) -> web.Response | None:
-        invocation = structs.replace(invocation, id=later.in_order(invocation.id))
+        invocation = structs.replace(invocation, id=in_order(invocation.id))
         accepted = await later.accept(self._service, invocation, request)
         transport = request.transport
         if self._is_everyday(request) and accepted.is_new and transport is not None:

@@ -16,8 +16,9 @@ import dayfly
 from dayfly_gateway import auth, events, later, openapi, routing
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
-from dayfly_gateway.triggers.schedules import Schedules
+from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
+from dayfly_pool.events import in_order
 from dayfly_pool.models import (
     EnvironmentManifest,
     EnvironmentSpec,
@@ -37,6 +38,7 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.service import Service
 from dayfly_pool.store.events import PAGE_MAX
+from dayfly_pool.store.secrets import BYTES_MAX as SECRET_BYTES_MAX
 from dayfly_pool.store.sqlite import StoredEnvironment, StoredFunction
 
 log = logging.getLogger("dayfly.admin")
@@ -53,12 +55,12 @@ class Management:
         service: Service,
         config: GatewayConfig,
         is_ready: Callable[[], bool],
-        schedules: Schedules,
+        triggers: Triggers,
     ) -> None:
         self._service = service
         self._config = config
         self._is_ready = is_ready
-        self._schedules = schedules
+        self._declared = triggers
 
     def application(self) -> web.Application:
         """The aiohttp application of this plane."""
@@ -68,6 +70,7 @@ class Management:
         function = "/namespaces/{namespace}/functions/{name}"
         environment = "/namespaces/{namespace}/environments/{name}"
         trigger = "/namespaces/{namespace}/triggers/{name}"
+        secret = "/namespaces/{namespace}/secrets/{name}"
         app.add_routes(
             [
                 web.get("/live", self._live),
@@ -89,6 +92,9 @@ class Management:
                 web.get("/triggers", self._triggers),
                 web.put(trigger, self._set_trigger),
                 web.delete(trigger, self._delete_trigger),
+                web.get("/secrets", self._secrets),
+                web.put(secret, self._put_secret),
+                web.delete(secret, self._delete_secret),
                 web.get("/environments", self._environments),
                 web.put(environment, self._build),
                 web.delete(environment, self._delete_environment),
@@ -166,7 +172,7 @@ class Management:
         queue_s_max = self._service.config.queue_s_max
         invocation = Invocation(id_, stored.id, body, None, trace, queue_s_max)
         if later.preferences(request.headers.getall("Prefer", ()))[0]:
-            invocation = msgspec.structs.replace(invocation, id=later.in_order(id_))
+            invocation = msgspec.structs.replace(invocation, id=in_order(id_))
             return later.answer(await later.accept(self._service, invocation, request))
         return _invoked(id_, await self._service.pool.invoke(invocation))
 
@@ -219,7 +225,7 @@ class Management:
         limit = query.get("limit", "100")
         if not (limit.isdigit() and 0 < int(limit) <= PAGE_MAX):
             raise BadInput(f"limit is a number from 1 to {PAGE_MAX}")
-        page = await self._service.queue.page(
+        page = await self._service.events.queue.page(
             FunctionId(query["function"]) if "function" in query else None,
             later.STATES[state] if state else None,
             int(limit),
@@ -228,7 +234,7 @@ class Management:
         return _json([later.view(shown) for shown in page])
 
     async def _event(self, request: web.Request) -> web.Response:
-        shown = await self._service.queue.get(InvocationId(request.match_info["id"]))
+        shown = await self._service.events.queue.get(InvocationId(request.match_info["id"]))
         if shown is None:
             raise later.InvocationNotFound
         payload = {"event": later.body_view(shown.body)} if shown.body else {}
@@ -236,7 +242,7 @@ class Management:
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """As it was before: what is over cannot be cancelled any more."""
-        before = await self._service.queue.cancel(InvocationId(request.match_info["id"]))
+        before = await self._service.events.queue.cancel(InvocationId(request.match_info["id"]))
         if before is None:
             raise later.InvocationNotFound
         return _json(later.view(before) | {"cancelled": not before.state.is_over})
@@ -244,24 +250,43 @@ class Management:
     async def _redrive(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         which = msgspec.json.decode(data or b"{}", type=Redrive)
-        number = await self._service.queue.redrive(self._stored(request).id, which.ids)
+        number = await self._service.events.queue.redrive(self._stored(request).id, which.ids)
         return _json({"redriven": number})
 
     # ---- triggers -----------------------------------------------------------------------------
 
     async def _triggers(self, request: web.Request) -> web.Response:
         triggers = [trigger for _, trigger in sorted(self._service.triggers.items())]
-        return _json([self._schedules.view(trigger) for trigger in triggers])
+        return _json([self._declared.view(trigger) for trigger in triggers])
 
     async def _set_trigger(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         spec = msgspec.json.decode(data, type=TriggerSpec)
         manifest = TriggerManifest(metadata=_metadata(request), spec=spec)
-        return _json(self._schedules.view(await self._schedules.declare(manifest)))
+        return _json(self._declared.view(await self._declared.declare(manifest)))
 
     async def _delete_trigger(self, request: web.Request) -> web.Response:
         info = request.match_info
-        await self._service.delete_trigger(info["namespace"], info["name"])
+        await self._declared.delete(info["namespace"], info["name"])
+        return web.Response(status=204)
+
+    # ---- secrets ------------------------------------------------------------------------------
+
+    async def _secrets(self, request: web.Request) -> web.Response:
+        """Their names; no way leads to a secret's text."""
+        names = await asyncio.to_thread(self._service.secrets.names)
+        return _json([{"namespace": namespace, "name": name} for namespace, name in names])
+
+    async def _put_secret(self, request: web.Request) -> web.Response:
+        text = await read_body(request, self._config, SECRET_BYTES_MAX + 2)
+        named = _metadata(request)
+        put = self._service.secrets.put
+        await asyncio.to_thread(put, named.namespace, named.name, text)
+        return web.Response(status=204)
+
+    async def _delete_secret(self, request: web.Request) -> web.Response:
+        named = _metadata(request)
+        await asyncio.to_thread(self._service.secrets.delete, named.namespace, named.name)
         return web.Response(status=204)
 
     # ---- environments -------------------------------------------------------------------------

@@ -15,11 +15,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from dayfly_gateway.app import DataPlane
 from dayfly_gateway.config import Address, GatewayConfig
+from dayfly_gateway.destinations import Teller
 from dayfly_gateway.management import Management
-from dayfly_gateway.triggers.schedules import Schedules
+from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool.config import Config
 from dayfly_pool.errors import PlatformError
 from dayfly_pool.service import Service
+from dayfly_pool.store.secrets import Secrets
 
 log = logging.getLogger("dayfly.server")
 
@@ -80,7 +82,8 @@ class Server:
 
     def __init__(self, config: Config, gateway: GatewayConfig) -> None:
         self._gateway = gateway
-        self.service = Service(config)
+        self._teller = Teller(Secrets(config.data / "secrets"))
+        self.service = Service(config, self._teller)
         self._data = DataPlane(self.service, gateway)
         self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
 
@@ -92,11 +95,11 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        async with self.service.running():
+        async with self._teller.running(), self.service.running():
             self.service.watch(self._data.reroute)
             self._data.reroute()
-            schedules = Schedules(self.service)
-            management = Management(self.service, self._gateway, self._is_ready, schedules)
+            triggers = Triggers(self.service)
+            management = Management(self.service, self._gateway, self._is_ready, triggers)
             admin = web.AppRunner(
                 management.application(),
                 access_log=None,
@@ -111,12 +114,12 @@ class Server:
             ):
                 async with asyncio.TaskGroup() as tasks:
                     watching = tasks.create_task(self._watch_the_loop(), name="watch-loop")
-                    firing = tasks.create_task(schedules.run(), name="schedules")
+                    triggering = tasks.create_task(triggers.run(), name="triggers")
                     ready = tasks.create_task(on_ready(self), name="on-ready")
                     await self._stopping.wait()
                     ready.cancel()
                     watching.cancel()
-                    firing.cancel()
+                    triggering.cancel()
                 await self._drain(data, server)
 
     def _stop(self) -> None:
@@ -139,7 +142,7 @@ class Server:
             faulthandler.cancel_dump_traceback_later()
 
     def _is_ready(self) -> bool:
-        return not (self._stopping.is_set() or self.service.queue.failure)
+        return not (self._stopping.is_set() or self.service.events.queue.failure)
 
     def _data_server(self) -> _HttpServer:
         gateway = self._gateway

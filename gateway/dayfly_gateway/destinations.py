@@ -1,0 +1,147 @@
+"""Telling a destination outside what became of an event: a signed POST, or a broker's topic.
+
+It runs as an event of the durable queue: what could not be told is tried again for three days, and
+is a dead letter then. Whoever is told may be told twice, and knows it by the event's id.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Final, cast
+
+import aiohttp
+from standardwebhooks.webhooks import Webhook
+
+from dayfly_gateway.cloudevents import STRUCTURED
+from dayfly_gateway.triggers.source import SourceFailed, Topic
+from dayfly_gateway.triggers.triggers import adapter
+from dayfly_pool.errors import PlatformError
+from dayfly_pool.models import Destination, Failure, InvocationId, Outcome, Success, Timing
+from dayfly_pool.store.secrets import Secrets
+
+log = logging.getLogger("dayfly.destinations")
+ANSWER_S_MAX: Final = 30.0
+TOPICS_MAX: Final = 32
+"""Connections to brokers that are kept for the next word."""
+
+NOT_TOLD: Final = "NotTold"
+
+
+class Teller:
+    """Tells destinations outside. Use it inside `async with teller.running():`."""
+
+    def __init__(self, secrets: Secrets) -> None:
+        self._secrets = secrets
+        self._session: aiohttp.ClientSession | None = None
+        self._topics: OrderedDict[tuple[str, str], tuple[Topic, asyncio.Lock]] = OrderedDict()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Teller"]:
+        """Hold connections while the block runs."""
+        try:
+            yield self
+        finally:
+            if self._session is not None:
+                await self._session.close()
+            while self._topics:
+                _, (topic, _) = self._topics.popitem()
+                await topic.close()
+
+    async def __call__(
+        self, destination: Destination, namespace: str, id_: InvocationId, body: bytes
+    ) -> Outcome:
+        """Tell it once; a `Failure` says why it does not know."""
+        try:
+            if destination.url is not None:
+                return await self._post(destination, namespace, id_, body)
+            return await self._publish(destination, namespace, id_, body)
+        except PlatformError as error:
+            return Failure(NOT_TOLD, error.detail or str(error))
+
+    async def _post(
+        self, destination: Destination, namespace: str, id_: InvocationId, body: bytes
+    ) -> Outcome:
+        url = destination.url
+        assert url is not None
+        headers = {"Content-Type": STRUCTURED, "User-Agent": "Dayfly"}
+        headers |= await self._signed(destination, namespace, id_, body)
+        if self._session is None:
+            limit = aiohttp.ClientTimeout(total=ANSWER_S_MAX)
+            self._session = aiohttp.ClientSession(timeout=limit, auto_decompress=False)
+        try:
+            async with self._session.post(
+                url, data=body, headers=headers, allow_redirects=False
+            ) as answer:
+                if 200 <= answer.status < 300:
+                    return Success(b"", Timing())
+                return Failure(NOT_TOLD, f"{url} answered with status {answer.status}")
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            return Failure(NOT_TOLD, f"{url}: {error or type(error).__name__}"[:1000])
+
+    async def _signed(
+        self, destination: Destination, namespace: str, id_: InvocationId, body: bytes
+    ) -> dict[str, str]:
+        """The headers of https://www.standardwebhooks.com; no signature without a secret."""
+        now = datetime.now(UTC)
+        headers = {"webhook-id": id_, "webhook-timestamp": str(int(now.timestamp()))}
+        if destination.secret is None:
+            return headers
+        secret = await asyncio.to_thread(self._secrets.get, namespace, destination.secret)
+        signature = signer(secret).sign(msg_id=id_, timestamp=now, data=body.decode())
+        return headers | {"webhook-signature": signature}
+
+    async def _publish(
+        self, destination: Destination, namespace: str, id_: InvocationId, body: bytes
+    ) -> Outcome:
+        declared = getattr(destination, destination.kind)
+        secret = ""
+        if declared.secret is not None:
+            secret = await asyncio.to_thread(self._secrets.get, namespace, declared.secret)
+        key = repr(declared), secret
+        topic, turn = self._topics.get(key) or (None, asyncio.Lock())
+        if topic is None:
+            made = adapter(destination.kind).Topic(declared, secret)
+            topic = cast("Topic", _Opening(made))
+            self._topics[key] = topic, turn
+        self._topics.move_to_end(key)
+        await self._forget_some()
+        try:
+            async with turn:
+                await topic.open()  # once
+            await topic.tell(id_, body)
+        except SourceFailed:
+            if self._topics.get(key, (None,))[0] is topic:
+                del self._topics[key]
+            await topic.close()
+            raise
+        return Success(b"", Timing())
+
+    async def _forget_some(self) -> None:
+        while len(self._topics) > TOPICS_MAX:
+            _, (topic, _) = self._topics.popitem(last=False)
+            await topic.close()
+
+
+class _Opening:
+    """A topic that is opened once, by whoever needs it first."""
+
+    def __init__(self, topic: Topic) -> None:
+        self._topic, self._is_open = topic, False
+        self.tell, self.close = topic.tell, topic.close
+
+    async def open(self) -> None:
+        if not self._is_open:
+            await self._topic.open()
+            self._is_open = True
+
+
+def signer(secret: str) -> Webhook:
+    """Signs and checks with *secret*: `whsec_` and base64, else the text itself."""
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(ValueError):  # not base64 after all
+            return Webhook(secret)
+    return Webhook(secret.encode())

@@ -1,0 +1,197 @@
+"""Events that are sent to us: webhooks (`/hooks/NAMESPACE/TRIGGER`) and CloudEvents (`/events`).
+
+Both answer when the event is on the disk, for every function that is meant. What is sent twice is
+accepted once: it is known by the sender's own id.
+"""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+from standardwebhooks.webhooks import WebhookVerificationError
+
+from dayfly_gateway import cloudevents, events
+from dayfly_gateway.destinations import signer
+from dayfly_gateway.routing import MethodNotAllowed
+from dayfly_gateway.triggers.filters import Filter, FilterFailed
+from dayfly_pool.errors import BadInput, PlatformError, TriggerNotFound
+from dayfly_pool.events import new_id, payload, rfc3339
+from dayfly_pool.models import Invocation, InvocationId, function_id
+from dayfly_pool.service import Service
+from dayfly_pool.store.sqlite import StoredTrigger
+
+HOOKS: Final = "/hooks/"
+EVENTS: Final = "/events"
+ID_CHARACTERS_MAX: Final = 256
+
+
+class NotSigned(PlatformError):
+    """The signature is missing, wrong or too old.
+
+    Nothing was accepted. Sender and `dayfly secret put` must have the same secret.
+    """
+
+    status = 401
+
+
+class TriggerPaused(PlatformError):
+    """The trigger is paused.
+
+    Send it again later, or let it go on: dayfly trigger resume NAME.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 60
+
+
+class Hooks:
+    """Takes what is sent to the triggers of *service*."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._filters: dict[str, Filter] = {}
+
+    def takes(self, path: str) -> bool:
+        """Whether a request for *path* is one of ours."""
+        return path.startswith(HOOKS) or namespace_of(path) is not None
+
+    async def answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        """Accept what was sent. Raises `PlatformError`."""
+        if request.method != "POST":
+            raise MethodNotAllowed(f"{request.method} is not POST", allow="POST")
+        headers = {
+            name.decode("latin-1").lower(): value.decode("utf-8", "replace")
+            for name, value in request.raw_headers
+        }
+        headers["traceparent"] = events.trace(request)
+        path = request.rel_url.raw_path
+        namespace = namespace_of(path)
+        if namespace is not None:
+            accepted = await self._published(namespace, headers, body)
+        else:
+            accepted = await self._hooked(path, headers, body)
+        told = json.dumps({"accepted": accepted}).encode()
+        return web.Response(
+            status=202,
+            body=told,
+            headers={"Content-Type": "application/json", "Server": "Dayfly"},
+        )
+
+    # ---- CloudEvents --------------------------------------------------------------------------
+
+    async def _published(
+        self, namespace: str, headers: Mapping[str, str], body: bytes
+    ) -> list[str]:
+        event = cloudevents.parse(headers, body)
+        if headers["traceparent"]:
+            event.setdefault("traceparent", headers["traceparent"])
+        known_by = json.dumps([event["source"], event["id"]])
+        return [
+            await self._accept(trigger, event, known_by)
+            for trigger in self._service.triggers.values()
+            if trigger.namespace == namespace
+            and trigger.spec.events is not None
+            and not trigger.spec.paused
+            and self._means(trigger, event)
+        ]
+
+    # ---- webhooks -----------------------------------------------------------------------------
+
+    async def _hooked(self, path: str, headers: Mapping[str, str], body: bytes) -> list[str]:
+        namespace, _, name = path.removeprefix(HOOKS).partition("/")
+        trigger = self._service.triggers.get((namespace, name))
+        if trigger is None or trigger.spec.webhook is None:
+            raise TriggerNotFound(f"no webhook at {path[:200]!r}")
+        webhook = trigger.spec.webhook
+        secret = self._service.secrets.get(namespace, webhook.secret)
+        check = github if webhook.scheme == "github" else standard
+        event = check(secret, headers, body) | {"source": f"/triggers/{namespace}/{name}"}
+        if trigger.spec.paused:
+            raise TriggerPaused
+        if headers["traceparent"]:
+            event["traceparent"] = headers["traceparent"]
+        event |= {"specversion": "1.0", "time": rfc3339(self._service.events.queue.clock.now())}
+        if not self._means(trigger, event):
+            return []
+        return [await self._accept(trigger, event, str(event["id"]))]
+
+    def _means(self, trigger: StoredTrigger, event: Mapping[str, Any]) -> bool:
+        text = trigger.spec.filter
+        if text not in self._filters:
+            if len(self._filters) > 1000:
+                self._filters.clear()
+            self._filters[text] = Filter(text)
+        try:
+            return self._filters[text].matches(event)
+        except FilterFailed:
+            return False
+
+    async def _accept(self, trigger: StoredTrigger, event: Mapping[str, Any], id_: str) -> str:
+        name = f"{trigger.namespace}/{trigger.name}"
+        digest = hashlib.blake2b(id_.encode(), digest_size=16).hexdigest()
+        invocation = Invocation(
+            new_id(),
+            function_id(trigger.namespace, trigger.spec.function),
+            cloudevents.encode(event),
+            None,
+            str(event.get("traceparent", ""))[:128],
+        )
+        key = f"trigger {name} {digest}", "sent"
+        return InvocationId((await self._service.events.accept(invocation, key=key)).id)
+
+
+def namespace_of(path: str) -> str | None:
+    """Whose `/events` it is, `/ns/NAMESPACE/events` outside the default namespace."""
+    if path == EVENTS:
+        return "default"
+    _, ns, namespace, *rest = [*path.split("/"), "", ""]
+    is_one = ns == "ns" and rest[:1] == ["events"] and path.count("/") == 3
+    return namespace if is_one else None
+
+
+def github(secret: str, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """The event that a request of GitHub's is. Raises `NotSigned`, `BadInput`.
+
+    https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
+    """
+    told = headers.get("x-hub-signature-256", "").removeprefix("sha256=")
+    right = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    if not hmac.compare_digest(told.encode(), right.encode()):
+        raise NotSigned("X-Hub-Signature-256")
+    id_, kind = headers.get("x-github-delivery", ""), headers.get("x-github-event", "")
+    _check(id_, "X-GitHub-Delivery")
+    _check(kind, "X-GitHub-Event")
+    return {"id": id_, "type": f"com.github.{kind}"} | _data(body)
+
+
+def standard(secret: str, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """The event that a request as of Standard Webhooks is. Raises `NotSigned`, `BadInput`."""
+    try:
+        signer(secret).verify(body, dict(headers), json_parse=False)
+    except (WebhookVerificationError, ValueError, IndexError) as error:
+        raise NotSigned(str(error)[:200]) from None
+    id_ = headers["webhook-id"]
+    _check(id_, "webhook-id")
+    data = _data(body)
+    told = data.get("data")
+    kind = told.get("type") if isinstance(told, dict) else None
+    return {"id": id_, "type": kind if isinstance(kind, str) and kind else "webhook"} | data
+
+
+def _check(value: str, header: str) -> None:
+    if not 0 < len(value) <= ID_CHARACTERS_MAX:
+        raise BadInput(f"{header} is 1 to {ID_CHARACTERS_MAX} characters")
+
+
+def _data(body: bytes) -> dict[str, Any]:
+    found = payload(body)
+    if isinstance(found, msgspec.Raw):
+        return {"datacontenttype": "application/json", "data": msgspec.json.decode(found)}
+    if isinstance(found, str):
+        return {"datacontenttype": "text/plain", "data": found}
+    return {"datacontenttype": "application/octet-stream", "data_base64": found["body"]}
