@@ -574,6 +574,7 @@ def top(session: Session) -> None:
 
 cli.add_command(cli_events.events)
 cli.add_command(cli_events.trigger)
+cli.add_command(cli_events.secret)
 
 
 def main() -> None:

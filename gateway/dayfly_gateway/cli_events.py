@@ -1,6 +1,7 @@
-"""`dayfly events` and `dayfly trigger`: what runs later, what became of it, and what makes it."""
+"""`dayfly events`, `dayfly trigger` and `dayfly secret`: what runs later, and what makes it."""
 
 import json
+import sys
 from typing import Any, Final
 
 import click
@@ -9,6 +10,7 @@ from dayfly_gateway import show
 from dayfly_gateway.client import Misused, Told
 from dayfly_gateway.session import Session, client_command
 
+SECRET_BYTES_MAX: Final = 64 * 1024
 STATES: Final = ("waiting", "running", "succeeded", "dead", "cancelled")
 
 
@@ -111,7 +113,9 @@ def _show_cancelled(ended: list[dict[str, Any]]) -> None:
 
 @click.group()
 def trigger() -> None:
-    """What makes events: list, cron, pause, resume, delete.
+    """What makes events: list, show, cron, pause, resume, delete.
+
+    Those that listen to brokers, folders and webhooks are declared in files: dayfly apply -f FILE.
 
     \b
       dayfly trigger cron nightly --function report --schedule "30 2 * * *"
@@ -172,6 +176,18 @@ def cron(
     session.show(view, lambda _: click.echo(f"trigger {name} runs {function}"))
 
 
+@trigger.command("show")
+@click.argument("name")
+@client_command
+def show_trigger(session: Session, name: str) -> None:
+    """Show a trigger: what it declares, what it has done, and what went wrong.
+
+    \b
+      dayfly trigger show nightly
+    """
+    session.show(_trigger(session, name), show.described)
+
+
 @trigger.command()
 @click.argument("name")
 @client_command
@@ -209,12 +225,74 @@ def delete_trigger(session: Session, name: str) -> None:
     session.show({"deleted": name}, lambda _: click.echo(f"deleted {name}"))
 
 
-def _set_paused(session: Session, name: str, *, paused: bool) -> None:
+def _trigger(session: Session, name: str) -> dict[str, Any]:
     metadata = {"namespace": session.namespace, "name": name}
     found = [view for view in session.client.triggers() if view["metadata"] == metadata]
     if not found:
         raise Told(f"no trigger {name!r}: `dayfly trigger list` shows those there are")
-    spec = found[0]["spec"] | {"paused": paused}
+    return found[0]
+
+
+def _set_paused(session: Session, name: str, *, paused: bool) -> None:
+    spec = _trigger(session, name)["spec"] | {"paused": paused}
     shown = session.client.put_trigger(session.namespace, name, spec)
     said = f"trigger {name} {'is paused' if paused else 'goes on'}"
     session.show(shown, lambda _: click.echo(said))
+
+
+@click.group()
+def secret() -> None:
+    """Logins and keys that triggers and destinations name: put, list, delete.
+
+    \b
+      dayfly secret put nats-login < login.txt
+      dayfly secret list
+    """
+
+
+@secret.command()
+@click.argument("name")
+@client_command
+def put(session: Session, name: str) -> None:
+    """Keep a secret, read from standard input; nobody can read it back.
+
+    \b
+      dayfly secret put nats-login < login.txt      # user:password
+      openssl rand -base64 32 | sed s/^/whsec_/ | dayfly secret put webhook
+    """
+    if sys.stdin.isatty():
+        text = click.prompt("secret", hide_input=True, confirmation_prompt=True).encode()
+    else:
+        text = sys.stdin.buffer.read(SECRET_BYTES_MAX + 2)
+    session.client.put_secret(session.namespace, name, text)
+    session.show({"put": name}, lambda _: click.echo(f"secret {name} is kept"))
+
+
+@secret.command("list")
+@client_command
+def list_secrets(session: Session) -> None:
+    """List the names of secrets.
+
+    \b
+      dayfly secret list
+    """
+    found = session.client.secrets()
+    if session.is_namespace_given:
+        found = [each for each in found if each["namespace"] == session.namespace]
+    if not found and not session.is_json:
+        click.echo("no secrets: `dayfly secret put NAME` keeps one", err=True)
+        return
+    session.show(found, show.secrets)
+
+
+@secret.command("delete")
+@click.argument("name")
+@client_command
+def delete_secret(session: Session, name: str) -> None:
+    """Delete a secret. What names it fails from its next connection on.
+
+    \b
+      dayfly secret delete nats-login
+    """
+    session.client.delete(session.namespace, "secrets", name)
+    session.show({"deleted": name}, lambda _: click.echo(f"deleted {name}"))

@@ -153,8 +153,16 @@ class Client:
         """Declare a trigger; returns it as the API shows it."""
         return self._document("PUT", _path(namespace, "triggers", name), json.dumps(spec).encode())
 
+    def secrets(self) -> list[dict[str, Any]]:
+        """The name of every secret."""
+        return self._listed("/secrets")
+
+    def put_secret(self, namespace: str, name: str, text: bytes) -> None:
+        """Keep a secret."""
+        self.call("PUT", _path(namespace, "secrets", name), text)
+
     def delete(self, namespace: str, kind: str, name: str) -> None:
-        """Delete a function or an environment; *kind* is in the plural."""
+        """Delete what is declared; *kind* is in the plural."""
         self.call("DELETE", _path(namespace, kind, name))
 
     def invoke(self, namespace: str, name: str, event: bytes) -> Reply:

@@ -250,7 +250,10 @@ class Management:
     async def _redrive(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         which = msgspec.json.decode(data or b"{}", type=Redrive)
-        number = await self._service.events.queue.redrive(self._stored(request).id, which.ids)
+        id_ = function_id(request.match_info["namespace"], request.match_info["name"])
+        if self._service.events.work_of(id_) is None:
+            raise FunctionNotFound(f"no function {id_!r}")
+        number = await self._service.events.queue.redrive(id_, which.ids)
         return _json({"redriven": number})
 
     # ---- triggers -----------------------------------------------------------------------------

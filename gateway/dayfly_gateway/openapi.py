@@ -116,6 +116,12 @@ def _event_paths() -> dict[str, Any]:
             "put": _operation("Declare it", _BAD | _MISSING, schema="TriggerSpec"),
             "delete": _operation("Delete it", _MISSING, "204"),
         },
+        "/secrets": {"get": _operation("The names of all secrets")},
+        "/namespaces/{namespace}/secrets/{name}": {
+            "parameters": _NAMED,
+            "put": _operation("Keep it", _BAD, "204", body="text/plain", schema=""),
+            "delete": _operation("Delete it", _MISSING, "204"),
+        },
     }
 
 

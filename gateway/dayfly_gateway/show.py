@@ -133,6 +133,11 @@ def events(found: Sequence[Mapping[str, Any]]) -> None:
     table(headers, [[event[name] for name in names] for event in found])
 
 
+def secrets(found: Sequence[Mapping[str, Any]]) -> None:
+    """`dayfly secret list`."""
+    table(("NAMESPACE", "NAME"), [[each["namespace"], each["name"]] for each in found])
+
+
 PLACES: Final = ("subject", "stream", "queue", "topic", "table", "channel", "path", "scheme")
 """Which field of a trigger's source says best where it listens."""
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from standardwebhooks.webhooks import Webhook
 from tests.brokers.nats import Nats
-from tests.harness import Reply, Server, eventually
+from tests.harness import DAYFLY, Reply, Server, eventually
 
 FILES = {
     "main.py": (
@@ -356,6 +357,20 @@ def test_a_secret_can_be_kept_and_deleted_and_never_read(server: Server):
     assert server.ask("DELETE", path).status == 204
     assert server.ask("DELETE", path).status == 404
     assert not any("hunter2" in line for line in server.log)
+
+
+def test_secrets_on_the_command_line_come_from_standard_input(server: Server):
+    def dayfly(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        command = [str(DAYFLY), "secret", *arguments, "--url", f"http://{server.admin}"]
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
+
+    assert dayfly("put", "typed", text="user:hunter3\n").stdout == "secret typed is kept\n"
+    assert (server.data / "secrets" / "default" / "typed").read_text() == "user:hunter3"
+    listed = dayfly("list")
+    assert "typed" in listed.stdout
+    assert "hunter3" not in listed.stdout
+    assert dayfly("delete", "typed").returncode == 0
+    assert "no such secret" in dayfly("delete", "typed").stderr.lower()
 
 
 @pytest.mark.parametrize(
