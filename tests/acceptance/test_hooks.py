@@ -370,7 +370,7 @@ def test_secrets_on_the_command_line_come_from_standard_input(server: Server):
     assert "typed" in listed.stdout
     assert "hunter3" not in listed.stdout
     assert dayfly("delete", "typed").returncode == 0
-    assert "no such secret" in dayfly("delete", "typed").stderr.lower()
+    assert "no secret" in dayfly("delete", "typed").stderr.lower()
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,11 @@ class Pump:
     def __init__(self, trigger: StoredTrigger, events: Events, make: Callable[[], Source]) -> None:
         self.trigger, self.counts = trigger, Counts()
         self.is_up, self.lag = False, None  # type: bool, int | None
-        self.error = ""
-        """Why nothing comes, or came the last time."""
+        self._failure = self._obstacle = ""
+        """What is wrong with the source, and why nothing can be taken from it."""
+
+        self._failures = 0
+        """Of the source, since it gave something out."""
 
         self._events, self._make = events, make
         self._name = f"{trigger.namespace}/{trigger.name}"
@@ -125,25 +128,32 @@ class Pump:
 
     async def run(self) -> None:
         """For ever; what goes wrong is told in `error`, and tried again."""
-        failures = 0
         while True:
             try:
                 source = self._make()
                 try:
                     await source.open()
                     log.info("a trigger listens", extra={"trigger": self._name})
-                    self.is_up, self.error, failures = True, "", 0
+                    self.is_up = True
                     await self._pump(source)
                 finally:
                     self.is_up, self.lag = False, None
                     self._forget()
                     await source.close()
             except Exception as error:  # whatever it is, this trigger goes on, and the others
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise asyncio.CancelledError from None  # a task group prefers its errors
                 self._note(error)
-            failures += 1
+            self._failures += 1
             self.counts.failures += 1
             draw = 0.5 + random.random() / 2
-            await asyncio.sleep(retry.backoff_s(REOPEN_FIRST_S, REOPEN_MAX_S, failures, draw))
+            wait_s = retry.backoff_s(REOPEN_FIRST_S, REOPEN_MAX_S, self._failures, draw)
+            await asyncio.sleep(wait_s)
+
+    @property
+    def error(self) -> str:
+        """Why nothing comes; empty when it does."""
+        return self._failure or self._obstacle
 
     def _note(self, error: Exception) -> None:
         first: BaseException = error
@@ -153,9 +163,9 @@ class Pump:
         extra = {"trigger": self._name, "why": why}
         if not isinstance(first, PlatformError):
             log.error("a trigger failed", extra=extra, exc_info=first)
-        elif why != self.error:
+        elif why != self._failure:
             log.warning("a trigger cannot reach its source", extra=extra)
-        self.error = why
+        self._failure = why
 
     async def _pump(self, source: Source) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -165,7 +175,9 @@ class Pump:
             while True:
                 most = self._room()
                 if most:
-                    for delivery in await source.fetch(most, FETCH_S):
+                    found = await source.fetch(most, FETCH_S)
+                    self._failure, self._failures = "", 0
+                    for delivery in found:
                         self._take(source, tasks, delivery)
                     continue
                 self._freed.clear()
@@ -178,12 +190,12 @@ class Pump:
     def _room(self) -> int:
         work, queue = self._events.work_of(self._function), self._events.queue
         if work is None:
-            self.error = f"no function {self._function!r}: deploy it"
+            self._obstacle = f"no function {self._function!r}: deploy it"
             return 0
         if queue.failure:
-            self.error = queue.failure
+            self._obstacle = queue.failure
             return 0
-        self.error = ""
+        self._obstacle = ""
         busy = queue.running_now[self._function] + queue.waiting[self._function]
         batch = self.trigger.spec.batch
         size = batch.size if batch is not None else 1  # a batch has one place
@@ -316,7 +328,7 @@ class Pump:
             try:
                 return await work()
             except PlatformError as error:
-                self.error = error.detail or str(error)
+                self._obstacle = error.detail or str(error)
                 await asyncio.sleep(LOOK_S)
 
     async def _over(self, ids: Iterable[InvocationId]) -> None:

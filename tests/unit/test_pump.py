@@ -1,0 +1,380 @@
+"""The pump: what it fetches, when it acknowledges, and what it does when either side fails."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dayfly_gateway.triggers import pump as module
+from dayfly_gateway.triggers.pump import FETCH_MAX, HELD_BYTES_MAX, HELD_MAX, Pump, room
+from dayfly_gateway.triggers.source import Delivery, SourceFailed
+from dayfly_pool.brokers import NatsSource
+from dayfly_pool.errors import QueueFull, StoreFailed
+from dayfly_pool.models import Batch, FunctionId, Invocation, InvocationId, Retry, TriggerSpec
+from dayfly_pool.queue import Work
+from dayfly_pool.store.events import Accepted, Shown
+from dayfly_pool.store.sqlite import StoredTrigger
+
+SOON_S = 5.0
+
+
+class FakeSource:
+    """A source in memory, with the promises of `triggers.source.Source`: what is not acknowledged
+    is given out again by the next one. *failing* names the methods that fail now."""
+
+    messages: dict[str, bytes]
+    acknowledged: list[str]
+    failing: set[str]
+    extend_s: float | None = 0.01
+
+    def __init__(self, broker: "FakeBroker") -> None:
+        self.broker = broker
+        self.is_open = False
+        self._given: set[str] = set()
+
+    def _check(self, what: str) -> None:
+        if what in self.broker.failing:
+            raise SourceFailed(f"{what} fails")
+
+    async def open(self) -> None:
+        self._check("open")
+        self.is_open = True
+        self.broker.opened += 1
+
+    async def close(self) -> None:
+        self.is_open = False
+
+    async def fetch(self, most: int, wait_s: float) -> list[Delivery]:
+        self.broker.asked.append(most)
+        while True:
+            self._check("fetch")
+            there = [id_ for id_ in self.broker.messages if id_ not in self._given][:most]
+            if there:
+                break
+            await self.broker.changed.wait()
+            self.broker.changed.clear()
+        self._given.update(there)
+        return [
+            Delivery(id=id_, topic="t", body=self.broker.messages[id_], group=id_[0])
+            for id_ in there
+        ]
+
+    async def ack(self, delivery: Delivery) -> None:
+        self._check("ack")
+        del self.broker.messages[delivery.id]
+        self.broker.acknowledged.append(delivery.id)
+        self.broker.told.set()
+
+    async def nak(self, delivery: Delivery, delay_s: float) -> None:
+        self._given.discard(delivery.id)
+
+    async def extend(self, delivery: Delivery) -> None:
+        self._check("extend")
+        self.broker.extended[delivery.id] += 1
+        self.broker.told.set()
+
+    async def lag(self) -> int | None:
+        self._check("lag")
+        return len(self.broker.messages)
+
+
+class FakeBroker:
+    """What the sources of one trigger have in common."""
+
+    def __init__(self, **messages: bytes) -> None:
+        self.messages = dict(messages)
+        self.acknowledged: list[str] = []
+        self.extended: Counter[str] = Counter()
+        self.asked: list[int] = []
+        self.failing: set[str] = set()
+        self.opened = 0
+        self.changed, self.told = asyncio.Event(), asyncio.Event()
+
+    def put(self, id_: str, body: bytes) -> None:
+        self.messages[id_] = body
+        self.changed.set()
+
+
+class FakeEvents:
+    """A queue that ends events when it is told to. *errors* are raised by the next accepts."""
+
+    def __init__(self, places: int = 10) -> None:
+        self.queue = self
+        self.places = places
+        self.failure = ""
+        self.running_now: Counter[FunctionId] = Counter()
+        self.waiting: Counter[FunctionId] = Counter()
+        self.errors: list[Exception] = []
+        self.accepted: dict[InvocationId, Any] = {}
+        self.refused: dict[InvocationId, str] = {}
+        self.keys: dict[str, InvocationId] = {}
+        self.over: set[InvocationId] = set()
+        self.is_over_at_once = True
+        self.changed = asyncio.Event()
+
+    def work_of(self, id_: FunctionId) -> Work | None:
+        return Work(self.places, Retry()) if self.places else None
+
+    async def accept(
+        self,
+        invocation: Invocation,
+        *,
+        key: tuple[str, str] | None = None,
+        items: list[str] | None = None,
+        refused: str = "",
+    ) -> Accepted:
+        if self.errors:
+            raise self.errors.pop(0)
+        if key is not None and key[0] in self.keys:
+            return Accepted(self.keys[key[0]], is_new=False)
+        for text in [*([key[0]] if key else []), *(items or [])]:
+            self.keys[text] = invocation.id
+        self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
+        if refused:
+            self.refused[invocation.id] = refused
+        self.running_now[invocation.function] += 1
+        if self.is_over_at_once:
+            self.end(invocation.id)
+        self.changed.set()
+        return Accepted(invocation.id)
+
+    def end(self, id_: InvocationId) -> None:
+        self.over.add(id_)
+        self.running_now[FunctionId("default/f")] -= 1
+        self.changed.set()
+
+    async def known(self, function: FunctionId, keys: list[str]) -> dict[str, InvocationId]:
+        return {key: self.keys[key] for key in keys if key in self.keys}
+
+    async def get(self, id_: InvocationId, wait_s: float = 0.0) -> Shown | None:
+        while id_ not in self.over:
+            await self.changed.wait()
+            self.changed.clear()
+        return None
+
+
+@asynccontextmanager
+async def pumping(broker: FakeBroker, events: FakeEvents, **spec: Any) -> AsyncIterator[Pump]:
+    declared = TriggerSpec(function="f", nats=NatsSource(subject="s"), **spec)
+    stored = StoredTrigger("default", "t", declared, 0.0, 0.0)
+    sources: list[FakeSource] = []
+
+    def make() -> FakeSource:
+        assert not any(source.is_open for source in sources), "two at once"
+        sources.append(FakeSource(broker))
+        return sources[-1]
+
+    pump = Pump(stored, events, make)  # type: ignore[arg-type]
+    async with asyncio.timeout(SOON_S), asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(pump.run())
+        yield pump
+        task.cancel()
+    assert not any(source.is_open for source in sources)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    while not what():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REOPEN_FIRST_S", 0.001)
+    monkeypatch.setattr(module, "REOPEN_MAX_S", 0.002)
+    monkeypatch.setattr(module, "LOOK_S", 0.005)
+
+
+@given(*[st.integers(0, 3000)] * 4, st.integers(0, 2 * HELD_BYTES_MAX), st.floats(0, 1e9))
+def test_no_more_is_fetched_than_there_is_room_for(
+    places: int, busy: int, coming: int, held: int, held_bytes: int, usual: float
+):
+    found = room(places, busy, coming, held, held_bytes, usual)
+    assert 0 <= found <= FETCH_MAX
+    assert found == 0 or busy + coming + found <= places
+    assert found == 0 or held + found <= HELD_MAX
+    assert found <= 1 or found * usual <= HELD_BYTES_MAX
+    if not held and places > busy + coming:
+        assert found >= 1  # one message always fits
+
+
+async def test_a_message_is_acknowledged_when_its_event_is_over_and_not_before():
+    broker, events = FakeBroker(a=b'{"n": 1}'), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events):
+        await until(lambda: bool(events.accepted))
+        await until(lambda: broker.extended["a"] > 2)
+        assert broker.acknowledged == []
+        events.end(next(iter(events.accepted)))
+        await until(lambda: broker.acknowledged == ["a"])
+
+
+async def test_a_message_that_comes_again_is_the_event_that_it_was():
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    broker.failing = {"ack"}
+    async with pumping(broker, events) as pump:
+        await until(lambda: broker.opened >= 3)
+        broker.failing = set()
+        await until(lambda: broker.acknowledged == ["a"])
+        assert len(events.accepted) == 1
+        assert pump.counts.known >= 2
+
+
+async def test_a_message_of_the_same_id_and_other_content_is_another():
+    """The stream was deleted and made anew: it counts from 1 again."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+    broker.messages["a"] = b"y"
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a", "a"])
+    assert [event["data"] for event in events.accepted.values()] == ["x", "y"]
+
+
+async def test_no_more_is_asked_for_than_the_function_has_places():
+    broker, events = FakeBroker(**{f"m{n}": b"x" for n in range(20)}), FakeEvents(places=3)
+    events.is_over_at_once = False
+    async with pumping(broker, events):
+        for number in range(20):
+            await until(lambda: len(events.accepted) > number)  # noqa: B023
+            assert len(events.accepted) - len(events.over) <= 3
+            events.end(list(events.accepted)[number])
+        await until(lambda: len(broker.acknowledged) == 20)
+    assert max(broker.asked) <= 3
+
+
+async def test_what_the_store_does_not_take_is_kept_and_tried_again():
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.errors = [StoreFailed("disk full"), QueueFull("many"), StoreFailed("disk full")]
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert (events.errors, broker.opened) == ([], 1)
+
+
+async def test_nothing_is_fetched_while_nothing_can_be_kept_or_run():
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.failure = "disk full"
+    async with pumping(broker, events) as pump:
+        await until(lambda: pump.error == "disk full")
+        events.failure, events.places = "", 0
+        await until(lambda: "no function" in pump.error)
+        assert broker.asked == []
+        events.places = 1
+        await until(lambda: broker.acknowledged == ["a"])
+        assert pump.error == ""
+
+
+@pytest.mark.parametrize("what", ["open", "fetch", "extend", "lag", "ack"])
+async def test_whatever_fails_at_the_source_it_is_opened_again_and_nothing_is_lost(what: str):
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.is_over_at_once = False
+    broker.failing = {what}
+    async with pumping(broker, events) as pump:
+        if what == "ack":
+            await until(lambda: bool(events.accepted))
+            events.end(next(iter(events.accepted)))
+        await until(lambda: pump.counts.failures >= 2 and pump.error == f"{what} fails")
+        broker.failing = set()
+        await until(lambda: bool(events.accepted))
+        if what != "ack":
+            events.end(next(iter(events.accepted)))
+        await until(lambda: broker.acknowledged == ["a"])
+    assert len(events.accepted) == 1
+
+
+async def test_a_defect_of_ours_is_logged_and_the_trigger_goes_on(
+    caplog: pytest.LogCaptureFixture,
+):
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.errors = [KeyError("defect")]
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == ["a trigger failed"]
+
+
+async def test_those_of_one_group_come_in_order_and_groups_beside_each_other():
+    broker = FakeBroker(a1=b"1", b1=b"1", a2=b"2", b2=b"2")
+    events = FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events, ordered=True):
+        await until(lambda: len(events.accepted) == 2)
+        first, second = events.accepted
+        events.end(second)
+        await until(lambda: broker.acknowledged == ["b1"])
+        await until(lambda: len(events.accepted) == 3)
+        assert [e["data"] for e in events.accepted.values()] == [1, 1, 2]
+        events.end(first)
+        await until(lambda: len(events.accepted) == 4)
+        for id_ in list(events.accepted)[2:]:
+            events.end(id_)
+        await until(lambda: sorted(broker.acknowledged) == ["a1", "a2", "b1", "b2"])
+
+
+async def test_a_batch_is_full_or_waits_no_longer_than_its_window():
+    broker, events = FakeBroker(**{f"m{n}": b"%d" % n for n in range(5)}), FakeEvents()
+    async with pumping(broker, events, batch=Batch(size=2, window_seconds=0.05)):
+        await until(lambda: len(broker.acknowledged) == 5)
+    found = [[event["data"] for event in batch] for batch in events.accepted.values()]
+    assert found == [[0, 1], [2, 3], [4]]
+
+
+async def test_what_is_left_of_a_batch_is_acknowledged_when_that_is_over():
+    broker, events = FakeBroker(a=b"1", b=b"2"), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events, batch=Batch(size=2)):
+        await until(lambda: bool(events.accepted))
+        (batch,) = events.accepted
+        left = InvocationId("left")
+        for key in events.keys:
+            if " b " in key:
+                events.keys[key] = left
+        events.end(batch)
+        await until(lambda: broker.acknowledged == ["a"])
+        await until(lambda: broker.extended["b"] > 3)
+        events.end(left)
+        await until(lambda: broker.acknowledged == ["a", "b"])
+
+
+async def test_a_batch_that_comes_again_in_other_company_is_not_run_again():
+    broker, events = FakeBroker(a=b"1", b=b"2"), FakeEvents()
+    broker.failing = {"ack"}
+    async with pumping(broker, events, batch=Batch(size=2)):
+        await until(lambda: broker.opened >= 2)
+    broker.failing = set()
+    broker.put("c", b"3")
+    async with pumping(broker, events, batch=Batch(size=3)):
+        await until(lambda: len(broker.acknowledged) == 3)
+    found = [[event["data"] for event in batch] for batch in events.accepted.values()]
+    assert found == [[1, 2], [3]]
+
+
+async def test_what_is_too_long_for_a_function_is_a_dead_letter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BODY_BYTES_MAX", 500)
+    broker, events = FakeBroker(long=b"x" * 600, short=b"x"), FakeEvents()
+    async with pumping(broker, events, batch=Batch(size=2, window_seconds=0)):
+        await until(lambda: sorted(broker.acknowledged) == ["long", "short"])
+    (why,) = events.refused.values()
+    assert "limit 500" in why
+
+
+async def test_a_batch_is_no_longer_than_a_function_may_be_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BODY_BYTES_MAX", 1000)
+    broker, events = FakeBroker(**{f"m{n}": b"x" * 300 for n in range(4)}), FakeEvents()
+    async with pumping(broker, events, batch=Batch(size=4)):
+        await until(lambda: len(broker.acknowledged) == 4)
+    assert [len(batch) for batch in events.accepted.values()] == [2, 2] or [
+        len(batch) for batch in events.accepted.values()
+    ] == [1, 1, 1, 1]
+
+
+async def test_what_the_filter_does_not_mean_is_done_with():
+    broker, events = FakeBroker(a=b'{"n": 1}', b=b'{"n": 2}', c=b"odd"), FakeEvents()
+    async with pumping(broker, events, filter="event.data.n == 2") as pump:
+        await until(lambda: len(broker.acknowledged) == 3)
+        assert (pump.counts.filtered, pump.counts.filter_errors) == (1, 1)
+    assert [event["data"] for event in events.accepted.values()] == [{"n": 2}]
