@@ -27,12 +27,12 @@ class Postgres:
             self._user = pwd.getpwnam("nobody").pw_uid
             Path(self._folder.name).chmod(0o755)
             os.chown(self._data, self._user, -1)
-        self._port = free_port()
-        self.dsn = f"host=127.0.0.1 port={self._port} user=dayfly dbname=postgres"
+        self.port = free_port()
+        self.dsn = f"host=127.0.0.1 port={self.port} user=dayfly dbname=postgres"
 
     def start(self) -> None:
         """Be there."""
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
         self._run("pg_ctl", "-w", "-l", str(self._data / "log"), "-o", options, "start")
 
     def stop(self) -> None:

@@ -151,6 +151,11 @@ class Pump:
             await asyncio.sleep(wait_s)
 
     @property
+    def held(self) -> int:
+        """How many messages we have that the source does not know to be done with."""
+        return len(self._held)
+
+    @property
     def error(self) -> str:
         """Why nothing comes; empty when it does."""
         return self._failure or self._obstacle

@@ -107,7 +107,12 @@ class Triggers(Collector):
             status |= self.schedules.status(trigger)
         elif (found := self._pumps.get((trigger.namespace, trigger.name))) is not None:
             pump = found[0]
-            status |= {"up": pump.is_up, "lag": pump.lag, "lastError": pump.error}
+            status |= {
+                "up": pump.is_up,
+                "lag": pump.lag,
+                "held": pump.held,
+                "lastError": pump.error,
+            }
             counts = msgspec.to_builtins(pump.counts)
             status |= {_camel(name): number for name, number in counts.items()}
         return {
