@@ -54,6 +54,9 @@ class Broker:
     """Whether what is not extended is given to somebody else while we are connected."""
 
     has_order: ClassVar[bool] = True
+    has_past: ClassVar[bool] = True
+    """Whether who has never been there finds what was published before."""
+
     survives: ClassVar[bool] = True
     """Whether it has its messages again after it was killed."""
 

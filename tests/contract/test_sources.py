@@ -18,6 +18,7 @@ from dayfly_gateway.triggers.source import Delivery, Source, SourceFailed
 
 BROKERS: Final = {
     "nats": "Nats",
+    "mqtt": "Mqtt",
 }
 SOON_S: Final = 0.3
 """What is to be shown not to come has not come by then."""
@@ -92,7 +93,7 @@ async def test_what_is_published_is_fetched_whole(broker: Broker, place: Place):
 
 
 async def test_what_was_there_before_a_new_source_is_fetched(broker: Broker, place: Place):
-    if not broker.survives:
+    if not broker.has_past:
         pytest.skip("it keeps nothing for who has never been there")
     await place.publish(b"early")
     async with opened(place) as source:
