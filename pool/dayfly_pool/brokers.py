@@ -111,6 +111,8 @@ class _Kafka(Model, frozen=True, kw_only=True):
     topic: Word
     tls: bool = False
     secret: Name | None = None
+    login: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    """How SASL tells the secret; it is used if there is one. PLAIN needs *tls* to be hidden."""
 
     def __post_init__(self) -> None:
         for each in self.servers.split(","):
@@ -124,7 +126,8 @@ class _Kafka(Model, frozen=True, kw_only=True):
 class KafkaSource(_Kafka, frozen=True, kw_only=True):
     """A consumer group of a topic: `dayfly-NAMESPACE_TRIGGER` if *group* does not say.
 
-    A group that has nothing committed begins where *start* says.
+    A group that has nothing committed begins where *start* says. Servers that share a group share
+    the partitions of the topic.
     """
 
     group: MaybeWord = ""
@@ -147,7 +150,8 @@ class _Mqtt(Model, frozen=True, kw_only=True):
 class MqttSource(_Mqtt, frozen=True, kw_only=True):
     """A subscription with QoS 1, in a session that the broker keeps: `dayfly-NAMESPACE_TRIGGER`.
 
-    *topic* may hold `+` and `#`.
+    *topic* may hold `+` and `#`. One server at a time has a session. What the broker still has for
+    it of a topic that was declared before is dropped.
     """
 
     client: MaybeWord = ""

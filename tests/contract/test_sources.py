@@ -18,6 +18,7 @@ from dayfly_gateway.triggers.source import Delivery, Source, SourceFailed
 
 BROKERS: Final = {
     "nats": "Nats",
+    "kafka": "Kafka",
     "mqtt": "Mqtt",
 }
 SOON_S: Final = 0.3
