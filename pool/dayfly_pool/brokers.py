@@ -26,6 +26,13 @@ def check_url(url: str, *schemes: str) -> None:
             raise ValueError("url holds a login: keep it with `dayfly secret put`, and name that")
 
 
+def _check_one(url: str, *schemes: str) -> None:
+    """The same for a single address."""
+    if "," in url:
+        raise ValueError(f"url {url!r} is more than one address")
+    check_url(url, *schemes)
+
+
 class _Nats(Model, frozen=True, kw_only=True):
     url: Text = "nats://127.0.0.1:4222"
     secret: Name | None = None
@@ -56,16 +63,23 @@ class _Redis(Model, frozen=True, kw_only=True):
     url: Text = "redis://127.0.0.1:6379/0"
     stream: Text
     secret: Name | None = None
+    """A login, or a password."""
+
+    field: Text = "body"
+    """Which field of an entry is the event; the others are its headers."""
 
     def __post_init__(self) -> None:
-        check_url(self.url, "redis", "rediss")
+        _check_one(self.url, "redis", "rediss")
 
 
 class RedisSource(_Redis, frozen=True, kw_only=True):
-    """A consumer group of a stream in Redis or Valkey, made when it is not there.
+    """A consumer group of a stream in Redis 7 or Valkey, made when it is not there.
 
     The group is `dayfly-NAMESPACE_TRIGGER` if *group* does not say. A new one begins where *start*
-    says.
+    says. An entry without *field* is an event of all its fields, in JSON. What a consumer of the
+    group that is not ours has held for longer than a lease is taken over. Entries stay in the
+    stream when they are done with: whoever publishes trims it, and what is trimmed too early is
+    lost.
     """
 
     group: MaybeWord = ""
@@ -83,11 +97,11 @@ class _RabbitMq(Model, frozen=True, kw_only=True):
     secret: Name | None = None
 
     def __post_init__(self) -> None:
-        check_url(self.url, "amqp", "amqps")
+        _check_one(self.url, "amqp", "amqps")
 
 
 class RabbitMqSource(_RabbitMq, frozen=True, kw_only=True):
-    """A queue; when it is not there, a durable quorum queue is made.
+    """A queue, of quorum or classic; when it is not there, a durable quorum queue is made.
 
     It is bound to *exchange*, which is there, by *routing_key*, if they are given.
     """

@@ -4,6 +4,7 @@ A broker is a process on a free port; it can be stopped without a word, started 
 had on its disk, and made to stand still. A test has a place of its own there.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -102,9 +103,10 @@ class Broker:
         self._process.wait()
 
     def pause(self) -> None:
-        """Stand still."""
+        """Stand still, with all threads when this returns."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Go on."""

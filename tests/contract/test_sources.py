@@ -20,6 +20,7 @@ BROKERS: Final = {
     "nats": "Nats",
     "kafka": "Kafka",
     "mqtt": "Mqtt",
+    "redis": "Redis",
 }
 SOON_S: Final = 0.3
 """What is to be shown not to come has not come by then."""
