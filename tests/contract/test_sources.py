@@ -20,6 +20,7 @@ BROKERS: Final = {
     "nats": "Nats",
     "kafka": "Kafka",
     "mqtt": "Mqtt",
+    "rabbitmq": "RabbitMq",
     "redis": "Redis",
 }
 SOON_S: Final = 0.3
