@@ -39,6 +39,11 @@ class Postgres:
         """Be gone, at once and without a word."""
         self._run("pg_ctl", "-m", "immediate", "stop")
 
+    @property
+    def process(self) -> int:
+        """The first of its processes; the others are children of that."""
+        return int((self._data / "postmaster.pid").read_text().split()[0])
+
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._programs / program), "-D", str(self._data), *arguments]
         quiet = subprocess.DEVNULL

@@ -183,8 +183,10 @@ class _Sqs(Model, frozen=True, kw_only=True):
 
     region: Word = "us-east-1"
     endpoint: Annotated[str, Meta(max_length=1024)] = ""
+    """Where it is asked; else at the host of *queue*."""
+
     secret: Name | None = None
-    """`ACCESS_KEY:SECRET_KEY`; else what boto finds."""
+    """`ACCESS_KEY:SECRET_KEY`, or those and `:SESSION_TOKEN`; else what boto finds."""
 
     def __post_init__(self) -> None:
         for each in filter(None, (self.queue, self.endpoint)):
@@ -196,7 +198,9 @@ class SqsSource(_Sqs, frozen=True, kw_only=True):
 
 
 class SqsTopic(_Sqs, frozen=True, kw_only=True):
-    """A queue of Amazon SQS, or of what speaks like it."""
+    """A queue of Amazon SQS, or of what speaks like it; in a FIFO queue all is of one *group*."""
+
+    group: Word = "dayfly"
 
 
 class _Postgres(Model, frozen=True, kw_only=True):
@@ -214,8 +218,9 @@ class PostgresSource(_Postgres, frozen=True, kw_only=True):
     """A *table* that is a queue, or a *channel* of NOTIFY; one of the two.
 
     The table has the columns `id` (a key), `body` (bytea, text or jsonb), and, if they are there,
-    `headers` (jsonb). A row is deleted when its event is over. What is notified while nobody
-    listens is lost: use a table for what must not be.
+    `headers` (jsonb). Rows go by `id`; each is deleted when its event is over, unless it was
+    changed meanwhile. What is notified while nobody listens is lost: use a table for what must not
+    be. Names are as the database shows them (`orders`, also where a program says `Orders`).
     """
 
     table: Annotated[str, Meta(pattern=r"^([A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*\Z")] | None = None
@@ -228,10 +233,12 @@ class PostgresSource(_Postgres, frozen=True, kw_only=True):
 
 
 class FolderSource(Model, frozen=True, kw_only=True):
-    """Files that appear in the folder *path*, on the server's machine.
+    """Files that appear in the folder *path* or below it, on the server's machine.
 
-    A file is taken when it matches *pattern* and has not changed for *settle_seconds*. What becomes
-    of it when its event is over is *afterwards*'s to say; `move` is into `.done` beside it.
+    A file is taken when its path from there matches *pattern* (`*` is any text, `/` included) and
+    it has not changed for *settle_seconds*; names that begin with a dot are passed over. What
+    becomes of it when its event is over is *afterwards*'s to say; `move` is into `.done` beside it.
+    What is kept is given again by the next server, under the same id.
     """
 
     path: Annotated[str, Meta(pattern=r"^/", max_length=4096)]

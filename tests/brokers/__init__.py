@@ -42,6 +42,9 @@ class Broker:
     """A process that is one. Use it as a context manager."""
 
     name: ClassVar[str]
+    is_process: ClassVar[bool] = True
+    """Whether there is somebody to speak to, who can be away, fall silent and be gone."""
+
     has_ids: ClassVar[bool] = True
     """Whether a message can be known again."""
 
