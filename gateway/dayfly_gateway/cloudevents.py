@@ -7,6 +7,7 @@ https://github.com/cloudevents/spec/blob/main/cloudevents/formats/json-format.md
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -22,9 +23,13 @@ STRUCTURED: Final = "application/cloudevents+json"
 _PREFIXES: Final = ("ce_", "cloudevents:", "cloudevents_")
 """How attributes are called in the headers of Kafka and AMQP; MQTT has them without."""
 
+EXTENSIONS_MAX, NAME_CHARACTERS_MAX, VALUE_CHARACTERS_MAX = 50, 20, 1024
+"""Headers of a broker's message that its event has, and how long they may be."""
+
 _ATTRIBUTES: Final = frozenset(
     ("specversion", "id", "source", "type", "subject", "time", "dataschema")
 )
+_RESERVED: Final = _ATTRIBUTES | {"data", "database64", "datacontenttype", "contenttype"}
 
 
 class BadCloudEvent(BadInput):
@@ -100,9 +105,22 @@ def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
         del event["subject"]
     if delivery.at:
         event["time"] = rfc3339(delivery.at)
-    if trace := headers.get("traceparent"):
-        event["traceparent"] = trace
-    return event | _data(delivery.body, media)
+    return event | _data(delivery.body, media) | _extensions(delivery.headers, event)
+
+
+def _extensions(headers: Mapping[str, str], event: Mapping[str, Any]) -> dict[str, str]:
+    """A message's headers as attributes of the event: `X-Order-Id` is `xorderid`.
+
+    Only what is short, and takes the place of nothing.
+    """
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        attribute = re.sub(r"[^a-z0-9]", "", name.lower())
+        is_taken = attribute in event or attribute in _RESERVED or attribute in found
+        is_long = len(attribute) > NAME_CHARACTERS_MAX or len(value) > VALUE_CHARACTERS_MAX
+        if attribute and not is_taken and not is_long and len(found) < EXTENSIONS_MAX:
+            found[attribute] = value
+    return found
 
 
 def _as_http(headers: Mapping[str, str]) -> dict[str, str]:

@@ -80,7 +80,11 @@ def test_foreign_bytes_are_an_event_or_refused(headers: dict[str, str], body: by
 
 def test_a_message_that_is_none_becomes_the_data_of_one():
     delivery = Delivery(
-        id="s/7", topic="orders.eu", body=b'{"n": 1}', at=0.5, headers={"traceparent": "00-1"}
+        id="s/7",
+        topic="orders.eu",
+        body=b'{"n": 1}',
+        at=0.5,
+        headers={"traceparent": "00-1", "x-order_id": "7", "id": "no", "long": "x" * 2000, "-": ""},
     )
     assert cloudevents.of_delivery(delivery, "nats", "default/orders") == {
         "specversion": "1.0",
@@ -90,6 +94,7 @@ def test_a_message_that_is_none_becomes_the_data_of_one():
         "subject": "orders.eu",
         "time": "1970-01-01T00:00:00.500Z",
         "traceparent": "00-1",
+        "xorderid": "7",
         "datacontenttype": "application/json",
         "data": {"n": 1},
     }

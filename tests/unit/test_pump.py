@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dayfly_gateway.triggers import pump as module
-from dayfly_gateway.triggers.pump import FETCH_MAX, HELD_BYTES_MAX, HELD_MAX, Pump, room
+from dayfly_gateway.triggers.pump import FETCH_MAX, HELD_BYTES_MAX, HELD_MAX, KEPT_KEY_S, Pump, room
 from dayfly_gateway.triggers.source import Delivery, SourceFailed
-from dayfly_pool.brokers import NatsSource
+from dayfly_pool.brokers import FolderSource, NatsSource
 from dayfly_pool.errors import QueueFull, StoreFailed
 from dayfly_pool.models import Batch, FunctionId, Invocation, InvocationId, Retry, TriggerSpec
 from dayfly_pool.queue import Work
@@ -115,6 +115,7 @@ class FakeEvents:
         self.refused: dict[InvocationId, str] = {}
         self.keys: dict[str, InvocationId] = {}
         self.over: set[InvocationId] = set()
+        self.known_s: float | None = None
         self.is_over_at_once = True
         self.changed = asyncio.Event()
 
@@ -128,6 +129,7 @@ class FakeEvents:
         key: tuple[str, str] | None = None,
         items: list[str] | None = None,
         refused: str = "",
+        key_s: float | None = None,
     ) -> Accepted:
         if self.errors:
             raise self.errors.pop(0)
@@ -135,6 +137,7 @@ class FakeEvents:
             return Accepted(self.keys[key[0]], is_new=False)
         for text in [*([key[0]] if key else []), *(items or [])]:
             self.keys[text] = invocation.id
+        self.known_s = key_s
         self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
         if refused:
             self.refused[invocation.id] = refused
@@ -161,7 +164,8 @@ class FakeEvents:
 
 @asynccontextmanager
 async def pumping(broker: FakeBroker, events: FakeEvents, **spec: Any) -> AsyncIterator[Pump]:
-    declared = TriggerSpec(function="f", nats=NatsSource(subject="s"), **spec)
+    where = {} if "folder" in spec else {"nats": NatsSource(subject="s")}
+    declared = TriggerSpec(function="f", **where, **spec)
     stored = StoredTrigger("default", "t", declared, 0.0, 0.0)
     sources: list[FakeSource] = []
 
@@ -378,3 +382,15 @@ async def test_what_the_filter_does_not_mean_is_done_with():
         await until(lambda: len(broker.acknowledged) == 3)
         assert (pump.counts.filtered, pump.counts.filter_errors) == (1, 1)
     assert [event["data"] for event in events.accepted.values()] == [{"n": 2}]
+
+
+async def test_a_file_that_stays_is_known_for_longer_than_any_server_runs():
+    """It is given out again at each start."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    async with pumping(broker, events, folder=FolderSource(path="/in")):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert events.known_s == KEPT_KEY_S
+    broker.messages["b"] = b"x"
+    async with pumping(broker, events, folder=FolderSource(path="/in", afterwards="move")):
+        await until(lambda: broker.acknowledged == ["a", "b"])
+    assert events.known_s is None

@@ -38,6 +38,7 @@ from dayfly_gateway.triggers.source import (
 )
 from dayfly_pool.brokers import KafkaSource, KafkaTopic
 
+logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what fails is told by us
 T = TypeVar("T")
 SESSION_S_MAX: Final = 6.0
 """Who is silent for so long loses its partitions; brokers take no less, if not told to."""
@@ -167,7 +168,7 @@ class _Token(NamedTuple):
 class Source:
     """A member of a consumer group, as `triggers.source.Source` promises.
 
-    *name* is `NAMESPACE-TRIGGER`. When somebody joins the group or leaves it, the partitions are
+    *name* is `NAMESPACE_TRIGGER`. When somebody joins the group or leaves it, the partitions are
     given out anew, and with them all that is not committed.
     """
 

@@ -153,7 +153,7 @@ class _Link:
 
 
 class Source:
-    """A session, as `triggers.source.Source` promises. *name* is `NAMESPACE-TRIGGER`.
+    """A session, as `triggers.source.Source` promises. *name* is `NAMESPACE_TRIGGER`.
 
     Who opens it while another has it takes it from that one.
     """

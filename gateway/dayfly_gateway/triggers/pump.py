@@ -46,6 +46,9 @@ USUAL_BYTES: Final = 64 * 1024
 LOOK_S: Final = 0.25
 """How soon it is seen that a function has room again, if nothing of ours has ended."""
 
+KEPT_KEY_S: Final = 10 * 365 * 86400.0
+"""For how long files that stay where they are are known."""
+
 LAG_S: Final = 5.0
 OVER_S: Final = 60.0
 EXTEND_AT_ONCE: Final = 16
@@ -238,6 +241,9 @@ class Pump:
         key = f"trigger {self._name} {delivery.id} {digest}" if delivery.id else ""
         if not key and self.trigger.spec.batch:
             key = f"trigger {self._name} once {new_id()}"  # by which it is known within its batch
+        if (size := delivery.headers.get("dayfly-body-too-long")) is not None:
+            why = f"{size} bytes, limit {BODY_BYTES_MAX}"  # and was left where it was
+            return Item(delivery, delivery.body, key, refused=why)
         try:
             event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
             body = cloudevents.encode(event)
@@ -323,6 +329,9 @@ class Pump:
     async def _accept(self, body: bytes, trace: str, **how: Any) -> InvocationId:
         """Have an event accepted, for as long as that takes."""
         invocation = Invocation(new_id(), self._function, body, None, trace)
+        folder = self.trigger.spec.folder
+        if folder is not None and folder.afterwards == "keep":
+            how["key_s"] = KEPT_KEY_S
         accepted = await self._trying(lambda: self._events.accept(invocation, **how))
         self.counts.known += not accepted.is_new
         return InvocationId(accepted.id)

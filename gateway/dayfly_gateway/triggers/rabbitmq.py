@@ -10,6 +10,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import logging
 from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
@@ -29,6 +30,7 @@ from dayfly_gateway.triggers.source import (
 )
 from dayfly_pool.brokers import RabbitMqSource, RabbitMqTopic
 
+logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what fails is told by us
 T = TypeVar("T")
 Token = tuple[Channel, int]
 """A number means another message on another channel."""

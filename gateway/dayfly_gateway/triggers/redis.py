@@ -84,7 +84,7 @@ class _Link:
 
 
 class Source:
-    """A consumer group, as `triggers.source.Source` promises. *name* is `NAMESPACE-TRIGGER`."""
+    """A consumer group, as `triggers.source.Source` promises. *name* is `NAMESPACE_TRIGGER`."""
 
     def __init__(
         self,

@@ -15,9 +15,9 @@ import re
 from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
-from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
-from aiobotocore.session import AioSession  # type: ignore[import-untyped]
-from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore.exceptions import ClientError
 
 from dayfly_gateway.triggers.source import (
     CALL_S_MAX,
