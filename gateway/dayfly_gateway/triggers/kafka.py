@@ -38,7 +38,6 @@ from dayfly_gateway.triggers.source import (
 )
 from dayfly_pool.brokers import KafkaSource, KafkaTopic
 
-logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what fails is told by us
 T = TypeVar("T")
 SESSION_S_MAX: Final = 6.0
 """Who is silent for so long loses its partitions; brokers take no less, if not told to."""
