@@ -1,7 +1,9 @@
 """`dayfly events`, `dayfly trigger` and `dayfly secret`: what runs later, and what makes it."""
 
+import base64
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 import click
@@ -11,6 +13,7 @@ from dayfly_gateway.client import Misused, Told
 from dayfly_gateway.session import Session, client_command
 
 SECRET_BYTES_MAX: Final = 64 * 1024
+SHOWN_CHARACTERS: Final = 4096
 STATES: Final = ("waiting", "running", "succeeded", "dead", "cancelled")
 
 
@@ -61,14 +64,45 @@ def list_(
 
 @events.command("show")
 @click.argument("id_", metavar="ID")
+@click.option("--payload", is_flag=True, help="Only what was sent, byte for byte.")
 @client_command
-def show_(session: Session, id_: str) -> None:
+def show_(session: Session, id_: str, payload: bool) -> None:
     """Show an event: its payload, its result, every failure.
+
+    What is long is shown in part; --payload writes it whole, unless the event has succeeded: then
+    it is not kept.
 
     \b
       dayfly events show 01a207568a0279867eed885ad4045c47
+      dayfly events show 01a207568a0279867eed885ad4045c47 --payload > event.json
     """
-    session.show(session.client.event(id_), show.described)
+    view = session.client.event(id_)
+    if not payload:
+        session.show(view, _show_event)
+        return
+    if "event" not in view:
+        raise Told(f"{id_} has {view['state']}: what was sent is not kept")
+    sys.stdout.buffer.write(_bytes(view["event"]))
+
+
+def _show_event(view: Mapping[str, Any]) -> None:
+    show.described(_in_part(view))
+
+
+def _in_part(view: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with long bodies cut."""
+    shown = dict(view)
+    for name in ("event", "result"):
+        body = view.get(name, {}).get("body", "")
+        if len(body) > SHOWN_CHARACTERS:
+            more = f"... ({len(body) - SHOWN_CHARACTERS} more characters)"
+            shown[name] = view[name] | {"body": body[:SHOWN_CHARACTERS] + more}
+    return shown
+
+
+def _bytes(body: Mapping[str, Any]) -> bytes:
+    text = str(body["body"])
+    return base64.b64decode(text) if body["isBase64Encoded"] else text.encode()
 
 
 @events.command()

@@ -484,3 +484,19 @@ spec: {source: code, handler: main:handler}
     assert heard(server, "applied")["source"] == "/triggers/default/applied"
     server.ask("DELETE", "/namespaces/default/triggers/applied")
     server.delete("applied")
+
+
+def test_a_long_payload_is_shown_in_part_and_written_whole(server: Server):
+    server.deploy("import_raises", "long-dead", retry={"attempts": 1})
+    body = bytes(range(256)) * 4000
+    id_ = accepted(ask(server, "long-dead", body))
+    assert outcome(server, id_)["state"] == "dead"
+    short = dayfly(server, "events", "show", id_).stdout
+    command = [str(DAYFLY), "events", "show", id_, "--payload", "--url", f"http://{server.admin}"]
+
+    assert "more characters)" in short
+    assert len(short) < 10_000
+    assert subprocess.run(command, capture_output=True, check=True).stdout == body
+    done = accepted(ask(server, server.deploy("hello", "short-lived"), b'{"name": "Ada"}'))
+    assert outcome(server, done)["state"] == "succeeded"
+    assert "is not kept" in dayfly(server, "events", "show", done, "--payload").stderr
