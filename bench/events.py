@@ -1,14 +1,17 @@
 """Durable events: how fast they are accepted, how fast they are run, and what waiting ones cost.
 
-    python -m bench.events [WAITING]
+    python -m bench.events [WAITING] [--postgres]
 
 Accepted: POST with `Prefer: respond-async` over 64 connections, each answered 202 when it is on the
 disk; of a function that is busy, so that they wait. Run: of one that does nothing, from the first
 that is accepted until the last has ended, while more are accepted. Then, with WAITING of them
 (1,000,000) in the queue: the server's memory, and both again. The disk's own time for one
-`fdatasync` of 32 KiB is measured beside it.
+`fdatasync` of 32 KiB is measured beside it. With --postgres they are kept there, in one that is
+started for it.
 """
 
+import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from tests.servers import Postgres
 
 from bench import harness
 from bench.warm import figures_of
@@ -95,10 +99,17 @@ def measure(report: harness.Report, server: harness.Server, script: Path, what: 
     return accepted, rate
 
 
-def main(number: int) -> None:
+def main(number: int, *, in_postgres: bool) -> None:
     """Measure and report."""
-    report = harness.Report("events")
-    with tempfile.TemporaryDirectory() as folder, harness.server() as server:
+    report = harness.Report("events-postgres" if in_postgres else "events")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        options: list[str] = []
+        if in_postgres:
+            file = Path(folder) / "dsn"
+            file.write_text(stack.enter_context(Postgres()).dsn)
+            options = ["--events-dsn-file", str(file)]
+        server = stack.enter_context(harness.server(*options))
         script = Path(folder) / "post.lua"
         script.write_text(LUA)
         times = disk(server.data)
@@ -123,4 +134,8 @@ def main(number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("waiting", type=int, nargs="?", default=1_000_000)
+    parser.add_argument("--postgres", action="store_true")
+    asked = parser.parse_args()
+    main(asked.waiting, in_postgres=asked.postgres)
