@@ -16,7 +16,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._wires: set[asyncio.Task[None]] = set()
         self._flows: asyncio.Event
-        self._is_cut = False
+        self._is_cut, self._delay_s = False, 0.0
         self.port = 0
 
     def hold(self) -> None:
@@ -30,6 +30,10 @@ class Proxy:
     def mend(self) -> None:
         """As if nothing had been; what stood still goes on."""
         self._do(self._set(flows=True, is_cut=False))
+
+    def slow(self, delay_s: float) -> None:
+        """Whatever passes, in either direction, takes so long."""
+        self._delay_s = delay_s
 
     async def _set(self, *, flows: bool, is_cut: bool) -> None:
         self._is_cut = is_cut
@@ -64,6 +68,8 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
+            if self._delay_s:
+                await asyncio.sleep(self._delay_s)
             await self._flows.wait()
             writer.write(data)
             await writer.drain()
