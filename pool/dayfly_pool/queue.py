@@ -10,8 +10,8 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from msgspec import Struct, structs
@@ -203,10 +203,7 @@ class Queue:
 
     async def get(self, id_: InvocationId, wait_s: float = 0.0) -> Shown | None:
         """All that is known of an event, once it is over or *wait_s* have passed."""
-        watching: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        watchers = self._watchers.setdefault(id_, set())
-        watchers.add(watching)
-        try:
+        with self.watching(id_) as ended:
             shown = await self._store.get(id_)
             if shown is None or shown.state.is_over or wait_s <= 0:
                 return shown
@@ -214,13 +211,25 @@ class Queue:
             while (left_s := end - time.monotonic()) > 0:
                 slice_s = left_s if self._is_alone else min(LOOK_S, left_s)
                 # it may have ended while the store was asked: then this takes no time
-                await asyncio.wait((watching,), timeout=slice_s)
+                await asyncio.wait((ended,), timeout=slice_s)
                 shown = await self._store.get(id_)
-                if watching.done() or shown is None or shown.state.is_over:
+                if ended.done() or shown is None or shown.state.is_over:
                     break
             return shown
+
+    @contextmanager
+    def watching(self, id_: InvocationId) -> Iterator[asyncio.Future[None]]:
+        """While the block runs, a future that is done as soon as the event is over by our doing.
+
+        Who watches before it is accepted need not ask the store.
+        """
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        watchers = self._watchers.setdefault(id_, set())
+        watchers.add(ended)
+        try:
+            yield ended
         finally:
-            watchers.discard(watching)
+            watchers.discard(ended)
             if not watchers:
                 self._watchers.pop(id_, None)
 

@@ -3,8 +3,8 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -116,6 +116,7 @@ class FakeEvents:
         self.keys: dict[str, InvocationId] = {}
         self.over: set[InvocationId] = set()
         self.known_s: float | None = None
+        self.watched: dict[InvocationId, asyncio.Future[None]] = {}
         self.is_over_at_once = True
         self.changed = asyncio.Event()
 
@@ -149,11 +150,19 @@ class FakeEvents:
 
     def end(self, id_: InvocationId) -> None:
         self.over.add(id_)
+        if (ended := self.watched.get(id_)) is not None and not ended.done():
+            ended.set_result(None)
         self.running_now[FunctionId("default/f")] -= 1
         self.changed.set()
 
     async def known(self, function: FunctionId, keys: list[str]) -> dict[str, InvocationId]:
         return {key: self.keys[key] for key in keys if key in self.keys}
+
+    @contextmanager
+    def watching(self, id_: InvocationId) -> Iterator[asyncio.Future[None]]:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.watched[id_] = ended
+        yield ended
 
     async def get(self, id_: InvocationId, wait_s: float = 0.0) -> Shown | None:
         while id_ not in self.over:

@@ -293,25 +293,34 @@ class Pump:
     async def _carry(self, source: Source, items: Sequence[Item]) -> None:
         """Have it accepted, wait until it is over, and tell the source."""
         is_batch = self.trigger.spec.batch is not None and not items[0].refused
-        ids = await (self._accept_batch(items) if is_batch else self._accept_one(items[0]))
+        if not is_batch:
+            await self._run_one(items[0])
+            await self._done(source, [items[0].delivery])
+            return
+        ids = await self._accept_batch(items)
         left = list(items)
         while left:
             await self._over(ids[item.key] for item in left)
-            now = dict(ids)
-            if is_batch:  # what failed of it goes on as another event
-                function = self._function
-                now |= await self._events.queue.known(function, [item.key for item in left])
+            # what failed of it goes on as another event
+            keys = [item.key for item in left]
+            known = partial(self._events.queue.known, self._function, keys)
+            now = ids | await self._trying(known)
             done = [item for item in left if now[item.key] == ids[item.key]]
             await self._done(source, [item.delivery for item in done])
             left, ids = [item for item in left if now[item.key] != ids[item.key]], now
 
-    async def _accept_one(self, item: Item) -> dict[str, InvocationId]:
+    async def _run_one(self, item: Item) -> None:
+        """Have it accepted, and wait until it is over."""
         if item.refused:
             self.counts.refused += 1
-        key = (item.key, "trigger") if item.key else None
-        id_ = await self._accept(item.body, item.trace, key=key, refused=item.refused)
-        self._coming -= 1
-        return {item.key: id_}
+        key, new = (item.key, "trigger") if item.key else None, new_id()
+        with self._events.queue.watching(new) as ended:
+            id_ = await self._accept(new, item.body, item.trace, key=key, refused=item.refused)
+            self._coming -= 1
+            if id_ == new:
+                await asyncio.wait((ended,), timeout=OVER_S)
+            if not ended.done():  # long, or another server's, or not new
+                await self._over([id_])
 
     async def _accept_batch(self, items: Sequence[Item]) -> dict[str, InvocationId]:
         """Which event each is part of: those that are known of theirs, the others of a new one."""
@@ -321,14 +330,15 @@ class Pump:
         new = [item for item in items if item.key not in known]
         if new:
             body = b"[" + b",".join(item.body for item in new) + b"]"
-            id_ = await self._accept(body, new[0].trace, items=[item.key for item in new])
+            keys = [item.key for item in new]
+            id_ = await self._accept(new_id(), body, new[0].trace, items=keys)
             known |= {item.key: id_ for item in new}
         self._coming -= len(items)
         return known
 
-    async def _accept(self, body: bytes, trace: str, **how: Any) -> InvocationId:
-        """Have an event accepted, for as long as that takes."""
-        invocation = Invocation(new_id(), self._function, body, None, trace)
+    async def _accept(self, id_: InvocationId, body: bytes, trace: str, **how: Any) -> InvocationId:
+        """Have an event accepted, for as long as that takes; which it is, perhaps a known one."""
+        invocation = Invocation(id_, self._function, body, None, trace)
         folder = self.trigger.spec.folder
         if folder is not None and folder.afterwards == "keep":
             how["key_s"] = KEPT_KEY_S
