@@ -20,7 +20,7 @@ from dayfly_gateway.routing import MethodNotAllowed
 from dayfly_gateway.triggers.filters import Filter, FilterFailed
 from dayfly_pool.errors import BadInput, PlatformError, TriggerNotFound
 from dayfly_pool.events import new_id, payload, rfc3339
-from dayfly_pool.models import Invocation, InvocationId, function_id
+from dayfly_pool.models import Invocation, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger
 
@@ -142,7 +142,10 @@ class Hooks:
             str(event.get("traceparent", ""))[:128],
         )
         key = f"trigger {name} {digest}", "sent"
-        return InvocationId((await self._service.events.accept(invocation, key=key)).id)
+        accepted = await self._service.events.accept(
+            invocation, priority=trigger.spec.priority, key=key
+        )
+        return accepted.id
 
 
 def namespace_of(path: str) -> str | None:

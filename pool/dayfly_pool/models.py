@@ -223,7 +223,8 @@ class TriggerSpec(Model, frozen=True):
 
     *filter* is an expression in CEL over the CloudEvent (`event.type == "order"`); what does not
     match is done with. With *ordered*, one event at a time of those that the source keeps in order.
-    *data* is what a schedule's events say.
+    *data* is what a schedule's events say. Of a function's waiting events those of higher
+    *priority* run first.
     """
 
     function: Name
@@ -241,6 +242,7 @@ class TriggerSpec(Model, frozen=True):
     filter: Annotated[str, Meta(max_length=4096)] = ""
     batch: Batch | None = None
     ordered: bool = False
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     data: Any = None
     paused: bool = False
 

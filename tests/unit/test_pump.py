@@ -116,6 +116,7 @@ class FakeEvents:
         self.keys: dict[str, InvocationId] = {}
         self.over: set[InvocationId] = set()
         self.known_s: float | None = None
+        self.priority = 0
         self.watched: dict[InvocationId, asyncio.Future[None]] = {}
         self.is_over_at_once = True
         self.changed = asyncio.Event()
@@ -131,6 +132,7 @@ class FakeEvents:
         items: list[str] | None = None,
         refused: str = "",
         key_s: float | None = None,
+        priority: int = 0,
     ) -> Accepted:
         if self.errors:
             raise self.errors.pop(0)
@@ -138,7 +140,7 @@ class FakeEvents:
             return Accepted(self.keys[key[0]], is_new=False)
         for text in [*([key[0]] if key else []), *(items or [])]:
             self.keys[text] = invocation.id
-        self.known_s = key_s
+        self.known_s, self.priority = key_s, priority
         self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
         if refused:
             self.refused[invocation.id] = refused
@@ -383,6 +385,13 @@ async def test_a_batch_is_no_longer_than_a_function_may_be_given(monkeypatch: py
     assert [len(batch) for batch in events.accepted.values()] == [2, 2] or [
         len(batch) for batch in events.accepted.values()
     ] == [1, 1, 1, 1]
+
+
+async def test_events_have_the_priority_of_their_trigger():
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    async with pumping(broker, events, priority=7):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert events.priority == 7
 
 
 async def test_what_the_filter_does_not_mean_is_done_with():

@@ -339,7 +339,7 @@ class Pump:
     async def _accept(self, id_: InvocationId, body: bytes, trace: str, **how: Any) -> InvocationId:
         """Have an event accepted, for as long as that takes; which it is, perhaps a known one."""
         invocation = Invocation(id_, self._function, body, None, trace)
-        folder = self.trigger.spec.folder
+        folder, how["priority"] = self.trigger.spec.folder, self.trigger.spec.priority
         if folder is not None and folder.afterwards == "keep":
             how["key_s"] = KEPT_KEY_S
         accepted = await self._trying(lambda: self._events.accept(invocation, **how))

@@ -135,7 +135,10 @@ class Schedules:
         function = function_id(trigger.namespace, trigger.spec.function)
         event = cloud_event(id_, name, at, trigger.spec.data)
         accepted = await service.events.accept(
-            Invocation(id_, function, event), key=(f"trigger {name} {at:.0f}", "cron"), key_s=KEY_S
+            Invocation(id_, function, event),
+            priority=trigger.spec.priority,
+            key=(f"trigger {name} {at:.0f}", "cron"),
+            key_s=KEY_S,
         )
         life.fired += accepted.is_new
         return accepted.id
