@@ -164,6 +164,13 @@ class _Token(NamedTuple):
     offset: int
 
 
+async def _shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Await what aiokafka goes on with though it is cancelled; what comes of it then is seen."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(task)
+
+
 class Source:
     """A member of a consumer group, as `triggers.source.Source` promises.
 
@@ -240,7 +247,7 @@ class Source:
                 end = (await self._ours.end_offsets([each]))[each]
                 with contextlib.suppress(CommitFailedError, IllegalStateError):  # not ours any more
                     self._ours.seek(each, end)
-                    await self._ours.commit({each: end})
+                    await _shielded(self._ours.commit({each: end}))
             self._new.discard(each)
 
     def revoked(self) -> None:
@@ -319,7 +326,7 @@ class Source:
             if not owed:
                 return
             try:
-                await self._ours.commit(owed)
+                await _shielded(self._ours.commit(owed))
             except (CommitFailedError, IllegalStateError):
                 return  # they are given out anew
             for each, over in owed.items():
