@@ -349,8 +349,13 @@ def _manifests(file: str, namespace: str) -> list[Any]:
 def _show_applied(views: Sequence[dict[str, Any]]) -> None:
     for view in views:
         metadata, status = view["metadata"], view["status"]
-        what = status.get("next") or status.get("digest", "")[:12]
-        what = f"version {status['version']}" if "version" in status else what
+        match view["kind"]:
+            case "Function":
+                what = f"version {status['version']}"
+            case "Environment":
+                what = status["digest"][:12]
+            case _:
+                what = status.get("next") or show.listens_to(view)
         click.echo(f"{view['kind']} {metadata['namespace']}/{metadata['name']} {what}")
 
 

@@ -138,8 +138,26 @@ def secrets(found: Sequence[Mapping[str, Any]]) -> None:
     table(("NAMESPACE", "NAME"), [[each["namespace"], each["name"]] for each in found])
 
 
-PLACES: Final = ("subject", "stream", "queue", "topic", "table", "channel", "path", "scheme")
+PLACES: Final = (
+    "schedule",
+    "subject",
+    "stream",
+    "queue",
+    "topic",
+    "table",
+    "channel",
+    "path",
+    "scheme",
+)
 """Which field of a trigger's source says best where it listens."""
+
+
+def listens_to(view: Mapping[str, Any]) -> str:
+    """A trigger's source, and where in it: `nats orders`."""
+    source = view["status"]["source"]
+    declared = view["spec"][source]
+    where = next((str(declared[key]) for key in PLACES if declared.get(key)), "")
+    return f"{source} {where}".rstrip()
 
 
 def triggers(views: Sequence[Mapping[str, Any]]) -> None:
@@ -148,19 +166,17 @@ def triggers(views: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for view in views:
         metadata, spec, status = view["metadata"], view["spec"], view["status"]
-        source = status["source"]
-        if source == "cron":
-            where, number = spec["cron"]["schedule"], status["fired"]
+        if status["source"] == "cron":
+            number = status["fired"]
             state = f"next {status['next']}" if "next" in status else "never fires"
         else:
-            where = next((str(spec[source][key]) for key in PLACES if key in spec[source]), "")
             number = status.get("fetched", "")
             state = "listens" if status.get("up", True) else "does not listen"
         if spec["paused"]:
             state = "paused"
         names = (metadata["namespace"], metadata["name"], spec["function"])
         lag = status.get("lag")
-        row = (f"{source} {where}", number, "" if lag is None else lag)
+        row = (listens_to(view), number, "" if lag is None else lag)
         rows.append((*names, *row, status.get("lastError") or state))
     table(headers, rows)
 

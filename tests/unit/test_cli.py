@@ -20,7 +20,7 @@ from dayfly_gateway.deploy import reachable
 from dayfly_gateway.logformat import JsonFormatter, Outbox, TextFormatter
 from dayfly_gateway.manifests import Plan, find_handler, name_of, plan, plans
 from dayfly_pool.errors import BadInput, DataFolderUnusable
-from dayfly_pool.models import EnvironmentManifest
+from dayfly_pool.models import SOURCES, EnvironmentManifest
 
 HANDLER = "def handler(event, context):\n    return event\n"
 TIMING = "queue;dur=0.100, specialize;dur=1.500, handler;dur=0.250"
@@ -45,6 +45,19 @@ def environment_view(name: str) -> dict[str, Any]:
         "metadata": {"namespace": "default", "name": name},
         "spec": {"requirements": "six", "preload": []},
         "status": {"digest": "e" * 64},
+    }
+
+
+def trigger_view(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """A trigger as the admin API shows it."""
+    declared = {key: value for key, value in spec.items() if value is not None}
+    (source,) = declared.keys() & set(SOURCES)
+    fires = {"fired": 0, "next": "2026-01-02T00:00:00Z"} if source == "cron" else {}
+    return {
+        "kind": "Trigger",
+        "metadata": {"namespace": "default", "name": name},
+        "spec": declared,
+        "status": {"source": source, "updated": 0.0} | fires,
     }
 
 
@@ -141,6 +154,8 @@ class Admin(BaseHTTPRequestHandler):
             case "PUT", _ if "/environments/" in path:
                 built = {"environment": environment_view(name)}
                 self.reply_lines({"progress": "resolving"}, built)
+            case "PUT", _ if "/triggers/" in path:
+                self.reply(200, trigger_view(name, json.loads(self.server.asked[-1][2])))
             case "DELETE", _:
                 self.send(204, b"", {})
             case _:
@@ -473,6 +488,28 @@ def test_apply_takes_environments_first(admin: AdminServer, hello: Path) -> None
     assert (
         result.stdout == "Environment default/web eeeeeeeeeeee\nFunction default/greet version 1\n"
     )
+
+
+def test_apply_says_what_a_trigger_listens_to(admin: AdminServer, hello: Path) -> None:
+    """Or when a schedule fires next; what is sent to us has no place."""
+    sources = (
+        "nats: {subject: orders}",
+        "postgres: {server: host=db, channel: news}",
+        'cron: {schedule: "0 0 * * *"}',
+        "events: {}",
+    )
+    text = "---\n".join(
+        f"kind: Trigger\nmetadata: {{name: t{n}}}\nspec: {{function: greet, {source}}}\n"
+        for n, source in enumerate(sources)
+    )
+    result = dayfly("apply", "-f", "-", url=admin.url, input=text)
+
+    assert result.stdout.splitlines() == [
+        "Trigger default/t0 nats orders",
+        "Trigger default/t1 postgres news",
+        "Trigger default/t2 2026-01-02T00:00:00Z",
+        "Trigger default/t3 events",
+    ]
 
 
 def test_apply_checks_everything_before_it_sends_anything(admin: AdminServer, hello: Path) -> None:
