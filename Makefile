@@ -18,13 +18,12 @@ system:
 run: install system
 	$(BIN)/dayfly up --data .dayfly --deploy examples
 
-# Brokers mostly wait: their tests run beside the others.
-BROKERS := tests/contract/test_sources*.py
+# Tests that mostly wait (for brokers, leases, clocks) run beside the others.
 test: install
 	@sh .ci/packages test
-	@$(BIN)/python -m pytest -p no:cacheprovider $(BROKERS) >.venv/brokers.log 2>&1 & brokers=$$!; \
-	$(BIN)/python -m pytest --ignore-glob='*/test_sources*.py'; rest=$$?; \
-	wait $$brokers; brokers=$$?; cat .venv/brokers.log; exit $$((rest || brokers))
+	@$(BIN)/python -m pytest -p no:cacheprovider -m waits >.venv/waits.log 2>&1 & waits=$$!; \
+	$(BIN)/python -m pytest -m 'not waits'; rest=$$?; \
+	wait $$waits; waits=$$?; cat .venv/waits.log; exit $$((rest || waits))
 
 check: install
 	$(BIN)/ruff format --check .

@@ -16,6 +16,8 @@ from tests.harness import free_port
 
 from dayfly_gateway.triggers.source import Delivery, Source, SourceFailed
 
+pytestmark = pytest.mark.waits
+
 BROKERS: Final = {
     "folder": "Folder",
     "nats": "Nats",

@@ -22,6 +22,8 @@ from tests.harness import DAYFLY, ROOT, Reply, Server, eventually, free_port
 
 from dayfly_pool.brokers import FolderSource
 
+pytestmark = pytest.mark.waits
+
 EXAMPLES: Final = ROOT / "examples"
 README: Final = (EXAMPLES / "README.md").read_text()
 ADDRESSES: Final = ("url", "servers", "server", "path", "queue")

@@ -15,6 +15,8 @@ from dayfly_gateway.triggers.folder import Source
 from dayfly_gateway.triggers.source import Delivery, SourceFailed, Topic
 from dayfly_pool.brokers import FolderSource
 
+pytestmark = pytest.mark.waits
+
 SETTLE_S = 0.05
 
 

@@ -12,6 +12,8 @@ from tests.contract.test_sources import LONG_S, SOON_S, fetched, opened
 from dayfly_gateway.triggers import kafka
 from dayfly_gateway.triggers.source import SourceFailed
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Kafka]:

@@ -13,6 +13,8 @@ from dayfly_gateway.triggers import mqtt
 from dayfly_gateway.triggers.source import SourceFailed
 from dayfly_pool.brokers import MqttSource
 
+pytestmark = pytest.mark.waits
+
 
 class Guarded(Mqtt):
     """It wants a login, and knows none."""

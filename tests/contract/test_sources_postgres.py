@@ -16,6 +16,8 @@ from dayfly_gateway.triggers.postgres import Source
 from dayfly_gateway.triggers.source import SourceFailed
 from dayfly_pool.brokers import PostgresSource
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Postgres]:

@@ -20,6 +20,8 @@ from dayfly_gateway.triggers.rabbitmq import Source, Topic
 from dayfly_gateway.triggers.source import SourceFailed
 from dayfly_pool.brokers import RabbitMqSource
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def rabbitmq() -> Iterator[RabbitMq]:

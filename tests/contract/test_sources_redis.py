@@ -13,6 +13,8 @@ from dayfly_gateway.triggers.redis import Source, Topic
 from dayfly_gateway.triggers.source import SourceFailed
 from dayfly_pool.brokers import RedisSource
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def redis() -> Iterator[Redis]:

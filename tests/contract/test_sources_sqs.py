@@ -13,6 +13,8 @@ from dayfly_gateway.triggers.source import SourceFailed
 from dayfly_gateway.triggers.sqs import Source, Topic
 from dayfly_pool.brokers import SqsSource
 
+pytestmark = pytest.mark.waits
+
 FIFO = {"FifoQueue": "true"}
 
 

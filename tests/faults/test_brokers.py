@@ -11,6 +11,8 @@ from tests.brokers.nats import Nats
 from tests.faults.proxy import Proxy
 from tests.harness import Server, eventually
 
+pytestmark = pytest.mark.waits
+
 NAP = "import time\ndef handler(event, context):\n    time.sleep({})\n    return 'slept'\n"
 
 

@@ -12,7 +12,7 @@ from tests.harness import Server, eventually
 from tests.servers import Postgres
 
 LIBRARIES = sorted(Path("/usr/lib").glob("**/faketime/libfaketime.so.1"))
-pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs faketime")
+pytestmark = [pytest.mark.waits, pytest.mark.skipif(not LIBRARIES, reason="needs faketime")]
 LATER = {"Prefer": "respond-async"}
 NAP = (
     "import os, time\n"

@@ -33,6 +33,7 @@ from tests.harness import Server, eventually
 from tests.servers import Postgres
 
 pytestmark = [
+    pytest.mark.waits,
     pytest.mark.skipif(os.geteuid() != 0, reason="finds processes by control group"),
     pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
     pytest.mark.timeout(1800),

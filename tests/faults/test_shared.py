@@ -10,6 +10,8 @@ import pytest
 from tests.harness import Reply, Server, eventually
 from tests.servers import Postgres
 
+pytestmark = pytest.mark.waits
+
 LATER = {"Prefer": "respond-async"}
 NAP = "import time\ndef handler(event, context):\n    time.sleep(0.05)\n    return 'slept'\n"
 
