@@ -28,9 +28,6 @@ class FakeSource:
     """A source in memory, with the promises of `triggers.source.Source`: what is not acknowledged
     is given out again by the next one. *failing* names the methods that fail now."""
 
-    messages: dict[str, bytes]
-    acknowledged: list[str]
-    failing: set[str]
     extend_s: float | None = 0.01
 
     def __init__(self, broker: "FakeBroker") -> None:
@@ -61,7 +58,9 @@ class FakeSource:
             self.broker.changed.clear()
         self._given.update(there)
         return [
-            Delivery(id=id_, topic="t", body=self.broker.messages[id_], group=id_[0])
+            Delivery(
+                id=id_, topic="t", body=self.broker.messages[id_], group=id_[0], **self.broker.more
+            )
             for id_ in there
         ]
 
@@ -93,6 +92,9 @@ class FakeBroker:
         self.extended: Counter[str] = Counter()
         self.asked: list[int] = []
         self.failing: set[str] = set()
+        self.more: dict[str, Any] = {}
+        """What else its messages have."""
+
         self.opened = 0
         self.changed, self.told = asyncio.Event(), asyncio.Event()
 
@@ -364,6 +366,20 @@ async def test_what_is_too_long_for_a_function_is_a_dead_letter(monkeypatch: pyt
         await until(lambda: sorted(broker.acknowledged) == ["long", "short"])
     (why,) = events.refused.values()
     assert "limit 500" in why
+
+
+async def test_what_was_too_long_to_be_read_is_a_dead_letter_and_never_an_empty_event():
+    """Whatever its headers say: those are the sender's."""
+    broker, events = FakeBroker(a=b""), FakeEvents()
+    broker.more = {"unread": 7_000_000}
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+        assert events.known_s == KEPT_KEY_S
+        broker.more = {"headers": {"dayfly-body-too-long": "7000000"}}
+        broker.put("b", b"x")
+        await until(lambda: broker.acknowledged == ["a", "b"])
+    (why,) = events.refused.values()
+    assert "7000000 bytes" in why
 
 
 async def test_a_batch_is_no_longer_than_a_function_may_be_given(monkeypatch: pytest.MonkeyPatch):

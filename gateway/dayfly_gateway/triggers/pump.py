@@ -241,8 +241,8 @@ class Pump:
         key = f"trigger {self._name} {delivery.id} {digest}" if delivery.id else ""
         if not key and self.trigger.spec.batch:
             key = f"trigger {self._name} once {new_id()}"  # by which it is known within its batch
-        if (size := delivery.headers.get("dayfly-body-too-long")) is not None:
-            why = f"{size} bytes, limit {BODY_BYTES_MAX}"  # and was left where it was
+        if delivery.unread:
+            why = f"{delivery.unread} bytes, limit {BODY_BYTES_MAX}: it was left where it was"
             return Item(delivery, delivery.body, key, refused=why)
         try:
             event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
@@ -309,7 +309,8 @@ class Pump:
         if item.refused:
             self.counts.refused += 1
         key = (item.key, "trigger") if item.key else None
-        id_ = await self._accept(item.body, item.trace, key=key, refused=item.refused)
+        stays = {"key_s": KEPT_KEY_S} if item.delivery.unread else {}
+        id_ = await self._accept(item.body, item.trace, key=key, refused=item.refused, **stays)
         self._coming -= 1
         return {item.key: id_}
 
