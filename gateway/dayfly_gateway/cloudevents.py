@@ -6,6 +6,7 @@ https://github.com/cloudevents/spec/blob/main/cloudevents/formats/json-format.md
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     except binascii.Error:
         raise BadCloudEvent("data_base64 is not in base64") from None
     except Exception as error:  # the library lets through whatever its parsers raise
-        raise BadCloudEvent(f"{type(error).__name__}: {error}"[:500]) from None
+        why = f"{type(error).__name__}: {error}"[:500]  # and whatever the event has
+        raise BadCloudEvent(why.encode(errors="backslashreplace").decode()) from None
     if "time" not in told:
         del event["time"]  # neither would it say when that was
     return dict(event)
@@ -82,6 +84,8 @@ def encode(event: Mapping[str, Any]) -> bytes:
         return msgspec.json.encode(event)
     except UnicodeEncodeError:  # half a surrogate pair, as JSON may have it
         raise BadCloudEvent("it holds text that is no Unicode") from None
+    except RecursionError:
+        raise BadCloudEvent("it is nested too deep") from None
 
 
 def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
@@ -104,7 +108,8 @@ def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
     if not delivery.topic:
         del event["subject"]
     if delivery.at:
-        event["time"] = rfc3339(delivery.at)
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # who sends it says when
+            event["time"] = rfc3339(delivery.at)
     return event | _data(delivery.body, media) | _extensions(delivery.headers, event)
 
 
@@ -142,8 +147,8 @@ def _data(body: bytes, media: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
         return {"datacontenttype": media or "application/json", "data": value}
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # or it is nested deeper than we can look
     try:
         return {"datacontenttype": media or "text/plain", "data": body.decode()}
     except UnicodeDecodeError:

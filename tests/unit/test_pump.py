@@ -140,6 +140,7 @@ class FakeEvents:
         for text in [*([key[0]] if key else []), *(items or [])]:
             self.keys[text] = invocation.id
         self.known_s = key_s
+        assert not refused or refused.encode()
         self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
         if refused:
             self.refused[invocation.id] = refused
@@ -301,6 +302,52 @@ async def test_a_defect_of_ours_is_logged_and_the_trigger_goes_on(
     async with pumping(broker, events):
         await until(lambda: broker.acknowledged == ["a"])
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["a trigger failed"]
+
+
+ODD: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "nested too deep": (b"[" * 100_000 + b"]" * 100_000, {}),
+    "from the year 31690708": (b"x", {"at": 1e15}),
+    "from no time at all": (b"x", {"at": float("nan")}),
+    "half a character in a name": (
+        b'{"specversion": "1.0", "id": "1", "source": "/", "type": "t", "\\ud800": "x"}',
+        {"headers": {"content-type": "application/cloudevents+json"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_no_message_holds_up_those_behind_it(what: str):
+    body, more = ODD[what]
+    broker, events = FakeBroker(odd=body), FakeEvents()
+    broker.more = more
+    async with pumping(broker, events) as pump:
+        await until(lambda: broker.acknowledged == ["odd"])
+        broker.more = {}
+        broker.put("next", b"x")
+        await until(lambda: broker.acknowledged == ["odd", "next"])
+        assert pump.counts.failures == 0
+    assert len(events.accepted) == 2
+    for why in events.refused.values():
+        assert why.encode()
+
+
+async def test_a_message_over_which_we_fail_is_a_dead_letter_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_: object) -> None:
+        raise KeyError("its text is the log's alone")
+
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    with monkeypatch.context() as broken:
+        broken.setattr(module.cloudevents, "of_delivery", fail)
+        async with pumping(broker, events) as pump:
+            await until(lambda: broker.acknowledged == ["a"])
+            assert pump.counts.failures == 0
+    assert list(events.refused.values()) == ["a defect of ours, KeyError: the log has the cause"]
+    assert list(events.accepted.values()) == [b"x"]
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == [
+        "a message is dead for a defect of ours"
+    ]
 
 
 async def test_those_of_one_group_come_in_order_and_groups_beside_each_other():

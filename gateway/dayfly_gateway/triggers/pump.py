@@ -245,10 +245,19 @@ class Pump:
             why = f"{delivery.unread} bytes, limit {BODY_BYTES_MAX}: it was left where it was"
             return Item(delivery, delivery.body, key, refused=why)
         try:
-            event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
-            body = cloudevents.encode(event)
+            return self._event(delivery, key)
         except BadCloudEvent as error:
             return Item(delivery, delivery.body, key, refused=f"no CloudEvent: {error.detail}")
+        except Exception as error:  # or it would come again for ever, and those behind it never
+            extra = {"trigger": self._name, "source_id": delivery.id}
+            log.exception("a message is dead for a defect of ours", extra=extra)
+            why = f"a defect of ours, {type(error).__name__}: the log has the cause"
+            return Item(delivery, delivery.body, key, refused=why)
+
+    def _event(self, delivery: Delivery, key: str) -> Item | None:
+        """The same. Raises `BadCloudEvent`."""
+        event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
+        body = cloudevents.encode(event)
         try:
             if not self._filter.matches(event):
                 self.counts.filtered += 1
