@@ -15,7 +15,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from msgspec import Struct
 
@@ -237,10 +237,7 @@ class Pump:
 
     def _item(self, delivery: Delivery) -> Item | None:
         """The message as an event; None for one that the filter does not mean."""
-        digest = hashlib.blake2b(delivery.body, digest_size=8).hexdigest()
-        key = f"trigger {self._name} {delivery.id} {digest}" if delivery.id else ""
-        if not key and self.trigger.spec.batch:
-            key = f"trigger {self._name} once {new_id()}"  # by which it is known within its batch
+        key = self._key(delivery)
         if delivery.unread:
             why = f"{delivery.unread} bytes, limit {BODY_BYTES_MAX}: it was left where it was"
             return Item(delivery, delivery.body, key, refused=why)
@@ -253,6 +250,15 @@ class Pump:
             log.exception("a message is dead for a defect of ours", extra=extra)
             why = f"a defect of ours, {type(error).__name__}: the log has the cause"
             return Item(delivery, delivery.body, key, refused=why)
+
+    def _key(self, delivery: Delivery) -> str:
+        """By what it is known. Of an id only its digest: who publishes may choose what it holds."""
+        if not delivery.id:
+            return f"trigger {self._name} once {new_id()}"  # for us: its batch, and a second try
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{len(delivery.id)} {delivery.id} ".encode(errors="surrogatepass"))
+        digest.update(delivery.body)
+        return f"trigger {self._name} message {digest.hexdigest()}"
 
     def _event(self, delivery: Delivery, key: str) -> Item | None:
         """The same. Raises `BadCloudEvent`."""
@@ -309,7 +315,8 @@ class Pump:
             now = dict(ids)
             if is_batch:  # what failed of it goes on as another event
                 function = self._function
-                now |= await self._events.queue.known(function, [item.key for item in left])
+                keys = [item.key for item in left]
+                now |= await self._trying(partial(self._events.queue.known, function, keys))
             done = [item for item in left if now[item.key] == ids[item.key]]
             await self._done(source, [item.delivery for item in done])
             left, ids = [item for item in left if now[item.key] != ids[item.key]], now
@@ -317,34 +324,45 @@ class Pump:
     async def _accept_one(self, item: Item) -> dict[str, InvocationId]:
         if item.refused:
             self.counts.refused += 1
-        key = (item.key, "trigger") if item.key else None
-        stays = {"key_s": KEPT_KEY_S} if item.delivery.unread else {}
-        id_ = await self._accept(item.body, item.trace, key=key, refused=item.refused, **stays)
+        invocation = Invocation(new_id(), self._function, item.body, None, item.trace)
+        accepted = await self._trying(
+            lambda: self._events.accept(
+                invocation,
+                key=(item.key, "trigger"),
+                key_s=self._key_s(stays=bool(item.delivery.unread)),
+                refused=item.refused,
+            )
+        )
+        self.counts.known += not accepted.is_new
         self._coming -= 1
-        return {item.key: id_}
+        return {item.key: InvocationId(accepted.id)}
 
     async def _accept_batch(self, items: Sequence[Item]) -> dict[str, InvocationId]:
         """Which event each is part of: those that are known of theirs, the others of a new one."""
-        keys = [item.key for item in items]
-        known = await self._trying(lambda: self._events.queue.known(self._function, keys))
-        self.counts.known += len(known)
-        new = [item for item in items if item.key not in known]
-        if new:
-            body = b"[" + b",".join(item.body for item in new) + b"]"
-            id_ = await self._accept(body, new[0].trace, items=[item.key for item in new])
-            known |= {item.key: id_ for item in new}
+        id_ = new_id()
+        found = await self._trying(lambda: self._accept_new(id_, items))
+        self.counts.known += sum(known != id_ for known in found.values())
         self._coming -= len(items)
-        return known
+        return found
 
-    async def _accept(self, body: bytes, trace: str, **how: Any) -> InvocationId:
-        """Have an event accepted, for as long as that takes."""
-        invocation = Invocation(new_id(), self._function, body, None, trace)
+    async def _accept_new(
+        self, id_: InvocationId, items: Sequence[Item]
+    ) -> dict[str, InvocationId]:
+        """The same. Raises `PlatformError`; then nobody knows but who asks again."""
+        known = await self._events.queue.known(self._function, [item.key for item in items])
+        new = {item.key: item for item in items if item.key not in known}
+        if new:
+            body = b"[" + b",".join([item.body for item in new.values()]) + b"]"
+            trace = next(iter(new.values())).trace
+            invocation = Invocation(id_, self._function, body, None, trace)
+            await self._events.accept(invocation, items=list(new), key_s=self._key_s())
+        return known | dict.fromkeys(new, id_)
+
+    def _key_s(self, *, stays: bool = False) -> float | None:
+        """For how long what comes is known; None for as long as is usual."""
         folder = self.trigger.spec.folder
-        if folder is not None and folder.afterwards == "keep":
-            how["key_s"] = KEPT_KEY_S
-        accepted = await self._trying(lambda: self._events.accept(invocation, **how))
-        self.counts.known += not accepted.is_new
-        return InvocationId(accepted.id)
+        stays |= folder is not None and folder.afterwards == "keep"
+        return KEPT_KEY_S if stays else None
 
     async def _trying(self, work: Callable[[], Awaitable[T]]) -> T:
         """The store may be away, or the function: then what we hold waits, and is extended."""
