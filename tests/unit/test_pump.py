@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from dayfly_gateway.triggers import pump as module
-from dayfly_gateway.triggers.pump import FETCH_MAX, HELD_BYTES_MAX, HELD_MAX, KEPT_KEY_S, Pump, room
+from dayfly_gateway.triggers.pump import (
+    FETCH_MAX,
+    HELD_BYTES_MAX,
+    HELD_MAX,
+    KEPT_KEY_S,
+    KEY_S,
+    Pump,
+    room,
+)
 from dayfly_gateway.triggers.source import Delivery, SourceFailed
 from dayfly_pool.brokers import FolderSource, NatsSource
 from dayfly_pool.errors import QueueFull, StoreFailed
@@ -114,7 +122,7 @@ class FakeEvents:
 
     def __init__(self, places: int = 10) -> None:
         self.queue = self
-        self.places = places
+        self.places, self.retry = places, Retry()
         self.failure = ""
         self.running_now: Counter[FunctionId] = Counter()
         self.waiting: Counter[FunctionId] = Counter()
@@ -130,7 +138,7 @@ class FakeEvents:
         self.changed = asyncio.Event()
 
     def work_of(self, id_: FunctionId) -> Work | None:
-        return Work(self.places, Retry()) if self.places else None
+        return Work(self.places, self.retry) if self.places else None
 
     async def accept(
         self,
@@ -337,6 +345,28 @@ async def test_a_message_that_comes_twice_is_in_its_batch_once():
     assert [[event["data"] for event in batch] for batch in events.accepted.values()] == [[1]]
 
 
+class Deaf(FakeSource):
+    """One whose client takes a cancellation for an answer: `asyncio.wait_for` of 3.11 may."""
+
+    async def fetch(self, most: int, wait_s: float) -> list[Delivery]:
+        try:
+            return await super().fetch(most, wait_s)
+        except asyncio.CancelledError:
+            return []
+
+
+@pytest.mark.parametrize("what", ["nothing", "extend"])
+async def test_a_pump_ends_also_when_its_source_does_not_hear_that_it_is_to(what: str):
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events, source=Deaf) as pump:
+        await until(lambda: bool(events.accepted))
+        broker.failing = {what}
+        await until(lambda: what == "nothing" or broker.opened > 1)
+        broker.failing = set()
+    assert not pump.is_up
+
+
 async def test_nothing_is_fetched_while_nothing_can_be_kept_or_run():
     broker, events = FakeBroker(a=b"x"), FakeEvents()
     events.failure = "disk full"
@@ -529,4 +559,14 @@ async def test_a_file_that_stays_is_known_for_longer_than_any_server_runs():
     broker.messages["b"] = b"x"
     async with pumping(broker, events, folder=FolderSource(path="/in", afterwards="move")):
         await until(lambda: broker.acknowledged == ["a", "b"])
-    assert events.known_s is None
+    assert events.known_s == KEY_S + Retry().max_age_seconds
+
+
+@pytest.mark.parametrize("more", [{}, {"batch": Batch(size=1)}])
+async def test_a_message_is_known_for_longer_than_its_event_may_live(more: Any):
+    """An event of two weeks outlives a day; its message must not be run beside it then."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.retry = Retry(max_age_seconds=14 * 86400)
+    async with pumping(broker, events, **more):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert events.known_s == 15 * 86400

@@ -46,6 +46,9 @@ USUAL_BYTES: Final = 64 * 1024
 LOOK_S: Final = 0.25
 """How soon it is seen that a function has room again, if nothing of ours has ended."""
 
+KEY_S: Final = 86400.0
+"""For how long a message is known after its event may live."""
+
 KEPT_KEY_S: Final = 10 * 365 * 86400.0
 """For how long files that stay where they are are known."""
 
@@ -103,6 +106,12 @@ def room(places: int, busy: int, coming: int, held: int, held_bytes: int, usual:
     return max(0, min(places - busy - coming, HELD_MAX - held, FETCH_MAX, int(fitting)))
 
 
+def _heed() -> None:
+    """Raise the cancellation that whom we awaited took for an answer, or for an error."""
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Pump:
     """One trigger. *make* gives a new, closed source."""
 
@@ -144,8 +153,7 @@ class Pump:
                     self._forget()
                     await source.close()
             except Exception as error:  # whatever it is, this trigger goes on, and the others
-                if (task := asyncio.current_task()) is not None and task.cancelling():
-                    raise asyncio.CancelledError from None  # a task group prefers its errors
+                _heed()  # a task group prefers its errors
                 self._note(error)
             self._failures += 1
             self.counts.failures += 1
@@ -181,9 +189,11 @@ class Pump:
             if source.extend_s is not None:
                 tasks.create_task(self._extend(source, source.extend_s), name="extend")
             while True:
+                _heed()
                 most = self._room()
                 if most:
                     found = await source.fetch(most, FETCH_S)
+                    _heed()
                     self._failure, self._failures = "", 0
                     for delivery in found:
                         self._take(source, tasks, delivery)
@@ -358,11 +368,12 @@ class Pump:
             await self._events.accept(invocation, items=list(new), key_s=self._key_s())
         return known | dict.fromkeys(new, id_)
 
-    def _key_s(self, *, stays: bool = False) -> float | None:
-        """For how long what comes is known; None for as long as is usual."""
-        folder = self.trigger.spec.folder
-        stays |= folder is not None and folder.afterwards == "keep"
-        return KEPT_KEY_S if stays else None
+    def _key_s(self, *, stays: bool = False) -> float:
+        """For how long what comes is known: while its event lives, it may come again."""
+        folder, work = self.trigger.spec.folder, self._events.work_of(self._function)
+        if stays or (folder is not None and folder.afterwards == "keep"):
+            return KEPT_KEY_S
+        return KEY_S + (work.retry.max_age_seconds if work is not None else 0.0)
 
     async def _trying(self, work: Callable[[], Awaitable[T]]) -> T:
         """The store may be away, or the function: then what we hold waits, and is extended."""
