@@ -51,6 +51,7 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     if is_structured and kind != STRUCTURED:
         raise BadCloudEvent(f"content type {kind[:100]!r}: one event at a time, in JSON")
     named = {name: value for name, value in headers.items() if name.startswith("ce-")}
+    data: dict[str, Any] = {}
     if not is_structured and "ce-specversion" not in named:
         raise BadCloudEvent("neither content type application/cloudevents+json nor ce-specversion")
     try:
@@ -58,6 +59,9 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
             told = json.loads(body)
             base64.b64decode(told.get("data_base64") or "", validate=True)
             named = {}
+            if told.get("data") is not None and "data_base64" not in told:
+                data = {"data": told.pop("data")}  # as it is: the library would copy it twice
+                body = json.dumps(told).encode()
         else:
             told = {name.removeprefix("ce-"): value for name, value in named.items()}
             named["content-type"] = headers.get("content-type", "")
@@ -75,7 +79,7 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
         raise BadCloudEvent(why.encode(errors="backslashreplace").decode()) from None
     if "time" not in told:
         del event["time"]  # neither would it say when that was
-    return dict(event)
+    return dict(event) | data
 
 
 def encode(event: Mapping[str, Any]) -> bytes:

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from typing import Final, cast
 
 import aiohttp
-from standardwebhooks.webhooks import Webhook
+from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from dayfly_gateway.cloudevents import STRUCTURED
 from dayfly_gateway.triggers.source import SourceFailed, Topic
 from dayfly_gateway.triggers.triggers import adapter
-from dayfly_pool.errors import PlatformError
+from dayfly_pool.errors import BadInput, PlatformError
 from dayfly_pool.models import Destination, Failure, InvocationId, Outcome, Success, Timing
 from dayfly_pool.store.secrets import Secrets
 
@@ -140,8 +140,14 @@ class _Opening:
 
 
 def signer(secret: str) -> Webhook:
-    """Signs and checks with *secret*: `whsec_` and base64, else the text itself."""
+    """Signs and checks with *secret*: `whsec_` and base64, else the text itself.
+
+    Raises `BadInput` for base64 of nothing.
+    """
     if secret.startswith("whsec_"):
         with contextlib.suppress(ValueError):  # not base64 after all
-            return Webhook(secret)
+            try:
+                return Webhook(secret)
+            except EmptyWebhookSecretError:
+                raise BadInput("the secret holds no key, only whsec_: put another") from None
     return Webhook(secret.encode())
