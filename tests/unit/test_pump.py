@@ -550,6 +550,15 @@ async def test_what_the_filter_does_not_mean_is_done_with():
     assert [event["data"] for event in events.accepted.values()] == [{"n": 2}]
 
 
+async def test_a_filter_that_is_none_any_more_stops_its_own_trigger_and_no_server():
+    """It was declared with an older library."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    async with pumping(broker, events, filter="event.type ==") as pump:
+        await until(lambda: pump.counts.failures > 1)
+        assert pump.error.startswith("filter: ")
+    assert (broker.asked, broker.messages) == ([], {"a": b"x"})
+
+
 async def test_a_file_that_stays_is_known_for_longer_than_any_server_runs():
     """It is given out again at each start."""
     broker, events = FakeBroker(a=b"x"), FakeEvents()

@@ -127,7 +127,7 @@ class Pump:
         self._events, self._make = events, make
         self._name = f"{trigger.namespace}/{trigger.name}"
         self._function = function_id(trigger.namespace, trigger.spec.function)
-        self._filter = Filter(trigger.spec.filter)
+        self._filter: Filter
         self._usual = float(USUAL_BYTES)
         self._forget()
 
@@ -142,6 +142,7 @@ class Pump:
         """For ever; what goes wrong is told in `error`, and tried again."""
         while True:
             try:
+                self._filter = Filter(self.trigger.spec.filter)
                 source = self._make()
                 try:
                     await source.open()
