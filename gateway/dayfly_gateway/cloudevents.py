@@ -6,6 +6,7 @@ https://github.com/cloudevents/spec/blob/main/cloudevents/formats/json-format.md
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -50,6 +51,7 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     if is_structured and kind != STRUCTURED:
         raise BadCloudEvent(f"content type {kind[:100]!r}: one event at a time, in JSON")
     named = {name: value for name, value in headers.items() if name.startswith("ce-")}
+    data: dict[str, Any] = {}
     if not is_structured and "ce-specversion" not in named:
         raise BadCloudEvent("neither content type application/cloudevents+json nor ce-specversion")
     try:
@@ -57,6 +59,9 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
             told = json.loads(body)
             base64.b64decode(told.get("data_base64") or "", validate=True)
             named = {}
+            if told.get("data") is not None and "data_base64" not in told:
+                data = {"data": told.pop("data")}  # as it is: the library would copy it twice
+                body = json.dumps(told).encode()
         else:
             told = {name.removeprefix("ce-"): value for name, value in named.items()}
             named["content-type"] = headers.get("content-type", "")
@@ -70,10 +75,11 @@ def parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     except binascii.Error:
         raise BadCloudEvent("data_base64 is not in base64") from None
     except Exception as error:  # the library lets through whatever its parsers raise
-        raise BadCloudEvent(f"{type(error).__name__}: {error}"[:500]) from None
+        why = f"{type(error).__name__}: {error}"[:500]  # and whatever the event has
+        raise BadCloudEvent(why.encode(errors="backslashreplace").decode()) from None
     if "time" not in told:
         del event["time"]  # neither would it say when that was
-    return dict(event)
+    return dict(event) | data
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
@@ -82,6 +88,8 @@ def encode(event: Mapping[str, Any]) -> bytes:
         return msgspec.json.encode(event)
     except UnicodeEncodeError:  # half a surrogate pair, as JSON may have it
         raise BadCloudEvent("it holds text that is no Unicode") from None
+    except RecursionError:
+        raise BadCloudEvent("it is nested too deep") from None
 
 
 def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
@@ -104,7 +112,8 @@ def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:
     if not delivery.topic:
         del event["subject"]
     if delivery.at:
-        event["time"] = rfc3339(delivery.at)
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # who sends it says when
+            event["time"] = rfc3339(delivery.at)
     return event | _data(delivery.body, media) | _extensions(delivery.headers, event)
 
 
@@ -142,8 +151,8 @@ def _data(body: bytes, media: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
         return {"datacontenttype": media or "application/json", "data": value}
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # or it is nested deeper than we can look
     try:
         return {"datacontenttype": media or "text/plain", "data": body.decode()}
     except UnicodeDecodeError:

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from typing import Final, cast
 
 import aiohttp
-from standardwebhooks.webhooks import Webhook
+from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from dayfly_gateway.cloudevents import STRUCTURED
 from dayfly_gateway.triggers.source import SourceFailed, Topic
 from dayfly_gateway.triggers.triggers import adapter
-from dayfly_pool.errors import PlatformError
+from dayfly_pool.errors import BadInput, PlatformError
 from dayfly_pool.models import Destination, Failure, InvocationId, Outcome, Success, Timing
 from dayfly_pool.store.secrets import Secrets
 
@@ -37,7 +37,7 @@ class Teller:
     def __init__(self, secrets: Secrets) -> None:
         self._secrets = secrets
         self._session: aiohttp.ClientSession | None = None
-        self._topics: OrderedDict[tuple[str, str], tuple[Topic, asyncio.Lock]] = OrderedDict()
+        self._topics: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Teller"]:
@@ -48,8 +48,8 @@ class Teller:
             if self._session is not None:
                 await self._session.close()
             while self._topics:
-                _, (topic, _) = self._topics.popitem()
-                await topic.close()
+                _, topic = self._topics.popitem()
+                await topic.leave()
 
     async def __call__(
         self, destination: Destination, namespace: str, id_: InvocationId, body: bytes
@@ -70,8 +70,12 @@ class Teller:
         headers = {"Content-Type": STRUCTURED, "User-Agent": "Dayfly"}
         headers |= await self._signed(destination, namespace, id_, body)
         if self._session is None:
-            limit = aiohttp.ClientTimeout(total=ANSWER_S_MAX)
-            self._session = aiohttp.ClientSession(timeout=limit, auto_decompress=False)
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=ANSWER_S_MAX),
+                auto_decompress=False,
+                connector=aiohttp.TCPConnector(limit=0),  # the queue has one
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
         try:
             async with self._session.post(
                 url, data=body, headers=headers, allow_redirects=False
@@ -102,46 +106,76 @@ class Teller:
         if declared.secret is not None:
             secret = await asyncio.to_thread(self._secrets.get, namespace, declared.secret)
         key = repr(declared), secret
-        topic, turn = self._topics.get(key) or (None, asyncio.Lock())
+        topic = self._topics.get(key)
         if topic is None:
             made = adapter(destination.kind).Topic(declared, secret)
-            topic = cast("Topic", _Opening(made))
-            self._topics[key] = topic, turn
+            topic = self._topics[key] = _Kept(cast("Topic", made))
         self._topics.move_to_end(key)
-        await self._forget_some()
         try:
-            async with turn:
-                await topic.open()  # once
             await topic.tell(id_, body)
         except SourceFailed:
-            if self._topics.get(key, (None,))[0] is topic:
+            if self._topics.get(key) is topic:
                 del self._topics[key]
-            await topic.close()
+            await topic.leave()
             raise
+        finally:
+            while len(self._topics) > TOPICS_MAX:
+                _, oldest = self._topics.popitem(last=False)
+                await oldest.leave()
         return Success(b"", Timing())
 
-    async def _forget_some(self) -> None:
-        while len(self._topics) > TOPICS_MAX:
-            _, (topic, _) = self._topics.popitem(last=False)
-            await topic.close()
 
-
-class _Opening:
-    """A topic that is opened once, by whoever needs it first."""
+class _Kept:
+    """A topic that is opened by whoever needs it first, and closed when it is left by all."""
 
     def __init__(self, topic: Topic) -> None:
-        self._topic, self._is_open = topic, False
-        self.tell, self.close = topic.tell, topic.close
+        self._topic, self._turn = topic, asyncio.Lock()
+        self._is_open = self._is_left = False
+        self._users = 0
+        self._failure = ""
+        """Why it could not be opened."""
 
-    async def open(self) -> None:
+    async def tell(self, id_: str, body: bytes) -> None:
+        """Raises `SourceFailed`."""
+        self._users += 1
+        try:
+            async with self._turn:
+                await self._open()  # once
+            await self._topic.tell(id_, body)
+        finally:
+            self._users -= 1
+            await self._close_if_left()
+
+    async def leave(self) -> None:
+        """Nobody begins to tell it anything any more; who does may end."""
+        self._is_left = True
+        await self._close_if_left()
+
+    async def _open(self) -> None:
+        if self._failure:  # of whoever had the turn before us
+            raise SourceFailed(self._failure)
         if not self._is_open:
-            await self._topic.open()
+            try:
+                await self._topic.open()
+            except SourceFailed as error:
+                self._failure = error.detail
+                raise
             self._is_open = True
+
+    async def _close_if_left(self) -> None:
+        if self._is_left and not self._users:
+            await self._topic.close()
 
 
 def signer(secret: str) -> Webhook:
-    """Signs and checks with *secret*: `whsec_` and base64, else the text itself."""
+    """Signs and checks with *secret*: `whsec_` and base64, else the text itself.
+
+    Raises `BadInput` for base64 of nothing.
+    """
     if secret.startswith("whsec_"):
         with contextlib.suppress(ValueError):  # not base64 after all
-            return Webhook(secret)
+            try:
+                return Webhook(secret)
+            except EmptyWebhookSecretError:
+                raise BadInput("the secret holds no key, only whsec_: put another") from None
     return Webhook(secret.encode())

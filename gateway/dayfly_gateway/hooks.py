@@ -4,6 +4,7 @@ Both answer when the event is on the disk, for every function that is meant. Wha
 accepted once: it is known by the sender's own id.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -14,11 +15,12 @@ import msgspec
 from aiohttp import web
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from dayfly.protocol import BODY_BYTES_MAX
 from dayfly_gateway import cloudevents, events
 from dayfly_gateway.destinations import signer
 from dayfly_gateway.routing import MethodNotAllowed
 from dayfly_gateway.triggers.filters import Filter, FilterFailed
-from dayfly_pool.errors import BadInput, PlatformError, TriggerNotFound
+from dayfly_pool.errors import BadInput, BodyTooLarge, PlatformError, TriggerNotFound
 from dayfly_pool.events import new_id, payload, rfc3339
 from dayfly_pool.models import Invocation, function_id
 from dayfly_pool.service import Service
@@ -91,14 +93,25 @@ class Hooks:
         if headers["traceparent"]:
             event.setdefault("traceparent", headers["traceparent"])
         known_by = json.dumps([event["source"], event["id"]])
-        return [
-            await self._accept(trigger, event, known_by)
+        declared = [
+            trigger
             for trigger in self._service.triggers.values()
             if trigger.namespace == namespace
             and trigger.spec.events is not None
             and not trigger.spec.paused
-            and self._means(trigger, event)
         ]
+        accepted: list[str] = []
+        errors: list[PlatformError] = []
+        for trigger in declared:  # each for itself: what one cannot have, the others are given
+            await asyncio.sleep(0)  # a filter of a long event takes its time
+            if self._means(trigger, event):
+                try:
+                    accepted.append(await self._accept(trigger, event, known_by))
+                except PlatformError as error:
+                    errors.append(error)
+        if errors:
+            raise min(errors, key=lambda error: not error.retryable)
+        return accepted
 
     # ---- webhooks -----------------------------------------------------------------------------
 
@@ -134,13 +147,12 @@ class Hooks:
     async def _accept(self, trigger: StoredTrigger, event: Mapping[str, Any], id_: str) -> str:
         name = f"{trigger.namespace}/{trigger.name}"
         digest = hashlib.blake2b(id_.encode(), digest_size=16).hexdigest()
-        invocation = Invocation(
-            new_id(),
-            function_id(trigger.namespace, trigger.spec.function),
-            cloudevents.encode(event),
-            None,
-            str(event.get("traceparent", ""))[:128],
-        )
+        body = cloudevents.encode(event)
+        if len(body) > BODY_BYTES_MAX:
+            raise BodyTooLarge(f"{len(body)} bytes as a CloudEvent, limit {BODY_BYTES_MAX}")
+        function = function_id(trigger.namespace, trigger.spec.function)
+        trace = str(event.get("traceparent", ""))[:128]
+        invocation = Invocation(new_id(), function, body, None, trace)
         key = f"trigger {name} {digest}", "sent"
         accepted = await self._service.events.accept(
             invocation, priority=trigger.spec.priority, key=key

@@ -219,8 +219,9 @@ class PostgresSource(_Postgres, frozen=True, kw_only=True):
 
     The table has the columns `id` (a key), `body` (bytea, text or jsonb), and, if they are there,
     `headers` (jsonb). Rows go by `id`; each is deleted when its event is over, unless it was
-    changed meanwhile. What is notified while nobody listens is lost: use a table for what must not
-    be. Names are as the database shows them (`orders`, also where a program says `Orders`).
+    changed meanwhile, or is too long for any function: then it stays. What is notified while nobody
+    listens is lost: use a table for what must not be. Names are as the database
+    shows them (`orders`, also where a program says `Orders`).
     """
 
     table: Annotated[str, Meta(pattern=r"^([A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*\Z")] | None = None
@@ -238,7 +239,8 @@ class FolderSource(Model, frozen=True, kw_only=True):
     A file is taken when its path from there matches *pattern* (`*` is any text, `/` included) and
     it has not changed for *settle_seconds*; names that begin with a dot are passed over. What
     becomes of it when its event is over is *afterwards*'s to say; `move` is into `.done` beside it.
-    What is kept is given again by the next server, under the same id.
+    One that is too long for any function is a dead letter, and never deleted. What is kept is given
+    again by the next server, under the same id.
     """
 
     path: Annotated[str, Meta(pattern=r"^/", max_length=4096)]

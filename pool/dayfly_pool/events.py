@@ -79,7 +79,7 @@ class ItemFailure(msgspec.Struct, rename="camel"):
 class BatchAnswer(msgspec.Struct, rename="camel"):
     """What a function that is given batches may answer. With nothing of it, all went well."""
 
-    batch_item_failures: list[ItemFailure] = []
+    batch_item_failures: list[ItemFailure] | None = None
 
 
 class Item(msgspec.Struct):
@@ -139,8 +139,8 @@ def payload(body: bytes) -> Any:
     try:
         msgspec.json.decode(body)
         return msgspec.Raw(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # or it is nested deeper than anybody reads
     try:
         return body.decode()
     except UnicodeDecodeError:
@@ -172,11 +172,11 @@ def failures(batch: bytes, answer: bytes) -> list[int]:
     ids = [item.id for item in msgspec.json.decode(batch, type=list[Item])]
     try:
         told = msgspec.json.decode(answer, type=BatchAnswer)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, RecursionError):
         return list(range(len(ids))) if b"batchItemFailures" in answer else []
     except (msgspec.DecodeError, UnicodeDecodeError):
         return []  # it answered something else: all went well
-    named = {failure.item_identifier for failure in told.batch_item_failures}
+    named = {failure.item_identifier for failure in told.batch_item_failures or ()}
     if not named <= set(ids):
         return list(range(len(ids)))
     return [at for at, id_ in enumerate(ids) if id_ in named]
@@ -304,20 +304,22 @@ class Events:
     def _follow(self, lease: Lease, ended: Ended) -> tuple[Event, ...]:
         """What is left of a batch, and what the destination of its function is told."""
         stored = self._functions.get(lease.function)
-        if stored is None:
-            return ()
         meta = msgspec.msgpack.decode(lease.meta, type=EventMeta)
-        return (*self._left(lease, ended, meta, stored), *self._told(lease, ended, meta, stored))
+        told = self._told(lease, ended, meta, stored) if stored is not None else ()
+        age_s = (stored.spec.retry if stored is not None else Retry()).max_age_seconds
+        return (*self._left(lease, ended, meta, age_s), *told)
 
-    def _left(
-        self, lease: Lease, ended: Ended, meta: EventMeta, stored: StoredFunction
-    ) -> tuple[Event, ...]:
-        """Those of a batch that failed while others did not: a batch of their own."""
+    def _left(self, lease: Lease, ended: Ended, meta: EventMeta, age_s: float) -> tuple[Event, ...]:
+        """Those of a batch that failed while others did not: a batch of their own.
+
+        Also when the function is gone: then they are dead, and can be redriven.
+        """
         failed = failures(lease.body, ended.body) if meta.items and ended.body else []
         if ended.state is not State.SUCCEEDED or not failed:
             return ()
         raw = msgspec.json.decode(lease.body, type=list[msgspec.Raw])
         now = self.queue.clock.now()
+        until = now + age_s + self.queue.keep.keys_s
         keys = tuple(meta.items[at] for at in failed)
         left = EventMeta(None, meta.trace, meta.hops, "", keys)
         return (
@@ -327,8 +329,8 @@ class Events:
                 meta=msgspec.msgpack.encode(left),
                 body=msgspec.json.encode([raw[at] for at in failed]),
                 accepted_at=now,
-                age_s=stored.spec.retry.max_age_seconds,
-                known_as=tuple(Key(text, "", now + self.queue.keep.keys_s) for text in keys),
+                age_s=age_s,
+                known_as=tuple(Key(text, "", until) for text in keys),
             ),
         )
 

@@ -319,6 +319,15 @@ async def test_more_keys_stand_for_the_event_that_named_them_last(store: Store):
     assert await store.known(GREET, ["a", "b"]) == {}
 
 
+async def test_a_key_that_stands_for_another_event_is_known_for_as_long_as_before(store: Store):
+    """A file that stays is known for years, also when it was in a batch and failed."""
+    await accept(store, event(E1, known_as=(Key("a", "", 1e9), Key("b", "", 2e9))))
+    await accept(store, event(E2, known_as=(Key("a", "", 2e9), Key("b", "", 1e9))))
+    await store.sweep(1.5e9, HOUR_S, HOUR_S)
+
+    assert await store.known(GREET, ["a", "b"]) == {"a": E2, "b": E2}
+
+
 async def test_leases_that_nobody_knows_of_are_given_back_and_no_others(store: Store):
     """The answer to a write may be lost, though it was done."""
     await accept(store, event(E1), event(E2), event(E3))

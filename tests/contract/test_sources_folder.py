@@ -192,8 +192,18 @@ async def test_a_file_that_is_too_long_is_said_to_be(tmp_path: Path):
     async with opened(Place(tmp_path)) as source:
         (delivery,) = await fetched(source, 1)
 
-        assert delivery.body == b""
-        assert delivery.headers["dayfly-file-too-long"] == str(folder.BODY_BYTES_MAX + 1)
+        assert (delivery.body, delivery.unread) == (b"", folder.BODY_BYTES_MAX + 1)
+
+
+async def test_a_file_that_nobody_has_read_is_not_deleted(tmp_path: Path):
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(folder.BODY_BYTES_MAX + 1)
+    async with opened(Place(tmp_path, afterwards="delete")) as source:
+        (delivery,) = await fetched(source, 1)
+        await source.ack(delivery)
+
+        assert (tmp_path / "long").exists()
+        assert await source.fetch(1, 0.0) == []
 
 
 async def test_a_fetch_reads_no_more_than_its_bytes(

@@ -194,8 +194,22 @@ async def test_a_body_that_is_too_long_is_said_to_be(broker: Postgres):
     async with opened(place) as source:
         (delivery,) = await fetched(source, 1)
 
-        assert delivery.body == b""
-        assert delivery.headers == {"dayfly-body-too-long": str(size)}
+        assert (delivery.body, delivery.headers, delivery.unread) == (b"", {}, size)
+
+
+async def test_a_row_that_nobody_has_read_is_not_deleted(broker: Postgres):
+    place = await broker.place("unread")
+    size = postgres.BODY_BYTES_MAX + 1
+    await place.run(SQL("INSERT INTO unread (body) VALUES (repeat('x', {})::bytea)").format(size))
+    async with opened(place) as source:
+        (delivery,) = await fetched(source, 1)
+        await source.ack(delivery)
+
+        assert await source.fetch(1, 0.0) == []
+    async with opened(place) as source:
+        (again,) = await fetched(source, 1)
+
+        assert again.id == delivery.id
 
 
 async def test_a_cancelled_fetch_leaves_what_it_locked_to_the_next(broker: Postgres):

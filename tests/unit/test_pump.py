@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from dayfly_gateway.triggers import pump as module
-from dayfly_gateway.triggers.pump import FETCH_MAX, HELD_BYTES_MAX, HELD_MAX, KEPT_KEY_S, Pump, room
+from dayfly_gateway.triggers.pump import (
+    FETCH_MAX,
+    HELD_BYTES_MAX,
+    HELD_MAX,
+    KEPT_KEY_S,
+    KEY_S,
+    Pump,
+    room,
+)
 from dayfly_gateway.triggers.source import Delivery, SourceFailed
 from dayfly_pool.brokers import FolderSource, NatsSource
 from dayfly_pool.errors import QueueFull, StoreFailed
@@ -28,9 +37,6 @@ class FakeSource:
     """A source in memory, with the promises of `triggers.source.Source`: what is not acknowledged
     is given out again by the next one. *failing* names the methods that fail now."""
 
-    messages: dict[str, bytes]
-    acknowledged: list[str]
-    failing: set[str]
     extend_s: float | None = 0.01
 
     def __init__(self, broker: "FakeBroker") -> None:
@@ -61,7 +67,11 @@ class FakeSource:
             self.broker.changed.clear()
         self._given.update(there)
         return [
-            Delivery(id=id_, topic="t", body=self.broker.messages[id_], group=id_[0])
+            Delivery(
+                id=id_,
+                **{"topic": "t", "body": self.broker.messages[id_], "group": id_[:1]}
+                | self.broker.more,
+            )
             for id_ in there
         ]
 
@@ -93,6 +103,9 @@ class FakeBroker:
         self.extended: Counter[str] = Counter()
         self.asked: list[int] = []
         self.failing: set[str] = set()
+        self.more: dict[str, Any] = {}
+        """What else its messages have."""
+
         self.opened = 0
         self.changed, self.told = asyncio.Event(), asyncio.Event()
 
@@ -102,15 +115,20 @@ class FakeBroker:
 
 
 class FakeEvents:
-    """A queue that ends events when it is told to. *errors* are raised by the next accepts."""
+    """A queue that ends events when it is told to. *errors* are raised by the next accepts.
+
+    *doubts* too, but only when the event is written: as by a store whose answer was lost.
+    """
 
     def __init__(self, places: int = 10) -> None:
         self.queue = self
-        self.places = places
+        self.places, self.retry = places, Retry()
         self.failure = ""
         self.running_now: Counter[FunctionId] = Counter()
         self.waiting: Counter[FunctionId] = Counter()
         self.errors: list[Exception] = []
+        self.doubts: list[Exception] = []
+        self.known_errors: list[Exception] = []
         self.accepted: dict[InvocationId, Any] = {}
         self.refused: dict[InvocationId, str] = {}
         self.keys: dict[str, InvocationId] = {}
@@ -122,7 +140,7 @@ class FakeEvents:
         self.changed = asyncio.Event()
 
     def work_of(self, id_: FunctionId) -> Work | None:
-        return Work(self.places, Retry()) if self.places else None
+        return Work(self.places, self.retry) if self.places else None
 
     async def accept(
         self,
@@ -138,9 +156,11 @@ class FakeEvents:
             raise self.errors.pop(0)
         if key is not None and key[0] in self.keys:
             return Accepted(self.keys[key[0]], is_new=False)
+        assert invocation.id not in self.accepted, "no store takes an id twice"
         for text in [*([key[0]] if key else []), *(items or [])]:
             self.keys[text] = invocation.id
         self.known_s, self.priority = key_s, priority
+        assert not refused or refused.encode()
         self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
         if refused:
             self.refused[invocation.id] = refused
@@ -148,6 +168,8 @@ class FakeEvents:
         if self.is_over_at_once:
             self.end(invocation.id)
         self.changed.set()
+        if self.doubts:
+            raise self.doubts.pop(0)
         return Accepted(invocation.id)
 
     def end(self, id_: InvocationId) -> None:
@@ -158,6 +180,8 @@ class FakeEvents:
         self.changed.set()
 
     async def known(self, function: FunctionId, keys: list[str]) -> dict[str, InvocationId]:
+        if self.known_errors:
+            raise self.known_errors.pop(0)
         return {key: self.keys[key] for key in keys if key in self.keys}
 
     @contextmanager
@@ -174,7 +198,9 @@ class FakeEvents:
 
 
 @asynccontextmanager
-async def pumping(broker: FakeBroker, events: FakeEvents, **spec: Any) -> AsyncIterator[Pump]:
+async def pumping(
+    broker: FakeBroker, events: FakeEvents, source: type[FakeSource] = FakeSource, **spec: Any
+) -> AsyncIterator[Pump]:
     where = {} if "folder" in spec else {"nats": NatsSource(subject="s")}
     declared = TriggerSpec(function="f", **where, **spec)
     stored = StoredTrigger("default", "t", declared, 0.0, 0.0)
@@ -182,7 +208,7 @@ async def pumping(broker: FakeBroker, events: FakeEvents, **spec: Any) -> AsyncI
 
     def make() -> FakeSource:
         assert not any(source.is_open for source in sources), "two at once"
-        sources.append(FakeSource(broker))
+        sources.append(source(broker))
         return sources[-1]
 
     pump = Pump(stored, events, make)  # type: ignore[arg-type]
@@ -271,6 +297,87 @@ async def test_what_the_store_does_not_take_is_kept_and_tried_again():
     assert (events.errors, broker.opened) == ([], 1)
 
 
+@pytest.mark.parametrize("more", [{}, {"batch": Batch(size=2)}])
+async def test_what_was_written_though_the_store_did_not_say_so_is_not_written_again(more: Any):
+    """An id that comes twice fails a whole write, with whatever others have in it."""
+    broker, events = FakeBroker(a=b"x", b=b"y"), FakeEvents()
+    events.doubts = [StoreFailed("connection lost")]
+    async with pumping(broker, events, **more) as pump:
+        await until(lambda: sorted(broker.acknowledged) == ["a", "b"])
+        assert (pump.counts.failures, events.doubts) == (0, [])
+    assert len(events.accepted) == (1 if more else 2)
+
+
+async def test_a_message_without_an_id_is_written_once_as_well():
+    broker, events = FakeBroker(**{"": b"x"}), FakeEvents()
+    events.doubts = [StoreFailed("connection lost")]
+    broker.more = {"group": "g"}
+    async with pumping(broker, events) as pump:
+        await until(lambda: broker.acknowledged == [""])
+        assert pump.counts.failures == 0
+    assert len(events.accepted) == 1
+
+
+async def test_a_store_that_is_away_while_a_batch_ends_is_not_the_sources_failure():
+    broker, events = FakeBroker(a=b"1", b=b"2"), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events, batch=Batch(size=2)) as pump:
+        await until(lambda: bool(events.accepted))
+        events.known_errors = [StoreFailed("disk full")]
+        events.end(next(iter(events.accepted)))
+        await until(lambda: broker.acknowledged == ["a", "b"])
+        assert (pump.counts.failures, events.known_errors) == (0, [])
+
+
+async def test_what_a_key_is_made_of_is_short_and_plain_whatever_an_id_holds():
+    """A database that keeps no NUL, or no long index, would refuse it and all that came with it."""
+    ids = ["a\0b", "\ud800", "long" * 1000]
+    broker, events = FakeBroker(**dict.fromkeys(ids, b"x")), FakeEvents()
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ids)
+    assert len(events.keys) == 3
+    assert all(key.isascii() and key.isprintable() and len(key) < 250 for key in events.keys)
+
+
+async def test_a_message_that_comes_twice_is_in_its_batch_once():
+    """The broker took it back while we held it."""
+
+    class Again(FakeSource):
+        async def fetch(self, most: int, wait_s: float) -> list[Delivery]:
+            found = await super().fetch(most, wait_s)
+            return [*found, *map(structs.replace, found)]
+
+        async def ack(self, delivery: Delivery) -> None:
+            self.broker.acknowledged.append(delivery.id)
+
+    broker, events = FakeBroker(a=b"1"), FakeEvents()
+    async with pumping(broker, events, source=Again, batch=Batch(size=2)):
+        await until(lambda: broker.acknowledged == ["a", "a"])
+    assert [[event["data"] for event in batch] for batch in events.accepted.values()] == [[1]]
+
+
+class Deaf(FakeSource):
+    """One whose client takes a cancellation for an answer: `asyncio.wait_for` of 3.11 may."""
+
+    async def fetch(self, most: int, wait_s: float) -> list[Delivery]:
+        try:
+            return await super().fetch(most, wait_s)
+        except asyncio.CancelledError:
+            return []
+
+
+@pytest.mark.parametrize("what", ["nothing", "extend"])
+async def test_a_pump_ends_also_when_its_source_does_not_hear_that_it_is_to(what: str):
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events, source=Deaf) as pump:
+        await until(lambda: bool(events.accepted))
+        broker.failing = {what}
+        await until(lambda: what == "nothing" or broker.opened > 1)
+        broker.failing = set()
+    assert not pump.is_up
+
+
 async def test_nothing_is_fetched_while_nothing_can_be_kept_or_run():
     broker, events = FakeBroker(a=b"x"), FakeEvents()
     events.failure = "disk full"
@@ -312,6 +419,52 @@ async def test_a_defect_of_ours_is_logged_and_the_trigger_goes_on(
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["a trigger failed"]
 
 
+ODD: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "nested too deep": (b"[" * 100_000 + b"]" * 100_000, {}),
+    "from the year 31690708": (b"x", {"at": 1e15}),
+    "from no time at all": (b"x", {"at": float("nan")}),
+    "half a character in a name": (
+        b'{"specversion": "1.0", "id": "1", "source": "/", "type": "t", "\\ud800": "x"}',
+        {"headers": {"content-type": "application/cloudevents+json"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_no_message_holds_up_those_behind_it(what: str):
+    body, more = ODD[what]
+    broker, events = FakeBroker(odd=body), FakeEvents()
+    broker.more = more
+    async with pumping(broker, events) as pump:
+        await until(lambda: broker.acknowledged == ["odd"])
+        broker.more = {}
+        broker.put("next", b"x")
+        await until(lambda: broker.acknowledged == ["odd", "next"])
+        assert pump.counts.failures == 0
+    assert len(events.accepted) == 2
+    for why in events.refused.values():
+        assert why.encode()
+
+
+async def test_a_message_over_which_we_fail_is_a_dead_letter_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_: object) -> None:
+        raise KeyError("its text is the log's alone")
+
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    with monkeypatch.context() as broken:
+        broken.setattr(module.cloudevents, "of_delivery", fail)
+        async with pumping(broker, events) as pump:
+            await until(lambda: broker.acknowledged == ["a"])
+            assert pump.counts.failures == 0
+    assert list(events.refused.values()) == ["a defect of ours, KeyError: the log has the cause"]
+    assert list(events.accepted.values()) == [b"x"]
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == [
+        "a message is dead for a defect of ours"
+    ]
+
+
 async def test_those_of_one_group_come_in_order_and_groups_beside_each_other():
     broker = FakeBroker(a1=b"1", b1=b"1", a2=b"2", b2=b"2")
     events = FakeEvents()
@@ -345,9 +498,8 @@ async def test_what_is_left_of_a_batch_is_acknowledged_when_that_is_over():
         await until(lambda: bool(events.accepted))
         (batch,) = events.accepted
         left = InvocationId("left")
-        for key in events.keys:
-            if " b " in key:
-                events.keys[key] = left
+        _, key = events.keys
+        events.keys[key] = left
         events.end(batch)
         await until(lambda: broker.acknowledged == ["a"])
         await until(lambda: broker.extended["b"] > 3)
@@ -377,6 +529,20 @@ async def test_what_is_too_long_for_a_function_is_a_dead_letter(monkeypatch: pyt
     assert "limit 500" in why
 
 
+async def test_what_was_too_long_to_be_read_is_a_dead_letter_and_never_an_empty_event():
+    """Whatever its headers say: those are the sender's."""
+    broker, events = FakeBroker(a=b""), FakeEvents()
+    broker.more = {"unread": 7_000_000}
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+        assert events.known_s == KEPT_KEY_S
+        broker.more = {"headers": {"dayfly-body-too-long": "7000000"}}
+        broker.put("b", b"x")
+        await until(lambda: broker.acknowledged == ["a", "b"])
+    (why,) = events.refused.values()
+    assert "7000000 bytes" in why
+
+
 async def test_a_batch_is_no_longer_than_a_function_may_be_given(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "BODY_BYTES_MAX", 1000)
     broker, events = FakeBroker(**{f"m{n}": b"x" * 300 for n in range(4)}), FakeEvents()
@@ -402,6 +568,15 @@ async def test_what_the_filter_does_not_mean_is_done_with():
     assert [event["data"] for event in events.accepted.values()] == [{"n": 2}]
 
 
+async def test_a_filter_that_is_none_any_more_stops_its_own_trigger_and_no_server():
+    """It was declared with an older library."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    async with pumping(broker, events, filter="event.type ==") as pump:
+        await until(lambda: pump.counts.failures > 1)
+        assert pump.error.startswith("filter: ")
+    assert (broker.asked, broker.messages) == ([], {"a": b"x"})
+
+
 async def test_a_file_that_stays_is_known_for_longer_than_any_server_runs():
     """It is given out again at each start."""
     broker, events = FakeBroker(a=b"x"), FakeEvents()
@@ -411,4 +586,14 @@ async def test_a_file_that_stays_is_known_for_longer_than_any_server_runs():
     broker.messages["b"] = b"x"
     async with pumping(broker, events, folder=FolderSource(path="/in", afterwards="move")):
         await until(lambda: broker.acknowledged == ["a", "b"])
-    assert events.known_s is None
+    assert events.known_s == KEY_S + Retry().max_age_seconds
+
+
+@pytest.mark.parametrize("more", [{}, {"batch": Batch(size=1)}])
+async def test_a_message_is_known_for_longer_than_its_event_may_live(more: Any):
+    """An event of two weeks outlives a day; its message must not be run beside it then."""
+    broker, events = FakeBroker(a=b"x"), FakeEvents()
+    events.retry = Retry(max_age_seconds=14 * 86400)
+    async with pumping(broker, events, **more):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert events.known_s == 15 * 86400

@@ -12,7 +12,7 @@ import pytest
 from dayfly.protocol import Invoke
 from dayfly_pool import driver as drivers
 from dayfly_pool.config import Config
-from dayfly_pool.events import EventMeta
+from dayfly_pool.events import EventMeta, failures, payload
 from dayfly_pool.models import (
     BASE,
     EnvironmentManifest,
@@ -23,11 +23,12 @@ from dayfly_pool.models import (
     InvocationId,
     Metadata,
     Mold,
+    Retry,
     function_id,
 )
 from dayfly_pool.packages import pack
 from dayfly_pool.service import Service
-from dayfly_pool.store.events import Event, State
+from dayfly_pool.store.events import Ended, Event, Lease, State
 from dayfly_pool.testing import FakeDriver, FakeGuest
 
 E1 = InvocationId("event-1")
@@ -203,6 +204,87 @@ async def test_what_waits_for_a_function_is_left_alone_while_that_is_being_deplo
 
     assert shown is not None
     assert (shown.state, shown.failures) == (State.SUCCEEDED, [])
+
+
+BATCH = b'[{"id": "a", "data": 1}, {"id": "b", "data": 2}]'
+FAILED_B = b'{"batchItemFailures": [{"itemIdentifier": "b"}]}'
+
+
+async def test_what_failed_of_a_batch_is_not_lost_when_its_function_is_deleted_meanwhile(
+    driver: FakeDriver, tmp_path: Path
+):
+    """It is dead, with its payload, and can be redriven."""
+    greet, may_end = function_id("ours", "greet"), asyncio.Event()
+
+    async def fail_one(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        await may_end.wait()
+        return FAILED_B
+
+    driver.functions["main:handle"] = fail_one
+    async with serving(tmp_path) as server:
+        await server.deploy("ours")
+        events = server.service.events
+        await events.accept(Invocation(E1, greet, BATCH), items=["key a", "key b"])
+        while not events.queue.running_now[greet]:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server.service.delete(greet)
+        may_end.set()
+        whole = await events.queue.get(E1, 5.0)
+        known = await events.queue.known(greet, ["key a", "key b"])
+        left = await events.queue.get(known["key b"], 5.0)
+
+    assert whole is not None
+    assert left is not None
+    assert (whole.state, known["key a"]) == (State.SUCCEEDED, E1)
+    assert (left.state, left.body) == (State.DEAD, b'[{"id": "b", "data": 2}]')
+
+
+async def test_what_failed_of_a_batch_is_known_for_longer_than_it_may_live(
+    driver: FakeDriver, tmp_path: Path
+):
+    """Else it would be run beside itself when the source gives it out again."""
+    greet, age_s = function_id("ours", "greet"), 14 * 86400.0
+    meta = msgspec.msgpack.encode(EventMeta(None, items=("key a", "key b")))
+    one = Lease(
+        row=1, fence=1, id=E1, function=greet, meta=meta, body=BATCH, attempts=0,
+        accepted_at=0.0, expires_at=9e9,
+    )  # fmt: skip
+    ended = Ended(row=1, fence=1, state=State.SUCCEEDED, at=1.0, body=FAILED_B)
+    async with serving(tmp_path) as server:
+        await server.deploy("ours", retry=Retry(max_age_seconds=age_s))
+        (left,) = server.service.events._follow(one, ended)
+
+    (key,) = left.known_as
+    assert (key.text, left.age_s) == ("key b", age_s)
+    assert key.until > left.accepted_at + left.age_s
+
+
+@pytest.mark.parametrize(
+    ("answer", "failed"),
+    [
+        (b"", []),
+        (b"null", []),
+        (b"{}", []),
+        (b'{"batchItemFailures": []}', []),
+        (b'{"batchItemFailures": null}', []),
+        (FAILED_B, [1]),
+        (FAILED_B.replace(b"}]", b'}, {"itemIdentifier": "b"}]'), [1]),
+        (FAILED_B.replace(b'"b"', b'""'), [0, 1]),
+        (FAILED_B.replace(b'"b"', b"null"), [0, 1]),
+        (FAILED_B.replace(b'"b"', b'"c"'), [0, 1]),
+        (b'{"batchItemFailures": [{"id": "a"}]}', [0, 1]),
+        (b'{"other": ' + b"[" * 9999 + b"]" * 9999 + b"}", []),
+    ],
+)
+def test_an_answer_about_a_batch_is_read_as_lambda_reads_it(answer: bytes, failed: list[int]):
+    assert failures(BATCH, answer) == failed
+
+
+def test_what_is_nested_deeper_than_json_is_read_is_told_as_text():
+    """Or whoever is to be told of an event would never hear of it."""
+    deep = b"[" * 9999 + b"]" * 9999
+
+    assert payload(deep) == deep.decode()
 
 
 async def test_more_places_are_used_as_soon_as_they_are_declared(

@@ -191,7 +191,8 @@ class Source:
         known: _Known = delivery.token
         if self._stop.is_set():
             raise self._failed("closed")
-        await self._call(_finish, self._spec, known.file)
+        if not (delivery.unread and self._spec.afterwards == "delete"):
+            await self._call(_finish, self._spec, known.file)
         known.is_given, known.is_done = False, True
 
     async def nak(self, delivery: Delivery, delay_s: float) -> None:
@@ -289,8 +290,6 @@ def _read(root: str, known: _Known) -> Delivery | str | None:
         "file-size": str(file.size),
         "file-modified": f"{file.modified_ns / 1e9:.6f}",
     }
-    if file.size > BODY_BYTES_MAX:
-        headers["dayfly-file-too-long"] = str(file.size)
     path = hashlib.sha256(os.fsencode(file.path)).hexdigest()[:32]
     return Delivery(
         id=f"{path}/{file.inode}/{file.modified_ns}/{file.size}",
@@ -300,6 +299,7 @@ def _read(root: str, known: _Known) -> Delivery | str | None:
         headers=headers,
         at=file.modified_ns / 1e9,
         attempt=known.attempt,
+        unread=file.size if file.size > BODY_BYTES_MAX else 0,
         token=known,
     )
 

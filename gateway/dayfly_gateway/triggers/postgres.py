@@ -238,9 +238,6 @@ class _Table:
         body: bytes | None,
         headers: str | None,
     ) -> Delivery:
-        known = _headers(headers)
-        if size is not None and size > BODY_BYTES_MAX:
-            known["dayfly-body-too-long"] = str(size)
         about = "/".join((table, version, str(size), id_)).encode()
         return Delivery(
             # a table that was made anew has another number, and one elsewhere other bodies
@@ -248,11 +245,14 @@ class _Table:
             topic=self._name,
             group=self._name,
             body=body or b"",
-            headers=known,
+            headers=_headers(headers),
+            unread=size if size is not None and size > BODY_BYTES_MAX else 0,
             token=(place, version, id_),
         )
 
     async def ack(self, delivery: Delivery) -> None:
+        if delivery.unread:
+            return  # the row stays, and stays locked: nobody is given it while we listen
         await self._link.rows(self._query(DELETE), *delivery.token)
         await self._unlock([delivery.token[2]])  # and not before that is committed
 

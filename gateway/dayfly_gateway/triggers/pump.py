@@ -15,7 +15,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from msgspec import Struct
 
@@ -45,6 +45,9 @@ USUAL_BYTES: Final = 64 * 1024
 
 LOOK_S: Final = 0.25
 """How soon it is seen that a function has room again, if nothing of ours has ended."""
+
+KEY_S: Final = 86400.0
+"""For how long a message is known after its event may live."""
 
 KEPT_KEY_S: Final = 10 * 365 * 86400.0
 """For how long files that stay where they are are known."""
@@ -103,6 +106,12 @@ def room(places: int, busy: int, coming: int, held: int, held_bytes: int, usual:
     return max(0, min(places - busy - coming, HELD_MAX - held, FETCH_MAX, int(fitting)))
 
 
+def _heed() -> None:
+    """Raise the cancellation that whom we awaited took for an answer, or for an error."""
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Pump:
     """One trigger. *make* gives a new, closed source."""
 
@@ -118,7 +127,7 @@ class Pump:
         self._events, self._make = events, make
         self._name = f"{trigger.namespace}/{trigger.name}"
         self._function = function_id(trigger.namespace, trigger.spec.function)
-        self._filter = Filter(trigger.spec.filter)
+        self._filter: Filter
         self._usual = float(USUAL_BYTES)
         self._forget()
 
@@ -133,6 +142,7 @@ class Pump:
         """For ever; what goes wrong is told in `error`, and tried again."""
         while True:
             try:
+                self._filter = Filter(self.trigger.spec.filter)
                 source = self._make()
                 try:
                     await source.open()
@@ -144,8 +154,7 @@ class Pump:
                     self._forget()
                     await source.close()
             except Exception as error:  # whatever it is, this trigger goes on, and the others
-                if (task := asyncio.current_task()) is not None and task.cancelling():
-                    raise asyncio.CancelledError from None  # a task group prefers its errors
+                _heed()  # a task group prefers its errors
                 self._note(error)
             self._failures += 1
             self.counts.failures += 1
@@ -181,9 +190,11 @@ class Pump:
             if source.extend_s is not None:
                 tasks.create_task(self._extend(source, source.extend_s), name="extend")
             while True:
+                _heed()
                 most = self._room()
                 if most:
                     found = await source.fetch(most, FETCH_S)
+                    _heed()
                     self._failure, self._failures = "", 0
                     for delivery in found:
                         self._take(source, tasks, delivery)
@@ -237,18 +248,33 @@ class Pump:
 
     def _item(self, delivery: Delivery) -> Item | None:
         """The message as an event; None for one that the filter does not mean."""
-        digest = hashlib.blake2b(delivery.body, digest_size=8).hexdigest()
-        key = f"trigger {self._name} {delivery.id} {digest}" if delivery.id else ""
-        if not key and self.trigger.spec.batch:
-            key = f"trigger {self._name} once {new_id()}"  # by which it is known within its batch
-        if (size := delivery.headers.get("dayfly-body-too-long")) is not None:
-            why = f"{size} bytes, limit {BODY_BYTES_MAX}"  # and was left where it was
+        key = self._key(delivery)
+        if delivery.unread:
+            why = f"{delivery.unread} bytes, limit {BODY_BYTES_MAX}: it was left where it was"
             return Item(delivery, delivery.body, key, refused=why)
         try:
-            event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
-            body = cloudevents.encode(event)
+            return self._event(delivery, key)
         except BadCloudEvent as error:
             return Item(delivery, delivery.body, key, refused=f"no CloudEvent: {error.detail}")
+        except Exception as error:  # or it would come again for ever, and those behind it never
+            extra = {"trigger": self._name, "source_id": delivery.id}
+            log.exception("a message is dead for a defect of ours", extra=extra)
+            why = f"a defect of ours, {type(error).__name__}: the log has the cause"
+            return Item(delivery, delivery.body, key, refused=why)
+
+    def _key(self, delivery: Delivery) -> str:
+        """By what it is known. Of an id only its digest: who publishes may choose what it holds."""
+        if not delivery.id:
+            return f"trigger {self._name} once {new_id()}"  # for us: its batch, and a second try
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{len(delivery.id)} {delivery.id} ".encode(errors="surrogatepass"))
+        digest.update(delivery.body)
+        return f"trigger {self._name} message {digest.hexdigest()}"
+
+    def _event(self, delivery: Delivery, key: str) -> Item | None:
+        """The same. Raises `BadCloudEvent`."""
+        event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
+        body = cloudevents.encode(event)
         try:
             if not self._filter.matches(event):
                 self.counts.filtered += 1
@@ -313,38 +339,57 @@ class Pump:
         """Have it accepted, and wait until it is over."""
         if item.refused:
             self.counts.refused += 1
-        key, new = (item.key, "trigger") if item.key else None, new_id()
+        new = new_id()
+        invocation = Invocation(new, self._function, item.body, None, item.trace)
+        accept = partial(
+            self._events.accept,
+            invocation,
+            priority=self.trigger.spec.priority,
+            key=(item.key, "trigger"),
+            key_s=self._key_s(stays=bool(item.delivery.unread)),
+            refused=item.refused,
+        )
         with self._events.queue.watching(new) as ended:
-            id_ = await self._accept(new, item.body, item.trace, key=key, refused=item.refused)
+            accepted = await self._trying(accept)
+            self.counts.known += not accepted.is_new
             self._coming -= 1
-            if id_ == new:
+            if accepted.id == new:
                 await asyncio.wait((ended,), timeout=OVER_S)
             if not ended.done():  # long, or another server's, or not new
-                await self._over([id_])
+                await self._over([accepted.id])
 
     async def _accept_batch(self, items: Sequence[Item]) -> dict[str, InvocationId]:
         """Which event each is part of: those that are known of theirs, the others of a new one."""
-        keys = [item.key for item in items]
-        known = await self._trying(lambda: self._events.queue.known(self._function, keys))
-        self.counts.known += len(known)
-        new = [item for item in items if item.key not in known]
-        if new:
-            body = b"[" + b",".join(item.body for item in new) + b"]"
-            keys = [item.key for item in new]
-            id_ = await self._accept(new_id(), body, new[0].trace, items=keys)
-            known |= {item.key: id_ for item in new}
+        id_ = new_id()
+        found = await self._trying(lambda: self._accept_new(id_, items))
+        self.counts.known += sum(known != id_ for known in found.values())
         self._coming -= len(items)
-        return known
+        return found
 
-    async def _accept(self, id_: InvocationId, body: bytes, trace: str, **how: Any) -> InvocationId:
-        """Have an event accepted, for as long as that takes; which it is, perhaps a known one."""
-        invocation = Invocation(id_, self._function, body, None, trace)
-        folder, how["priority"] = self.trigger.spec.folder, self.trigger.spec.priority
-        if folder is not None and folder.afterwards == "keep":
-            how["key_s"] = KEPT_KEY_S
-        accepted = await self._trying(lambda: self._events.accept(invocation, **how))
-        self.counts.known += not accepted.is_new
-        return InvocationId(accepted.id)
+    async def _accept_new(
+        self, id_: InvocationId, items: Sequence[Item]
+    ) -> dict[str, InvocationId]:
+        """The same. Raises `PlatformError`; then nobody knows but who asks again."""
+        known = await self._events.queue.known(self._function, [item.key for item in items])
+        new = {item.key: item for item in items if item.key not in known}
+        if new:
+            body = b"[" + b",".join([item.body for item in new.values()]) + b"]"
+            trace = next(iter(new.values())).trace
+            invocation = Invocation(id_, self._function, body, None, trace)
+            await self._events.accept(
+                invocation,
+                priority=self.trigger.spec.priority,
+                items=list(new),
+                key_s=self._key_s(),
+            )
+        return known | dict.fromkeys(new, id_)
+
+    def _key_s(self, *, stays: bool = False) -> float:
+        """For how long what comes is known: while its event lives, it may come again."""
+        folder, work = self.trigger.spec.folder, self._events.work_of(self._function)
+        if stays or (folder is not None and folder.afterwards == "keep"):
+            return KEPT_KEY_S
+        return KEY_S + (work.retry.max_age_seconds if work is not None else 0.0)
 
     async def _trying(self, work: Callable[[], Awaitable[T]]) -> T:
         """The store may be away, or the function: then what we hold waits, and is extended."""

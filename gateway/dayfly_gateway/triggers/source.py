@@ -38,7 +38,8 @@ class Delivery(Struct, frozen=True, kw_only=True):
     *id* is the same each time the message is given out, and no other message's ever, or empty when
     the broker has no such thing. *topic* is where it was published, *at* when (Unix seconds; 0 when
     unknown). *headers* have lower-case names. Messages of the same *group* have an order, if the
-    broker keeps one. *attempt* counts from 1. *token* is the adapter's own.
+    broker keeps one. *attempt* counts from 1. *token* is the adapter's own. *unread* is how long
+    a body is that was too long to be read: *body* is empty, and the broker's is never deleted.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     at: float = 0.0
     group: str = ""
     attempt: int = 1
+    unread: int = 0
     token: Any = None
 
 

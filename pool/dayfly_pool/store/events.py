@@ -69,7 +69,10 @@ class Event(Struct, frozen=True, kw_only=True):
     priority: int = 0
     key: Key | None = None
     known_as: tuple[Key, ...] = ()
-    """More keys that stand for it from now on, whatever they stood for before."""
+    """More keys that stand for it from now on, whatever they stood for before.
+
+    None of them is forgotten sooner than it would have been.
+    """
 
 
 class Accepted(Struct, frozen=True):

@@ -235,7 +235,9 @@ class MemoryEvents:
                 return Accepted(id_, is_new=False, is_other=is_other)
             self._keys[event.function, event.key.text] = event.key, event.id
         for each in event.known_as:
-            self._keys[event.function, each.text] = each, event.id
+            before, _ = self._keys.get((event.function, each.text), (each, ""))
+            key = structs.replace(each, until=max(each.until, before.until))
+            self._keys[event.function, each.text] = key, event.id
         self._last += 1
         expires_at = event.accepted_at + event.age_s
         for told in self._listeners:

@@ -133,9 +133,9 @@ KEY: Final = """
     RETURNING event
 """
 KNOWN_AS: Final = """
-    INSERT INTO dayfly.keys VALUES (%s, %s, %s, %s, %s)
+    INSERT INTO dayfly.keys AS k VALUES (%s, %s, %s, %s, %s)
     ON CONFLICT (function, key) DO UPDATE SET event = excluded.event,
-        fingerprint = excluded.fingerprint, until = excluded.until
+        fingerprint = excluded.fingerprint, until = greatest(k.until, excluded.until)
 """
 
 Cursor = AsyncCursor[Any]

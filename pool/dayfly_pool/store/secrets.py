@@ -5,6 +5,7 @@ A secret's text is in no manifest, no answer of the API, no log line and no comm
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -37,14 +38,9 @@ class Secrets:
         if not path.exists() and len(self.names()) >= NUMBER_MAX:
             raise BadInput(f"there are {NUMBER_MAX} secrets: delete some")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part = path.with_name(f".{name}.part")
-            part.unlink(missing_ok=True)
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as to:
-                to.write(text)
-                to.flush()
-                os.fsync(to.fileno())
-            part.replace(path)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _write(path, text)
         except OSError as error:
             raise DataFolderUnusable(f"{path}: {error.strerror}") from error
 
@@ -52,7 +48,7 @@ class Secrets:
         """The text. Raises `SecretNotFound`, `DataFolderUnusable`."""
         path = self._path(namespace, name)
         try:
-            return path.read_text()
+            return path.read_bytes().decode()  # as text its line breaks would be others
         except FileNotFoundError:
             raise SecretNotFound(f"no secret {namespace}/{name}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -76,3 +72,22 @@ class Secrets:
         if not (_NAME.match(namespace) and _NAME.match(name)):
             raise BadInput("names are lower-case letters, digits and dashes, at most 63")
         return self._folder / namespace / name
+
+
+def _write(path: Path, text: bytes) -> None:
+    """Have *text* there, whole and on the disk, whoever else writes at the same time."""
+    descriptor, part = tempfile.mkstemp(prefix=".", dir=path.parent)  # 0600
+    try:
+        with os.fdopen(descriptor, "wb") as to:
+            to.write(text)
+            to.flush()
+            os.fsync(to.fileno())
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

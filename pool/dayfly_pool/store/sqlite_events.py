@@ -373,7 +373,12 @@ class SqliteEvents:
         found = [self._keyed(event) if event.key else Accepted(event.id) for event in accepted]
         new = [event for event, a in zip(accepted, found, strict=True) if a.is_new]
         more = [(e.function, k.text, k.fingerprint, e.id, k.until) for e in new for k in e.known_as]
-        self._into.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", more)
+        self._into.executemany(
+            "INSERT INTO keys VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET event ="
+            " excluded.event, fingerprint = excluded.fingerprint,"
+            " until = max(until, excluded.until)",
+            more,
+        )
         for some in _chunks(new):
             values: list[object] = []
             for event in some:
