@@ -82,6 +82,8 @@ class FakeSource:
         self.broker.told.set()
 
     async def nak(self, delivery: Delivery, delay_s: float) -> None:
+        self._check("nak")
+        self.broker.given_back.append(delivery.id)
         self._given.discard(delivery.id)
 
     async def extend(self, delivery: Delivery) -> None:
@@ -100,6 +102,7 @@ class FakeBroker:
     def __init__(self, **messages: bytes) -> None:
         self.messages = dict(messages)
         self.acknowledged: list[str] = []
+        self.given_back: list[str] = []
         self.extended: Counter[str] = Counter()
         self.asked: list[int] = []
         self.failing: set[str] = set()
@@ -253,6 +256,18 @@ async def test_a_message_is_acknowledged_when_its_event_is_over_and_not_before()
         assert broker.acknowledged == []
         events.end(next(iter(events.accepted)))
         await until(lambda: broker.acknowledged == ["a"])
+
+
+async def test_who_ends_gives_back_what_the_queue_does_not_have():
+    """So that others have it at once; what the queue has it runs."""
+    broker, events = FakeBroker(kept=b"x"), FakeEvents()
+    events.is_over_at_once = False
+    async with pumping(broker, events):
+        await until(lambda: bool(events.accepted))
+        events.errors = [StoreFailed("disk full")] * 10_000
+        broker.put("not", b"y")
+        await until(lambda: len(events.errors) < 10_000)
+    assert (broker.given_back, broker.acknowledged) == (["not"], [])
 
 
 async def test_a_message_that_comes_again_is_the_event_that_it_was():

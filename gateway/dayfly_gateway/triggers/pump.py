@@ -53,6 +53,9 @@ KEPT_KEY_S: Final = 10 * 365 * 86400.0
 """For how long files that stay where they are are known."""
 
 LAG_S: Final = 5.0
+LEAVE_S: Final = 2.0
+"""For giving back what is not needed any more."""
+
 OVER_S: Final = 60.0
 EXTEND_AT_ONCE: Final = 16
 REOPEN_FIRST_S, REOPEN_MAX_S = 0.25, 30.0
@@ -134,7 +137,10 @@ class Pump:
     def _forget(self) -> None:
         """Nothing is held: the source gives it out again."""
         self._held: dict[int, Delivery] = {}
-        self._coming = self._bytes = 0
+        self._coming: dict[int, Delivery] = {}
+        """Those of them that are not in the queue yet."""
+
+        self._bytes = 0
         self._lanes: dict[str, _Lane] = {}
         self._freed = asyncio.Event()
 
@@ -150,9 +156,9 @@ class Pump:
                     self.is_up = True
                     await self._pump(source)
                 finally:
-                    self.is_up, self.lag = False, None
+                    self.is_up, self.lag, coming = False, None, self._coming
                     self._forget()
-                    await source.close()
+                    await self._leave(source, list(coming.values()))
             except Exception as error:  # whatever it is, this trigger goes on, and the others
                 _heed()  # a task group prefers its errors
                 self._note(error)
@@ -171,6 +177,16 @@ class Pump:
     def error(self) -> str:
         """Why nothing comes; empty when it does."""
         return self._failure or self._obstacle
+
+    async def _leave(self, source: Source, coming: Sequence[Delivery]) -> None:
+        """Give back what is not in the queue, so that nobody need wait for it, and disconnect."""
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                for delivery in coming:
+                    await source.nak(delivery, 0.0)
+        except (SourceFailed, TimeoutError):
+            pass  # it comes again by itself
+        await source.close()
 
     def _note(self, error: Exception) -> None:
         first: BaseException = error
@@ -219,7 +235,9 @@ class Pump:
         batch = self.trigger.spec.batch
         size = batch.size if batch is not None else 1  # a batch has one place
         held = len(self._held)
-        return room(work.places * size, busy * size, self._coming, held, self._bytes, self._usual)
+        return room(
+            work.places * size, busy * size, len(self._coming), held, self._bytes, self._usual
+        )
 
     # ---- one message --------------------------------------------------------------------------
 
@@ -232,7 +250,7 @@ class Pump:
         if item is None:
             tasks.create_task(self._done(source, [delivery]))
             return
-        self._coming += 1
+        self._coming[id(delivery)] = delivery
         spec = self.trigger.spec
         if item.refused or not (spec.ordered or spec.batch):
             tasks.create_task(self._carry(source, [item]))
@@ -352,7 +370,7 @@ class Pump:
         with self._events.queue.watching(new) as ended:
             accepted = await self._trying(accept)
             self.counts.known += not accepted.is_new
-            self._coming -= 1
+            self._coming.pop(id(item.delivery), None)
             if accepted.id == new:
                 await asyncio.wait((ended,), timeout=OVER_S)
             if not ended.done():  # long, or another server's, or not new
@@ -363,7 +381,8 @@ class Pump:
         id_ = new_id()
         found = await self._trying(lambda: self._accept_new(id_, items))
         self.counts.known += sum(known != id_ for known in found.values())
-        self._coming -= len(items)
+        for item in items:
+            self._coming.pop(id(item.delivery), None)
         return found
 
     async def _accept_new(
