@@ -68,7 +68,7 @@ class DataPlane:
         self._service = service
         self._config = config
         self._ids = _invocation_ids()
-        self._hooks = Hooks(service)
+        self.hooks = Hooks(service)
         self.routes = Routes()
         self.is_draining = False
 
@@ -106,9 +106,9 @@ class DataPlane:
         path = request.rel_url.raw_path
         if path.startswith(later.PATH):
             return await later.show(self._service, request)
-        if self._hooks.takes(path):
+        if self.hooks.takes(path):
             body = await read_body(request, self._config, self._config.body_bytes_max)
-            return await self._hooks.answer(request, body)
+            return await self.hooks.answer(request, body)
         invocation = await self._invocation(request, id_)
         if "Prefer" in request.headers and later.preferences(request.headers.getall("Prefer"))[0]:
             return await self._accept(request, invocation, request_id)

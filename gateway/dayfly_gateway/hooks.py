@@ -20,6 +20,7 @@ from dayfly_gateway import cloudevents, events
 from dayfly_gateway.destinations import signer
 from dayfly_gateway.routing import MethodNotAllowed
 from dayfly_gateway.triggers.filters import Filter, FilterFailed
+from dayfly_gateway.triggers.pump import Counts
 from dayfly_pool.errors import BadInput, BodyTooLarge, PlatformError, TriggerNotFound
 from dayfly_pool.events import new_id, payload, rfc3339
 from dayfly_pool.models import Invocation, function_id
@@ -57,6 +58,13 @@ class Hooks:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._filters: dict[str, Filter] = {}
+        self._counts: dict[tuple[str, str], Counts] = {}
+
+    def counts(self) -> dict[tuple[str, str], Counts]:
+        """What was sent to each trigger since this server started."""
+        for key in self._counts.keys() - self._service.triggers.keys():
+            del self._counts[key]
+        return self._counts
 
     def takes(self, path: str) -> bool:
         """Whether a request for *path* is one of ours."""
@@ -121,7 +129,7 @@ class Hooks:
         if trigger is None or trigger.spec.webhook is None:
             raise TriggerNotFound(f"no webhook at {path[:200]!r}")
         webhook = trigger.spec.webhook
-        secret = self._service.secrets.get(namespace, webhook.secret)
+        secret = await asyncio.to_thread(self._service.secrets.get, namespace, webhook.secret)
         check = github if webhook.scheme == "github" else standard
         event = check(secret, headers, body) | {"source": f"/triggers/{namespace}/{name}"}
         if trigger.spec.paused:
@@ -134,15 +142,21 @@ class Hooks:
         return [await self._accept(trigger, event, str(event["id"]))]
 
     def _means(self, trigger: StoredTrigger, event: Mapping[str, Any]) -> bool:
-        text = trigger.spec.filter
+        text, counts = trigger.spec.filter, self._counts_of(trigger)
         if text not in self._filters:
             if len(self._filters) > 1000:
                 self._filters.clear()
             self._filters[text] = Filter(text)
         try:
-            return self._filters[text].matches(event)
+            is_meant = self._filters[text].matches(event)
         except FilterFailed:
+            counts.filter_errors += 1
             return False
+        counts.filtered += not is_meant
+        return is_meant
+
+    def _counts_of(self, trigger: StoredTrigger) -> Counts:
+        return self._counts.setdefault((trigger.namespace, trigger.name), Counts())
 
     async def _accept(self, trigger: StoredTrigger, event: Mapping[str, Any], id_: str) -> str:
         name = f"{trigger.namespace}/{trigger.name}"
@@ -157,6 +171,10 @@ class Hooks:
         accepted = await self._service.events.accept(
             invocation, priority=trigger.spec.priority, key=key
         )
+        counts = self._counts_of(trigger)
+        counts.fetched += 1
+        counts.acknowledged += 1
+        counts.known += not accepted.is_new
         return accepted.id
 
 

@@ -98,7 +98,7 @@ class Server:
         async with self._teller.running(), self.service.running():
             self.service.watch(self._data.reroute)
             self._data.reroute()
-            triggers = Triggers(self.service)
+            triggers = Triggers(self.service, self._data.hooks.counts)
             management = Management(self.service, self._gateway, self._is_ready, triggers)
             admin = web.AppRunner(
                 management.application(),

@@ -414,6 +414,10 @@ class Queue:
         for lease, end in ended:
             if (end.row, end.fence) not in written.late:
                 self.outcomes[lease.function, end.state] += 1
+                if end.state is State.DEAD:
+                    why = end.attempt.kind if end.attempt is not None else ""
+                    extra = {"function": lease.function, "event": lease.id, "why": why}
+                    log.warning("an event is dead", extra=extra)
                 if end.state.is_over:
                     self._tell(lease.id)
         self.waiting.update(written.due)

@@ -121,6 +121,12 @@ def test_an_event_reaches_every_function_whose_filter_means_it(server: Server):
         binary = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
         same = send(server, "/events", b'{"n": 1}', binary | {"Content-Type": "application/json"})
         assert same.json()["accepted"] == ids
+        views = {v["metadata"]["name"]: v["status"] for v in server.ask("GET", "/triggers").json()}
+        counted = [views["on-orders"][name] for name in ("fetched", "known", "filtered")]
+        assert counted == [3, 2, 0]
+        assert views["on-big"]["filtered"] == 3
+        metrics = server.ask("GET", "/metrics").body.decode()
+        assert 'dayfly_trigger_filtered_total{trigger="default/on-big"} 3.0' in metrics
     finally:
         for name in ("all", "orders", "big"):
             server.ask("DELETE", f"/namespaces/default/triggers/on-{name}")

@@ -3,7 +3,7 @@
 import asyncio
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import msgspec
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dayfly_gateway.triggers.filters import Filter
-from dayfly_gateway.triggers.pump import Pump
+from dayfly_gateway.triggers.pump import Counts, Pump
 from dayfly_gateway.triggers.schedules import Schedules
 from dayfly_gateway.triggers.source import Source
 from dayfly_pool.errors import BadInput
@@ -21,6 +21,9 @@ from dayfly_pool.store.sqlite import StoredTrigger
 
 log = logging.getLogger("dayfly.triggers")
 LOOK_S: Final = 1.0
+Named = tuple[str, str]
+"""A trigger: its namespace and its name."""
+
 WAITED_FOR: Final = ("cron", "webhook", "events")
 """Sources that nobody asks: what comes of them comes by itself."""
 
@@ -34,11 +37,11 @@ def adapter(kind: str) -> Any:
 
 
 class Triggers(Collector):
-    """Runs what *service* has declared."""
+    """Runs what *service* has declared. *sent* tells what was sent to those that nobody asks."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, sent: Callable[[], Mapping[Named, Counts]] = dict) -> None:
         self.schedules = Schedules(service)
-        self._service = service
+        self._service, self._sent = service, sent
         self._pumps: dict[tuple[str, str], tuple[Pump, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
         service.pool.metrics.registry.register(self)
@@ -113,8 +116,9 @@ class Triggers(Collector):
                 "held": pump.held,
                 "lastError": pump.error,
             }
-            counts = msgspec.to_builtins(pump.counts)
-            status |= {_camel(name): number for name, number in counts.items()}
+            status |= _shown(pump.counts)
+        elif trigger.spec.source in WAITED_FOR:
+            status |= _shown(self._sent().get((trigger.namespace, trigger.name), Counts()))
         return {
             "apiVersion": "dayfly.dev/v1",
             "kind": "Trigger",
@@ -124,8 +128,10 @@ class Triggers(Collector):
         }
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of the pumps."""
+        """The metrics of those that have a pump, or are sent something."""
         pumps = [("/".join(key), pump) for key, (pump, _) in list(self._pumps.items())]
+        counts = {"/".join(key): counts for key, counts in list(self._sent().items())}
+        counts |= {trigger: pump.counts for trigger, pump in pumps}
         for name, text in (
             ("fetched", "Messages that sources gave out"),
             ("acknowledged", "Messages that are done with, and the source knows"),
@@ -136,8 +142,8 @@ class Triggers(Collector):
             ("failures", "Errors of the source"),
         ):
             family = CounterMetricFamily(f"dayfly_trigger_{name}", text, labels=("trigger",))
-            for trigger, pump in pumps:
-                family.add_metric((trigger,), getattr(pump.counts, name))
+            for trigger, counted in counts.items():
+                family.add_metric((trigger,), getattr(counted, name))
             yield family
         up = GaugeMetricFamily("dayfly_trigger_up", "Whether it listens", labels=("trigger",))
         lag = GaugeMetricFamily(
@@ -153,6 +159,10 @@ class Triggers(Collector):
 def secret_of(spec: TriggerSpec) -> str | None:
     """The name of the secret that its source needs, if any."""
     return getattr(getattr(spec, spec.source), "secret", None)
+
+
+def _shown(counts: Counts) -> dict[str, int]:
+    return {_camel(name): number for name, number in msgspec.to_builtins(counts).items()}
 
 
 def _camel(name: str) -> str:
