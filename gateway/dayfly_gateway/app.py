@@ -107,8 +107,8 @@ class DataPlane:
         if path.startswith(later.PATH):
             return await later.show(self._service, request)
         if self.hooks.takes(path):
-            body = await read_body(request, self._config, self._config.body_bytes_max)
-            return await self.hooks.answer(request, body)
+            limit = min(self.hooks.check(request), self._config.body_bytes_max)
+            return await self.hooks.answer(request, await read_body(request, self._config, limit))
         invocation = await self._invocation(request, id_)
         if "Prefer" in request.headers and later.preferences(request.headers.getall("Prefer"))[0]:
             return await self._accept(request, invocation, request_id)

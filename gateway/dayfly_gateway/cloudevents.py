@@ -18,7 +18,7 @@ from cloudevents.core.formats.json import JSONFormat
 
 from dayfly_gateway.triggers.source import Delivery
 from dayfly_pool.errors import BadInput
-from dayfly_pool.events import new_id, rfc3339
+from dayfly_pool.events import HOPS, new_id, rfc3339
 
 STRUCTURED: Final = "application/cloudevents+json"
 _PREFIXES: Final = ("ce_", "cloudevents:", "cloudevents_")
@@ -90,6 +90,12 @@ def encode(event: Mapping[str, Any]) -> bytes:
         raise BadCloudEvent("it holds text that is no Unicode") from None
     except RecursionError:
         raise BadCloudEvent("it is nested too deep") from None
+
+
+def hops(event: Mapping[str, Any]) -> int:
+    """How many destinations of ours it has gone through, as the word to one outside says."""
+    told = str(event.get(HOPS, "0"))
+    return int(told) if re.fullmatch(r"[0-9]{1,3}", told) else 0
 
 
 def of_delivery(delivery: Delivery, kind: str, trigger: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from dayfly_gateway.destinations import signer
 from dayfly_gateway.routing import MethodNotAllowed
 from dayfly_gateway.triggers.filters import Filter, FilterFailed
 from dayfly_gateway.triggers.pump import Counts
+from dayfly_pool.brokers import WebhookSource
 from dayfly_pool.errors import BadInput, BodyTooLarge, PlatformError, TriggerNotFound
-from dayfly_pool.events import new_id, payload, rfc3339
+from dayfly_pool.events import HOPS, new_id, payload, rfc3339
 from dayfly_pool.models import Invocation, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger
@@ -30,6 +31,8 @@ from dayfly_pool.store.sqlite import StoredTrigger
 HOOKS: Final = "/hooks/"
 EVENTS: Final = "/events"
 ID_CHARACTERS_MAX: Final = 256
+EVENT_BYTES_MAX: Final = 1024 * 1024
+"""Of a CloudEvent from whoever reaches us: it is parsed for nothing if nobody is meant."""
 
 
 class NotSigned(PlatformError):
@@ -70,10 +73,18 @@ class Hooks:
         """Whether a request for *path* is one of ours."""
         return path.startswith(HOOKS) or namespace_of(path) is not None
 
-    async def answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
-        """Accept what was sent. Raises `PlatformError`."""
+    def check(self, request: web.BaseRequest) -> int:
+        """How long a body may be read for it. Raises `PlatformError` when none is."""
         if request.method != "POST":
             raise MethodNotAllowed(f"{request.method} is not POST", allow="POST")
+        path = request.rel_url.raw_path
+        if namespace_of(path) is not None:
+            return EVENT_BYTES_MAX
+        self._hook(path)
+        return BODY_BYTES_MAX
+
+    async def answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        """Accept what was sent, and was checked. Raises `PlatformError`."""
         headers = {
             name.decode("latin-1").lower(): value.decode("utf-8", "replace")
             for name, value in request.raw_headers
@@ -101,6 +112,7 @@ class Hooks:
         if headers["traceparent"]:
             event.setdefault("traceparent", headers["traceparent"])
         known_by = json.dumps([event["source"], event["id"]])
+        whole = cloudevents.encode(event)
         declared = [
             trigger
             for trigger in self._service.triggers.values()
@@ -112,9 +124,9 @@ class Hooks:
         errors: list[PlatformError] = []
         for trigger in declared:  # each for itself: what one cannot have, the others are given
             await asyncio.sleep(0)  # a filter of a long event takes its time
-            if self._means(trigger, event):
+            if self._means(trigger, event, len(whole)):
                 try:
-                    accepted.append(await self._accept(trigger, event, known_by))
+                    accepted.append(await self._accept(trigger, event, whole, known_by))
                 except PlatformError as error:
                     errors.append(error)
         if errors:
@@ -124,11 +136,8 @@ class Hooks:
     # ---- webhooks -----------------------------------------------------------------------------
 
     async def _hooked(self, path: str, headers: Mapping[str, str], body: bytes) -> list[str]:
-        namespace, _, name = path.removeprefix(HOOKS).partition("/")
-        trigger = self._service.triggers.get((namespace, name))
-        if trigger is None or trigger.spec.webhook is None:
-            raise TriggerNotFound(f"no webhook at {path[:200]!r}")
-        webhook = trigger.spec.webhook
+        trigger, webhook = self._hook(path)
+        namespace, name = trigger.namespace, trigger.name
         secret = await asyncio.to_thread(self._service.secrets.get, namespace, webhook.secret)
         check = github if webhook.scheme == "github" else standard
         event = check(secret, headers, body) | {"source": f"/triggers/{namespace}/{name}"}
@@ -137,18 +146,26 @@ class Hooks:
         if headers["traceparent"]:
             event["traceparent"] = headers["traceparent"]
         event |= {"specversion": "1.0", "time": rfc3339(self._service.events.queue.clock.now())}
-        if not self._means(trigger, event):
+        whole = cloudevents.encode(event)
+        if not self._means(trigger, event, len(whole)):
             return []
-        return [await self._accept(trigger, event, str(event["id"]))]
+        return [await self._accept(trigger, event, whole, str(event["id"]))]
 
-    def _means(self, trigger: StoredTrigger, event: Mapping[str, Any]) -> bool:
+    def _hook(self, path: str) -> tuple[StoredTrigger, WebhookSource]:
+        namespace, _, name = path.removeprefix(HOOKS).partition("/")
+        trigger = self._service.triggers.get((namespace, name))
+        if trigger is None or trigger.spec.webhook is None:
+            raise TriggerNotFound(f"no webhook at {path[:200]!r}")
+        return trigger, trigger.spec.webhook
+
+    def _means(self, trigger: StoredTrigger, event: Mapping[str, Any], size: int) -> bool:
         text, counts = trigger.spec.filter, self._counts_of(trigger)
         if text not in self._filters:
             if len(self._filters) > 1000:
                 self._filters.clear()
             self._filters[text] = Filter(text)
         try:
-            is_meant = self._filters[text].matches(event)
+            is_meant = self._filters[text].matches(event, size)
         except FilterFailed:
             counts.filter_errors += 1
             return False
@@ -158,10 +175,11 @@ class Hooks:
     def _counts_of(self, trigger: StoredTrigger) -> Counts:
         return self._counts.setdefault((trigger.namespace, trigger.name), Counts())
 
-    async def _accept(self, trigger: StoredTrigger, event: Mapping[str, Any], id_: str) -> str:
+    async def _accept(
+        self, trigger: StoredTrigger, event: Mapping[str, Any], body: bytes, id_: str
+    ) -> str:
         name = f"{trigger.namespace}/{trigger.name}"
         digest = hashlib.blake2b(id_.encode(), digest_size=16).hexdigest()
-        body = cloudevents.encode(event)
         if len(body) > BODY_BYTES_MAX:
             raise BodyTooLarge(f"{len(body)} bytes as a CloudEvent, limit {BODY_BYTES_MAX}")
         function = function_id(trigger.namespace, trigger.spec.function)
@@ -169,7 +187,7 @@ class Hooks:
         invocation = Invocation(new_id(), function, body, None, trace)
         key = f"trigger {name} {digest}", "sent"
         accepted = await self._service.events.accept(
-            invocation, priority=trigger.spec.priority, key=key
+            invocation, priority=trigger.spec.priority, key=key, hops=cloudevents.hops(event)
         )
         counts = self._counts_of(trigger)
         counts.fetched += 1
@@ -213,7 +231,10 @@ def standard(secret: str, headers: Mapping[str, str], body: bytes) -> dict[str, 
     data = _data(body)
     told = data.get("data")
     kind = told.get("type") if isinstance(told, dict) else None
-    return {"id": id_, "type": kind if isinstance(kind, str) and kind else "webhook"} | data
+    event = {"id": id_, "type": kind if isinstance(kind, str) and kind else "webhook"} | data
+    if isinstance(told, dict) and HOPS in told:  # a word of ours
+        event[HOPS] = str(told[HOPS])
+    return event
 
 
 def _check(value: str, header: str) -> None:

@@ -35,6 +35,9 @@ from dayfly_pool.store.sqlite import StoredFunction
 from dayfly_pool.store.sqlite_events import SqliteEvents
 
 HOPS_MAX: Final = 8
+HOPS: Final = "dayflyhops"
+"""The attribute of a CloudEvent that says how many destinations it has gone through."""
+
 CONDITIONS: Final = {"Expired": "EventAgeExceeded"}
 """Why an event is dead, where Lambda has a word of its own for it."""
 
@@ -147,8 +150,11 @@ def payload(body: bytes) -> Any:
         return {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
 
 
-def word(id_: InvocationId, lease: Lease, ended: Ended, told: bytes) -> bytes:
-    """The report *told* as the CloudEvent that a destination outside is given."""
+def word(id_: InvocationId, lease: Lease, ended: Ended, told: bytes, hops: int) -> bytes:
+    """The report *told* as the CloudEvent that a destination outside is given.
+
+    It says how many *hops* there were: so that a circle through the outside ends as well.
+    """
     is_success = ended.state is State.SUCCEEDED
     return msgspec.json.encode(
         {
@@ -157,6 +163,7 @@ def word(id_: InvocationId, lease: Lease, ended: Ended, told: bytes) -> bytes:
             "source": f"/functions/{lease.function}",
             "type": f"dev.dayfly.event.{'succeeded' if is_success else 'dead'}",
             "subject": lease.id,
+            HOPS: str(hops),
             "time": rfc3339(ended.at),
             "datacontenttype": "application/json",
             "data": msgspec.Raw(told),
@@ -232,20 +239,22 @@ class Events:
         key_s: float | None = None,
         items: Sequence[str] = (),
         refused: str = "",
+        hops: int = 0,
     ) -> Accepted:
         """Keep *invocation* and run it later; it is on the disk when this returns.
 
         *key* is an idempotency key and the fingerprint of what it came with, known for *key_s*. A
         body that is a list of CloudEvents has a key for each of them (*items*): one that the answer
-        names is tried again. What is *refused*, and why, is dead at once. Raises
-        `FunctionNotFound`, `QueueFull`, `StoreFailed`.
+        names is tried again. What is *refused*, and why, is dead at once, and so is what has gone
+        through too many destinations (*hops*). Raises `FunctionNotFound`, `QueueFull`,
+        `StoreFailed`.
         """
         work = self.work_of(invocation.function)
         if work is None:
             raise FunctionNotFound(f"no function {invocation.function!r}")
         now = self.queue.clock.now()
         until = now + (key_s or self.queue.keep.keys_s)
-        meta = EventMeta(invocation.http, invocation.trace, 0, refused, tuple(items))
+        meta = EventMeta(invocation.http, invocation.trace, hops, refused, tuple(items))
         event = Event(
             id=invocation.id,
             function=invocation.function,
@@ -344,7 +353,8 @@ class Events:
         id_, now = new_id(), self.queue.clock.now()
         body = report(lease, ended, str(stored.version))
         if where.is_outside:
-            function, body = told_id(lease.function, is_success), word(id_, lease, ended, body)
+            function = told_id(lease.function, is_success)
+            body = word(id_, lease, ended, body, meta.hops + 1)
             age_s = TELL_RETRY.max_age_seconds
         else:
             assert where.function is not None

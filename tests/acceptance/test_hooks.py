@@ -310,6 +310,28 @@ def test_who_cannot_be_told_is_told_later_and_the_function_does_not_mind(
     server.ask("POST", f"/events/{word['id']}/cancel")
 
 
+def test_a_circle_through_the_outside_ends(server: Server):
+    """A function tells /events, and what is sent there runs it again."""
+    where = {"url": f"http://{server.http}/events"}
+    server.deploy("", "circles", files=FILES, onSuccess=where)
+    spec = {
+        "function": "circles",
+        "events": {},
+        "filter": 'event.source == "/functions/default/circles"',
+    }
+    put(server, "triggers/circles", spec)
+    path = "/namespaces/default/functions/circles/invocations"
+    server.ask("POST", path, b"{}", headers={"Prefer": "respond-async"})
+    dead = "/events?function=default/circles@success&state=dead"
+    assert eventually(lambda: len(server.ask("GET", dead).json()) == 1)
+    (end,) = server.ask("GET", dead).json()
+    failure = server.ask("GET", f"/events/{end['id']}").json()["failures"][0]
+    server.ask("DELETE", "/namespaces/default/triggers/circles")
+
+    assert failure["kind"] == "TooManyHops"
+    assert len(told(server, "circles")) == 9
+
+
 async def test_a_topic_is_told_too(server: Server):
     with Nats() as broker:
         place = await broker.place("told")

@@ -35,7 +35,7 @@ JSON = st.recursive(
     ],
 )
 def test_a_filter_says_whether_the_event_is_meant(text: str, expected: bool):
-    assert Filter(text).matches(EVENT) is expected
+    assert Filter(text).matches(EVENT, 100) is expected
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,25 @@ def test_what_is_no_expression_is_refused_with_the_reason(text: str):
 )
 def test_an_expression_without_a_value_for_the_event_fails_and_nothing_else(text: str):
     with pytest.raises(FilterFailed):
-        Filter(text).matches(EVENT | {"many": list(range(200))})
+        Filter(text).matches(EVENT | {"many": list(range(200))}, 1000)
 
 
 @given(st.dictionaries(st.text(), JSON))
 def test_no_event_breaks_a_filter(event: dict[str, Any]):
     found = Filter('has(event.data) && event.data == event.data || event.type == "x"')
     try:
-        assert found.matches(event) in (True, False)
+        assert found.matches(event, 100) in (True, False)
     except FilterFailed:
         pass
+
+
+def test_the_data_of_a_long_event_is_not_shown_and_its_attributes_are():
+    """A step of an evaluation may search all of it, and there may be thousands."""
+    assert Filter('event.type == "order"').matches(EVENT, 10_000_000)
+    with pytest.raises(FilterFailed):
+        Filter("event.data.total > 1").matches(EVENT, 10_000_000)
+
+
+def test_no_regular_expression_is_tried_for_each_of_many():
+    with pytest.raises(BadInput, match="matches"):
+        Filter('event.data.items.exists(i, i.name.matches("(a|b)*c"))')

@@ -25,6 +25,7 @@ from dayfly_gateway.triggers.pump import (
 from dayfly_gateway.triggers.source import Delivery, SourceFailed
 from dayfly_pool.brokers import FolderSource, NatsSource
 from dayfly_pool.errors import QueueFull, StoreFailed
+from dayfly_pool.events import HOPS
 from dayfly_pool.models import Batch, FunctionId, Invocation, InvocationId, Retry, TriggerSpec
 from dayfly_pool.queue import Work
 from dayfly_pool.store.events import Accepted, Shown
@@ -137,7 +138,7 @@ class FakeEvents:
         self.keys: dict[str, InvocationId] = {}
         self.over: set[InvocationId] = set()
         self.known_s: float | None = None
-        self.priority = 0
+        self.priority = self.hops = 0
         self.watched: dict[InvocationId, asyncio.Future[None]] = {}
         self.is_over_at_once = True
         self.changed = asyncio.Event()
@@ -154,6 +155,7 @@ class FakeEvents:
         refused: str = "",
         key_s: float | None = None,
         priority: int = 0,
+        hops: int = 0,
     ) -> Accepted:
         if self.errors:
             raise self.errors.pop(0)
@@ -162,7 +164,7 @@ class FakeEvents:
         assert invocation.id not in self.accepted, "no store takes an id twice"
         for text in [*([key[0]] if key else []), *(items or [])]:
             self.keys[text] = invocation.id
-        self.known_s, self.priority = key_s, priority
+        self.known_s, self.priority, self.hops = key_s, priority, hops
         assert not refused or refused.encode()
         self.accepted[invocation.id] = invocation.body if refused else json.loads(invocation.body)
         if refused:
@@ -566,6 +568,16 @@ async def test_a_batch_is_no_longer_than_a_function_may_be_given(monkeypatch: py
     assert [len(batch) for batch in events.accepted.values()] == [2, 2] or [
         len(batch) for batch in events.accepted.values()
     ] == [1, 1, 1, 1]
+
+
+async def test_an_event_has_as_many_hops_as_it_says():
+    """It is a word of ours to the outside, which has come back."""
+    word = json.dumps({"specversion": "1.0", "id": "1", "source": "/", "type": "t"} | {HOPS: "7"})
+    broker, events = FakeBroker(a=word.encode()), FakeEvents()
+    broker.more = {"headers": {"content-type": "application/cloudevents+json"}}
+    async with pumping(broker, events):
+        await until(lambda: broker.acknowledged == ["a"])
+    assert events.hops == 7
 
 
 async def test_events_have_the_priority_of_their_trigger():

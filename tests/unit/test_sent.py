@@ -41,7 +41,7 @@ class Service:
         return self.text
 
     async def accept(
-        self, invocation: Invocation, key: tuple[str, str], priority: int = 0
+        self, invocation: Invocation, key: tuple[str, str], priority: int = 0, hops: int = 0
     ) -> Accepted:
         await asyncio.sleep(0)
         name = invocation.function.partition("/")[2]

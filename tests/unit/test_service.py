@@ -214,9 +214,10 @@ async def test_what_failed_of_a_batch_is_not_lost_when_its_function_is_deleted_m
     driver: FakeDriver, tmp_path: Path
 ):
     """It is dead, with its payload, and can be redriven."""
-    greet, may_end = function_id("ours", "greet"), asyncio.Event()
+    greet, began, may_end = function_id("ours", "greet"), asyncio.Event(), asyncio.Event()
 
     async def fail_one(guest: FakeGuest, request: Invoke, body: bytes) -> bytes:
+        began.set()
         await may_end.wait()
         return FAILED_B
 
@@ -225,8 +226,7 @@ async def test_what_failed_of_a_batch_is_not_lost_when_its_function_is_deleted_m
         await server.deploy("ours")
         events = server.service.events
         await events.accept(Invocation(E1, greet, BATCH), items=["key a", "key b"])
-        while not events.queue.running_now[greet]:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await began.wait()
         await server.service.delete(greet)
         may_end.set()
         whole = await events.queue.get(E1, 5.0)

@@ -3,9 +3,12 @@
 An expression has a size (`TriggerSpec.filter`), its regular expressions are RE2's, and the library
 ends an evaluation after 10,000 steps of iteration. What makes new values of old ones is left out of
 CEL (`+`, `map`, `filter`): each `.map(b, b + b)` doubles what it is given, and a line of them has
-no room in any memory. What is compared, searched or counted stays as large as the event is.
+no room in any memory. What is compared, searched or counted stays as large as the event is; and
+as each step may search all of it, the data of a long event is not shown, and no regular expression
+is tried for each of many.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,6 +16,11 @@ from cel_expr_python import cel
 
 from dayfly_pool.errors import BadInput
 
+DATA_BYTES_MAX: Final = 64 * 1024
+"""An event that is longer is shown to filters without its data."""
+
+_EACH: Final = re.compile(r"\.\s*(all|exists)\s*\(")
+_PATTERN: Final = re.compile(r"\bmatches\s*\(")
 _SUBSET: Final = """
 name: dayfly
 stdlib:
@@ -35,17 +43,23 @@ class Filter:
     """A compiled expression. Raises `BadInput` when it is none."""
 
     def __init__(self, text: str) -> None:
+        if _EACH.search(text) and _PATTERN.search(text):
+            raise BadInput("filter: matches() is not for each of many: leave out all() or exists()")
         try:
             self._expression = _ENVIRONMENT.compile(text) if text else None
         except Exception as error:  # RuntimeError, and what the binding has for odd strings
             raise BadInput(f"filter: {str(error)[:500]}") from None
 
-    def matches(self, event: Mapping[str, Any]) -> bool:
-        """Whether the event is meant. Raises `FilterFailed`."""
+    def matches(self, event: Mapping[str, Any], size: int) -> bool:
+        """Whether the event, of *size* bytes, is meant. Raises `FilterFailed`."""
         if self._expression is None:
             return True
+        shown = dict(event)
+        if size > DATA_BYTES_MAX:
+            shown.pop("data", None)
+            shown.pop("data_base64", None)
         try:
-            value = self._expression.eval(data={"event": dict(event)})
+            value = self._expression.eval(data={"event": shown})
             is_bool = value.type() == cel.Type.BOOL
             found = value.value()
         except Exception as error:  # likewise

@@ -40,7 +40,7 @@ HELD_MAX: Final = 1000
 """Messages of one trigger that are fetched and not acknowledged, those in a backoff too."""
 
 HELD_BYTES_MAX: Final = 64 * 1024 * 1024
-USUAL_BYTES: Final = 64 * 1024
+USUAL_BYTES: Final = 1024 * 1024
 """How long a message is taken to be, before one has come."""
 
 LOOK_S: Final = 0.25
@@ -86,6 +86,7 @@ class Item(NamedTuple):
     body: bytes
     key: str
     trace: str = ""
+    hops: int = 0
     refused: str = ""
 
 
@@ -294,7 +295,7 @@ class Pump:
         event = cloudevents.of_delivery(delivery, self.trigger.spec.source, self._name)
         body = cloudevents.encode(event)
         try:
-            if not self._filter.matches(event):
+            if not self._filter.matches(event, len(body)):
                 self.counts.filtered += 1
                 return None
         except FilterFailed as error:
@@ -305,7 +306,8 @@ class Pump:
         if len(body) + 2 > BODY_BYTES_MAX:  # a batch of one has brackets
             why = f"{len(body)} bytes as a CloudEvent, limit {BODY_BYTES_MAX}"
             return Item(delivery, delivery.body, key, refused=why)
-        return Item(delivery, body, key, str(event.get("traceparent", ""))[:128])
+        trace = str(event.get("traceparent", ""))[:128]
+        return Item(delivery, body, key, trace, cloudevents.hops(event))
 
     async def _drive(
         self, source: Source, tasks: asyncio.TaskGroup, group: str, lane: _Lane
@@ -366,6 +368,7 @@ class Pump:
             key=(item.key, "trigger"),
             key_s=self._key_s(stays=bool(item.delivery.unread)),
             refused=item.refused,
+            hops=item.hops,
         )
         with self._events.queue.watching(new) as ended:
             accepted = await self._trying(accept)
@@ -400,6 +403,7 @@ class Pump:
                 priority=self.trigger.spec.priority,
                 items=list(new),
                 key_s=self._key_s(),
+                hops=max(item.hops for item in new.values()),
             )
         return known | dict.fromkeys(new, id_)
 
