@@ -287,7 +287,7 @@ class Events:
     def work_of(self, id_: FunctionId) -> Work | None:
         """How its events are run; None if there is no such function or destination."""
         if self._outside(id_):
-            return Work(TELL_AT_ONCE, TELL_RETRY)
+            return Work(TELL_AT_ONCE, TELL_RETRY, "outside")  # who is silent holds up no function
         stored = self._functions.get(id_)
         if stored is None or id_ not in self._pool.state.functions:
             return None  # or it is being deployed: nothing can be run yet

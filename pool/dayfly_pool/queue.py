@@ -27,6 +27,7 @@ ACCEPTING_MAX: Final = 10_000
 
 BATCH_MAX: Final = 512
 RUNS_MAX: Final = 512
+SHARE_MAX: Final = 128
 LEASES_AT_ONCE: Final = 64
 REPAIR_S: Final = 0.5
 """Between a write that failed and the next try."""
@@ -48,10 +49,14 @@ LONG_AT_ONCE: Final = 8
 
 
 class Work(Struct, frozen=True):
-    """How events of a function are run: at most *places* at once, tried again as *retry* says."""
+    """How events of a function are run: at most *places* at once, tried again as *retry* says.
+
+    Of those that say the same *share* at most `SHARE_MAX` run at once, all together.
+    """
 
     places: int
     retry: Retry
+    share: str = ""
 
 
 Run = Callable[[Lease], Awaitable[Outcome]]
@@ -118,6 +123,7 @@ class Queue:
         """Of which some have come to wait since the last write began: it may not know of them."""
 
         self.running_now: Counter[FunctionId] = Counter()
+        self._shares: Counter[str] = Counter()
         self.accepted = self.duplicates = self.late = self.redriven = 0
         self.outcomes: Counter[tuple[FunctionId, State]] = Counter()
         """How many attempts have brought an event there."""
@@ -377,6 +383,7 @@ class Queue:
         room = RUNS_MAX - len(self._leases)
         coming = Counter(event.function for event in events)
         wanted: dict[FunctionId, int] = {}
+        shared: Counter[str] = Counter()
         for function in [*self.waiting, *coming]:
             if room <= 0:
                 break
@@ -390,10 +397,14 @@ class Queue:
                 free = LEASES_AT_ONCE if self._is_alone else 0
             else:
                 free = work.places - self.running_now[function]
+            if work is not None and work.share:
+                free = min(free, SHARE_MAX - self._shares[work.share] - shared[work.share])
             take = min(number, free, LEASES_AT_ONCE, room)
             if take > 0:
                 wanted[function] = take
                 room -= take
+                if work is not None and work.share:
+                    shared[work.share] += take
         return wanted
 
     def _note(
@@ -457,13 +468,17 @@ class Queue:
 
     def _begin(self, lease: Lease) -> None:
         self.running_now[lease.function] += 1
-        task = self._tasks.create_task(self._attempt(lease))
+        work = self._work_of(lease.function)
+        share = work.share if work is not None else ""
+        self._shares[share] += 1
+        task = self._tasks.create_task(self._attempt(lease, share))
         self._leases[lease.row, lease.fence] = lease, task
 
-    async def _attempt(self, lease: Lease) -> None:
+    async def _attempt(self, lease: Lease, share: str) -> None:
         try:
             ended = await self._ended_by(lease)
         finally:
+            self._shares[share] -= 1
             del self._leases[lease.row, lease.fence]
             self.running_now[lease.function] -= 1
             if not self.running_now[lease.function]:

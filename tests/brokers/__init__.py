@@ -57,6 +57,9 @@ class Broker:
     leases: ClassVar[bool] = True
     """Whether what is not extended is given to somebody else while we are connected."""
 
+    has_topic: ClassVar[bool] = True
+    """Whether something can be told there."""
+
     has_order: ClassVar[bool] = True
     has_past: ClassVar[bool] = True
     """Whether who has never been there finds what was published before."""

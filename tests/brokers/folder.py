@@ -18,6 +18,7 @@ class Folder(Broker):
     """See `tests.brokers`."""
 
     name = "folder"
+    has_topic = False
     is_process = False
     counts_attempts = False
     has_headers = False

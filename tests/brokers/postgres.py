@@ -25,6 +25,7 @@ class Postgres(Broker):
     """See `tests.brokers`."""
 
     name = "postgres"
+    has_topic = False
     counts_attempts = False
     leases = False
 

@@ -5,9 +5,9 @@ import gc
 import importlib
 import re
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import pytest
@@ -36,10 +36,35 @@ CALL_S: Final = 1.5
 PORT: Final = re.compile(r"(?<=127\.0\.0\.1:)\d+|(?<=port=)\d+")
 
 
-@pytest.fixture(scope="session", params=BROKERS)
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def needs(flag: str) -> Callable[[T], T]:
+    """For a claim that is none for brokers without this, see `tests.brokers.Broker`."""
+
+    def mark(claim: T) -> T:
+        claim.needs = flag  # type: ignore[attr-defined]
+        return claim
+
+    return mark
+
+
+def broker_class(name: str) -> type[Broker]:
+    found: type[Broker] = getattr(importlib.import_module(f"tests.brokers.{name}"), BROKERS[name])
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every claim for every broker of which it is one."""
+    if "broker" in metafunc.fixturenames:
+        flag = getattr(metafunc.function, "needs", "")
+        names = [name for name in BROKERS if not flag or getattr(broker_class(name), flag)]
+        metafunc.parametrize("broker", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
-    module = importlib.import_module(f"tests.brokers.{request.param}")
-    with getattr(module, BROKERS[request.param])() as up:
+    with broker_class(request.param)() as up:
         yield up
 
 
@@ -100,9 +125,8 @@ async def test_what_is_published_is_fetched_whole(broker: Broker, place: Place):
             await source.ack(delivery)
 
 
+@needs("has_past")
 async def test_what_was_there_before_a_new_source_is_fetched(broker: Broker, place: Place):
-    if not broker.has_past:
-        pytest.skip("it keeps nothing for who has never been there")
     await place.publish(b"early")
     async with opened(place) as source:
         assert [d.body for d in await fetched(source, 1)] == [b"early"]
@@ -185,11 +209,10 @@ async def test_what_is_given_back_comes_again(broker: Broker, place: Place):
         await source.ack(second)
 
 
+@needs("leases")
 async def test_what_is_extended_stays_ours_and_what_is_not_is_given_to_another(
     broker: Broker, place: Place
 ):
-    if not broker.leases:
-        pytest.skip("it keeps what is under way for as long as we are connected")
     async with opened(place, lease_s=1.0) as source, opened(place, lease_s=1.0) as other:
         await place.publish(b"long")
         (delivery,) = await fetched(source, 1)
@@ -250,9 +273,8 @@ async def test_nothing_waits_for_a_fetch_that_waits(place: Place):
         assert [d.body for d in await fetching] == [b"two"]
 
 
+@needs("leases")
 async def test_two_sources_share_what_comes(broker: Broker, place: Place):
-    if not broker.leases:
-        pytest.skip("one connection at a time has it")
     async with opened(place) as one, opened(place) as other:
         for number in range(10):
             await place.publish(b"%d" % number)
@@ -267,9 +289,8 @@ async def test_two_sources_share_what_comes(broker: Broker, place: Place):
         assert sorted(bodies) == sorted(b"%d" % number for number in range(10))
 
 
+@needs("has_topic")
 async def test_a_topic_is_told_and_its_source_gives_that_out(place: Place):
-    if place.topic_spec is None:
-        pytest.skip("nothing can be told there")
     async with opened(place) as source:
         topic = place.topic()
         await topic.open()
@@ -282,9 +303,8 @@ async def test_a_topic_is_told_and_its_source_gives_that_out(place: Place):
         await source.ack(delivery)
 
 
+@needs("is_process")
 async def test_a_broker_that_is_not_there_is_named_and_no_secret_is(broker: Broker, place: Place):
-    if not broker.is_process:
-        pytest.skip("there is nobody")
     spec = moved(place, free_port())
     source = type(place.source())(spec, "nobody", "user:hunter2", call_s=CALL_S)
 
@@ -296,9 +316,8 @@ async def test_a_broker_that_is_not_there_is_named_and_no_secret_is(broker: Brok
     assert "hunter2" not in str(caught.value)
 
 
+@needs("is_process")
 async def test_who_listens_and_says_nothing_is_given_up(broker: Broker, place: Place):
-    if not broker.is_process:
-        pytest.skip("there is nobody")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         source = type(place.source())(
             moved(place, silent.getsockname()[1]), "nobody", call_s=CALL_S
@@ -325,11 +344,10 @@ def moved(place: Place, port: int) -> object:
     return msgspec.json.decode(text.replace(old, str(port)), type=type(place.spec))
 
 
+@needs("is_process")
 async def test_a_broker_that_goes_is_told_and_when_it_is_back_nothing_is_lost(
     broker: Broker, place: Place
 ):
-    if not broker.is_process:
-        pytest.skip("there is nobody")
     source = place.source(1.0)
     await source.open()
     await place.publish(b"first")
@@ -360,9 +378,8 @@ async def test_a_broker_that_goes_is_told_and_when_it_is_back_nothing_is_lost(
                 await asyncio.sleep(0.1)  # it is still coming up
 
 
+@needs("is_process")
 async def test_a_broker_that_stands_still_holds_nobody_for_ever(broker: Broker, place: Place):
-    if not broker.is_process:
-        pytest.skip("there is nobody")
     async with opened(place, call_s=CALL_S) as source:
         await place.publish(b"held")
         (delivery,) = await fetched(source, 1)

@@ -1,7 +1,6 @@
 """A wire that can be cut: what goes through it stands still, or ends, when a test says so."""
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -54,7 +53,12 @@ class Proxy:
             await self._flows.wait()
             if self._is_cut:
                 return
-            back, to = await asyncio.open_connection("127.0.0.1", self._to)
+            opening = asyncio.ensure_future(asyncio.open_connection("127.0.0.1", self._to))
+            try:
+                back, to = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(_abort)
+                raise
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._pass(reader, to))
                 tasks.create_task(self._pass(back, writer))
@@ -97,9 +101,14 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
-        wires = list(self._wires)
-        for wire in wires:
-            wire.cancel()
-        if wires:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait(wires, timeout=5)
+        self._is_cut = True
+        await asyncio.sleep(0)  # whoever connected just now has a wire
+        while wires := list(self._wires):
+            for wire in wires:
+                wire.cancel()
+            await asyncio.wait(wires, timeout=5)
+
+
+def _abort(opened: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result()[1].transport.abort()

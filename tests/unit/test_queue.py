@@ -853,3 +853,26 @@ async def test_results_that_can_never_be_written_end_the_queue_all_the_same(
     store.broken = None
     async with running(Runs(), store, owner="again") as queue:
         assert (await over(queue)).state is State.SUCCEEDED
+
+
+async def test_those_who_share_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
+    """Words to many who are silent: what runs beside them has room."""
+    monkeypatch.setattr("dayfly_pool.queue.SHARE_MAX", 3)
+    runs, silent = Runs(), [FunctionId(f"default/f{n}@success") for n in range(4)]
+    runs.gate = asyncio.Event()
+
+    def work_of(function: FunctionId) -> Work:
+        return Work(2, Retry(), "outside" if "@" in function else "")
+
+    async with running(runs, work_of=work_of) as queue:
+        ids = [InvocationId(f"e{n}") for n in range(8)]
+        told = [event(queue, id_, silent[n // 2]) for n, id_ in enumerate(ids)]
+        async with asyncio.TaskGroup() as tasks:
+            for each in told:
+                tasks.create_task(queue.accept(each))
+        await queue.accept(event(queue, E1))
+        await eventually(lambda: queue.running_now[GREET])
+        assert sum(queue.running_now[each] for each in silent) == 3
+        runs.gate.set()
+        for id_ in ids:
+            assert (await over(queue, id_)).state is State.SUCCEEDED
