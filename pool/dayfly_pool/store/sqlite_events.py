@@ -7,10 +7,8 @@ busy event loop taking it back may last longer than the statement.
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,10 +21,10 @@ from msgspec import structs
 from dayfly_pool.errors import DataFolderUnusable, StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
 from dayfly_pool.store import rows
+from dayfly_pool.store.bodies import Bodies
 from dayfly_pool.store.database import connect
 from dayfly_pool.store.events import (
     PAGE_MAX,
-    ROW_BYTES_MAX,
     Accepted,
     Ended,
     Event,
@@ -110,7 +108,7 @@ class SqliteEvents:
     """See `Store`. *path* is the database; long bodies are in the folder *bodies*."""
 
     def __init__(self, path: Path, bodies: Path) -> None:
-        self._path, self._bodies = path, bodies
+        self._path, self._bodies = path, Bodies(bodies)
         self._owner = ""
         self._writer: ThreadPoolExecutor | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -278,7 +276,7 @@ class SqliteEvents:
     # Below: on the writer's thread.
 
     def _open(self) -> None:
-        self._bodies.mkdir(mode=0o700, exist_ok=True)
+        self._bodies.open()
         connection = connect(self._path, MIGRATIONS, is_sound=self._is_doubtful)
         try:
             if self._is_doubtful:
@@ -298,11 +296,8 @@ class SqliteEvents:
 
     def _clear_up(self) -> None:
         """Remove the files of events that a crash kept from being accepted."""
-        for path in self._bodies.iterdir():
-            if path.suffix == ".part":
-                path.unlink()
-            else:
-                self._drop(path.name)
+        for digest in self._bodies.found():
+            self._drop(digest)
 
     def _close(self) -> None:
         if self._write_connection is not None:
@@ -354,7 +349,7 @@ class SqliteEvents:
         for some in _chunks(ended):
             values: list[object] = []
             for each in some:
-                body, file = self._apart(each.body)
+                body, file = self._bodies.apart(each.body)
                 counted = each.is_counted
                 values += (each.row, each.fence, each.state, each.at, counted, each.result, body)
                 values.append(file)
@@ -382,7 +377,7 @@ class SqliteEvents:
         for some in _chunks(new):
             values: list[object] = []
             for event in some:
-                body, file = self._apart(event.body)
+                body, file = self._bodies.apart(event.body)
                 values += (event.id, event.function, event.priority, event.accepted_at, event.age_s)
                 values += (event.accepted_at + event.age_s, rows.checksum(event.meta, event.body))
                 values += (event.meta, body, file)
@@ -501,26 +496,6 @@ class SqliteEvents:
 
     # ---- long bodies --------------------------------------------------------------------------
 
-    def _apart(self, body: bytes) -> tuple[bytes, str]:
-        """(what goes into the row, the digest of the file that holds the rest), on the disk."""
-        if len(body) <= ROW_BYTES_MAX:
-            return body, ""
-        digest = hashlib.sha256(body).hexdigest()
-        path = self._bodies / digest
-        if not path.exists() or path.stat().st_size != len(body):
-            unfinished = self._bodies / f"{digest}.part"
-            with open(unfinished, "wb", opener=_private) as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
-            folder = os.open(self._bodies, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        return b"", digest
-
     def _drop(self, digest: str) -> None:
         """Remove a file that no event needs any more."""
         needed = self._into.execute(
@@ -529,21 +504,7 @@ class SqliteEvents:
             (digest, digest),
         ).fetchone()
         if needed is None:
-            (self._bodies / digest).unlink(missing_ok=True)
-
-    def _whole(self, body: bytes, file: str) -> bytes:
-        """Raises `OSError` when the file is not there."""
-        return (self._bodies / file).read_bytes() if file else body
-
-    def _checked(self, meta: bytes, body: bytes, file: str, checksum: int) -> tuple[bytes, str]:
-        """(the body, what is wrong with it)."""
-        try:
-            whole = self._whole(body, file)
-        except OSError as error:
-            return b"", f"its body is lost: {error}"
-        if rows.checksum(meta, whole) != checksum:
-            return b"", rows.DAMAGED
-        return whole, ""
+            self._bodies.remove(digest)
 
     # Below: on the reader's thread.
 
@@ -564,7 +525,7 @@ class SqliteEvents:
         (checksum,) = self._read_from.execute(
             "SELECT checksum FROM events WHERE row = ?", (lease.row,)
         ).fetchone()
-        body, damage = self._checked(lease.meta, b"", lease.file, checksum)
+        body, damage = self._bodies.checked(lease.meta, b"", lease.file, checksum)
         return structs.replace(lease, body=body, damage=damage)
 
     def _get(self, connection: sqlite3.Connection, id_: InvocationId) -> Shown | None:
@@ -575,9 +536,9 @@ class SqliteEvents:
             f"SELECT {rows.ATTEMPT} FROM attempts WHERE event = ? ORDER BY fence", (row[15],)
         )
         meta, body, file, _, result_body, result_file, _, checksum = row[9:]
-        body, _ = self._checked(meta, body, file, checksum)
+        body, _ = self._bodies.checked(meta, body, file, checksum)
         with contextlib.suppress(OSError):
-            result_body = self._whole(result_body, result_file)
+            result_body = self._bodies.whole(result_body, result_file)
         return rows.shown(row, body, result_body, map(rows.attempt, failures))
 
     def _page(
@@ -641,10 +602,6 @@ def _settle(connection: sqlite3.Connection) -> None:
     (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if is_busy:
         raise sqlite3.OperationalError("the log cannot be moved into the file")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
