@@ -198,6 +198,8 @@ class Hooks:
 
 def namespace_of(path: str) -> str | None:
     """Whose `/events` it is, `/ns/NAMESPACE/events` outside the default namespace."""
+    if not path.endswith(EVENTS):  # most are a function's
+        return None
     if path == EVENTS:
         return "default"
     _, ns, namespace, *rest = [*path.split("/"), "", ""]

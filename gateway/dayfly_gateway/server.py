@@ -21,7 +21,6 @@ from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool.config import Config
 from dayfly_pool.errors import PlatformError
 from dayfly_pool.service import Service
-from dayfly_pool.store.secrets import Secrets
 
 log = logging.getLogger("dayfly.server")
 
@@ -82,8 +81,8 @@ class Server:
 
     def __init__(self, config: Config, gateway: GatewayConfig) -> None:
         self._gateway = gateway
-        self._teller = Teller(Secrets(config.data / "secrets"))
-        self.service = Service(config, self._teller)
+        self.service = Service(config)
+        self.service.tell = self._teller = Teller(self.service.secrets)
         self._data = DataPlane(self.service, gateway)
         self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
 

@@ -286,11 +286,12 @@ class Events:
 
     def work_of(self, id_: FunctionId) -> Work | None:
         """How its events are run; None if there is no such function or destination."""
-        if self._outside(id_):
-            return Work(TELL_AT_ONCE, TELL_RETRY, "outside")  # who is silent holds up no function
         stored = self._functions.get(id_)
-        if stored is None or id_ not in self._pool.state.functions:
-            return None  # or it is being deployed: nothing can be run yet
+        if stored is None:
+            # who is silent holds up no function
+            return Work(TELL_AT_ONCE, TELL_RETRY, "outside") if self._outside(id_) else None
+        if id_ not in self._pool.state.functions:
+            return None  # it is being deployed: nothing can be run yet
         return Work(stored.spec.max_scale * stored.spec.concurrency, stored.spec.retry)
 
     async def _run(self, lease: Lease) -> Outcome:

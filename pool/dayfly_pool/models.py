@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from dayfly_pool import brokers
-from dayfly_pool.declared import Model, Name, Seconds
+from dayfly_pool.declared import Model, Name, Seconds, given
 
 API_VERSION: Final = "dayfly.dev/v1"
 BASE: Final = "base"
@@ -107,8 +107,7 @@ class Destination(Model, frozen=True):
     sqs: brokers.SqsTopic | None = None
 
     def __post_init__(self) -> None:
-        named = [name for name in DESTINATIONS if getattr(self, name) is not None]
-        if len(named) != 1:
+        if len(given(self, DESTINATIONS)) != 1:
             raise ValueError(f"one destination is needed: one of {', '.join(DESTINATIONS)}")
         if self.url is not None:
             brokers.check_url(self.url, "https", "http")
@@ -118,7 +117,7 @@ class Destination(Model, frozen=True):
     @property
     def kind(self) -> str:
         """Which of them it is."""
-        return next(name for name in DESTINATIONS if getattr(self, name) is not None)
+        return given(self, DESTINATIONS)[0]
 
     @property
     def is_outside(self) -> bool:
@@ -247,7 +246,7 @@ class TriggerSpec(Model, frozen=True):
     paused: bool = False
 
     def __post_init__(self) -> None:
-        named = [name for name in SOURCES if getattr(self, name) is not None]
+        named = given(self, SOURCES)
         if len(named) != 1:
             what = f"{' and '.join(named)} are" if named else "none is"
             raise ValueError(f"one source is needed, {what} given: one of {', '.join(SOURCES)}")
@@ -264,7 +263,7 @@ class TriggerSpec(Model, frozen=True):
     @property
     def source(self) -> str:
         """Which of the sources it has."""
-        return next(name for name in SOURCES if getattr(self, name) is not None)
+        return given(self, SOURCES)[0]
 
 
 class TriggerManifest(Model, frozen=True, tag_field="kind", tag="Trigger"):

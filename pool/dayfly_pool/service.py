@@ -60,8 +60,11 @@ BASE_ENVIRONMENT: Final = Environment(digest=BASE)
 class Service:
     """One server's functions and environments. Use it inside `async with service.running():`."""
 
-    def __init__(self, config: Config, tell: Tell = nobody) -> None:
-        self.config, self._tell = config, tell
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.tell: Tell = nobody
+        """How destinations outside are told; to be set before it runs."""
+
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
         self.triggers: dict[tuple[str, str], StoredTrigger] = {}
@@ -88,7 +91,7 @@ class Service:
             await self._declarations.open()
             try:
                 self.pool = Pool(config, driver)
-                self.events = Events(config, self.pool, self.functions, self._tell)
+                self.events = Events(config, self.pool, self.functions, self.tell)
                 self.event_metrics = EventMetrics(self.events.queue, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
