@@ -273,6 +273,32 @@ async def test_nothing_waits_for_a_fetch_that_waits(place: Place):
         assert [d.body for d in await fetching] == [b"two"]
 
 
+async def test_who_waits_in_a_fetch_is_told_when_the_source_is_closed(place: Place):
+    async with opened(place) as source:
+        fetching = asyncio.create_task(source.fetch(1, LONG_S))
+        await asyncio.wait((fetching,), timeout=0.1)
+    async with asyncio.timeout(LONG_S / 2):
+        with pytest.raises(SourceFailed):
+            await fetching
+
+
+async def test_nothing_is_left_of_a_source_that_is_closed(place: Place):
+    """Nor of a fetch that was cancelled; and who asks it then is told."""
+    before = asyncio.all_tasks()
+    async with opened(place) as source:
+        await place.publish(b"held")
+        (delivery,) = await fetched(source, 1)
+        fetching = asyncio.create_task(source.fetch(1, LONG_S))
+        await asyncio.wait((fetching,), timeout=0.05)
+        fetching.cancel()
+        await asyncio.wait((fetching,))
+    assert asyncio.all_tasks() == before
+    with pytest.raises(SourceFailed):
+        await source.fetch(1, 0.0)
+    with pytest.raises(SourceFailed):
+        await source.ack(delivery)
+
+
 @needs("leases")
 async def test_two_sources_share_what_comes(broker: Broker, place: Place):
     async with opened(place) as one, opened(place) as other:
@@ -297,6 +323,8 @@ async def test_a_topic_is_told_and_its_source_gives_that_out(place: Place):
         await topic.tell("an-id", b'{"specversion": "1.0"}')
         await topic.close()
         await topic.close()
+        with pytest.raises(SourceFailed):
+            await topic.tell("another-id", b"{}")
 
         (delivery,) = await fetched(source, 1)
         assert delivery.body == b'{"specversion": "1.0"}'

@@ -154,23 +154,6 @@ async def test_a_login_that_is_refused_is_told_and_nothing_is_left(login: str):
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_nothing_is_left_of_a_source_that_is_closed(broker: Kafka):
-    place = await broker.place("left")
-    source, topic = place.source(), place.topic()
-    await source.open()
-    await topic.open()
-    await topic.tell("an-id", b"{}")
-    await source.fetch(1, SOON_S)
-    await source.close()
-    await topic.close()
-
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-    with pytest.raises(SourceFailed):
-        await source.fetch(1, 0.0)
-    with pytest.raises(SourceFailed):
-        await topic.tell("an-id", b"{}")
-
-
 async def test_nothing_is_left_of_a_source_whose_opening_was_cancelled():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         spec = kafka.KafkaSource(servers=f"127.0.0.1:{silent.getsockname()[1]}", topic="x")

@@ -23,6 +23,7 @@ from dayfly_gateway.triggers.source import (
     LEASE_S,
     Delivery,
     SourceFailed,
+    while_there,
 )
 from dayfly_pool.brokers import MqttSource, MqttTopic
 
@@ -132,16 +133,8 @@ class _Link:
 
     async def call(self, what: str, work: Coroutine[Any, Any, T]) -> T:
         """Await *work* for as long as the connection is there. Raises `SourceFailed`."""
-        task = asyncio.ensure_future(work)
-        reading = [] if self._reading is None else [self._reading]
-        try:
-            await asyncio.wait((task, *reading), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                self.check()
-            with self._named(what):
-                return task.result()
-        finally:
-            task.cancel()
+        with self._named(what):
+            return await while_there(work, *([] if self._reading is None else [self._reading]))
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ from dayfly_gateway.triggers.source import (
     LEASE_S,
     Delivery,
     SourceFailed,
+    while_there,
 )
 from dayfly_pool.brokers import NatsSource, NatsTopic
 
@@ -27,6 +28,9 @@ UNDER_WAY_MAX: Final = 10_000
 """Messages of one consumer that are neither acknowledged nor waiting, for all servers together."""
 
 PING_S: Final = 5
+SHORTEST_S: Final = 0.01
+"""The client refuses to wait for nothing at all."""
+
 MORE_S: Final = 0.25
 """For the rest of a batch, which the broker has."""
 
@@ -76,19 +80,8 @@ class _Link:
 
     async def call(self, what: str, work: Coroutine[Any, Any, T]) -> T:
         """Await *work* for as long as the connection is there. Raises `SourceFailed`."""
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((task, self._lost), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise SourceFailed(f"NATS at {self._url} has gone")
-            with self._named(what):
-                return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait((task,), timeout=1.0)
-            if task.done() and not task.cancelled():
-                task.exception()  # the client turns being cancelled into an error
+        with self._named(what):
+            return await while_there(work, self._lost)
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -155,7 +148,7 @@ class Source:
     async def _fetch(self, most: int, wait_s: float) -> list[Delivery]:
         # The client waits for all that it was asked for: so for one, and then for what is there.
         try:
-            messages = await self._pull.fetch(1, timeout=wait_s)
+            messages = await self._pull.fetch(1, timeout=max(wait_s, SHORTEST_S))
         except TimeoutError:
             return []
         more = min(most - 1, messages[0].metadata.num_pending)

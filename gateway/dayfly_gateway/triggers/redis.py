@@ -7,7 +7,7 @@ out: who finds another count than his own has lost it.
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -68,6 +68,10 @@ class _Link:
 
     async def call(self, what: str, work: Awaitable[T], more_s: float = 0.0) -> T:
         """Await *work*, which may take *more_s* longer than a call. Raises `SourceFailed`."""
+        if self._pool is None:  # it would connect again
+            if isinstance(work, Coroutine):
+                work.close()
+            raise SourceFailed(f"Redis at {self._url}, {what}: it is closed")
         with self._named(what):
             async with asyncio.timeout(self._call_s + more_s):
                 return await work

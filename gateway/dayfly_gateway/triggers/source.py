@@ -5,13 +5,15 @@ it has given out. `tests/contract/test_sources.py` holds every one of them to th
 real broker.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final, Protocol
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, Protocol, TypeVar
 
 from msgspec import Struct
 
 from dayfly_pool.errors import PlatformError
 
+T = TypeVar("T")
 LEASE_S: Final = 30.0
 """What has been fetched is given to somebody else after this, unless it is extended."""
 
@@ -30,6 +32,22 @@ class SourceFailed(PlatformError):
 
     status = 503
     retryable = True
+
+
+async def while_there(work: Coroutine[Any, Any, T], *ends: asyncio.Future[Any]) -> T:
+    """Await *work* until one of *ends* is done: then `ConnectionError`, and *work* is cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, *ends), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ConnectionError("the connection is lost")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,), timeout=1.0)
+        if task.done() and not task.cancelled():
+            task.exception()  # some clients turn being cancelled into an error
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
