@@ -1,0 +1,1 @@
+"""Batch jobs: many tasks of one function on the pool, beside what people wait for."""

@@ -1,0 +1,1 @@
+"""Workflows: steps on the pool, whose order, data and ends are written down."""
