@@ -63,6 +63,15 @@ class TriggerNotFound(PlatformError):
     status = 404
 
 
+class JobNotFound(PlatformError):
+    """There is no such job.
+
+    `dayfly job list` shows them; `dayfly job run` makes one.
+    """
+
+    status = 404
+
+
 class SecretNotFound(PlatformError):
     """There is no such secret.
 

@@ -5,9 +5,7 @@ function on the pool, or the word to a destination outside.
 """
 
 import base64
-import os
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -17,6 +15,7 @@ import msgspec
 
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, FunctionNotFound, Refused, TooManyHops
+from dayfly_pool.ids import new_id
 from dayfly_pool.models import (
     Destination,
     Failure,
@@ -89,19 +88,6 @@ class Item(msgspec.Struct):
     """Of a CloudEvent, what it is told by."""
 
     id: str
-
-
-def in_order(id_: str) -> InvocationId:
-    """An id in the order of time, with 80 of the random bits of *id_*: see RFC 9562, UUIDv7.
-
-    What is added to a large table in its order costs less.
-    """
-    return InvocationId(f"{time.time_ns() // 1_000_000:012x}{id_[12:]}")
-
-
-def new_id() -> InvocationId:
-    """An id for an event, in the order of time."""
-    return in_order(os.urandom(16).hex())
 
 
 def rfc3339(at: float, timespec: str = "milliseconds") -> str:

@@ -1,6 +1,7 @@
 """Everything one server does with declarations: keep them, build what they need, tell the pool."""
 
 import asyncio
+import base64
 import fcntl
 import hashlib
 import logging
@@ -14,6 +15,9 @@ from typing import Final
 import msgspec
 
 from dayfly_pool import driver as drivers
+from dayfly_pool.batch.job import Stored
+from dayfly_pool.batch.jobs import Jobs, View
+from dayfly_pool.batch.model import JobManifest
 from dayfly_pool.config import Config
 from dayfly_pool.environments import EnvironmentStore
 from dayfly_pool.errors import (
@@ -26,6 +30,7 @@ from dayfly_pool.errors import (
     TriggerNotFound,
 )
 from dayfly_pool.events import Events, Tell, nobody
+from dayfly_pool.journal import Journals
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
     BASE,
@@ -34,6 +39,7 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionManifest,
+    FunctionSpec,
     InvocationId,
     Isolation,
     Mold,
@@ -54,6 +60,15 @@ from dayfly_pool.store.sqlite import (
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
+COMMAND: Final = "dayfly.command:run"
+"""The handler of tasks that are commands or scripts."""
+
+EMPTY_PACKAGE: Final = base64.b64decode(
+    "UEsDBBQAAAAAAAAAIQDTHk7xFgAAABYAAAAGAAAAUkVBRE1FVGhpcyBmb2xkZXIgaXMgZW1wdHkuClBLAQIUAxQA"
+    "AAAAAAAAIQDTHk7xFgAAABYAAAAGAAAAAAAAAAAAAACkAQAAAABSRUFETUVQSwUGAAAAAAEAAQA0AAAAOgAAAAAA"
+)
+"""A zip with nothing but a README: for commands that bring no files."""
+
 BASE_ENVIRONMENT: Final = Environment(digest=BASE)
 
 
@@ -69,6 +84,8 @@ class Service:
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
         self.triggers: dict[tuple[str, str], StoredTrigger] = {}
         self.pool: Pool
+        self.journals: Journals
+        self.jobs: Jobs
         self.events: Events
         self.event_metrics: EventMetrics
         self.packages: PackageStore
@@ -93,12 +110,57 @@ class Service:
                 self.pool = Pool(config, driver)
                 self.events = Events(config, self.pool, self.functions, self.tell)
                 self.event_metrics = EventMetrics(self.events.queue, self.pool.metrics.registry)
+                self.journals = Journals(journal_store(config), is_alone=not config.events_dsn)
+                self.jobs = Jobs(self.pool, self.journals, self._prepare_job)
                 async with self.pool.running():
                     await self._restore()
-                    async with self.events.running():
-                        yield self
+                    async with self.journals.running():
+                        await self._drop_packages()
+                        async with self.events.running(), self.jobs.running():
+                            yield self
             finally:
                 await self._declarations.close()
+
+    # ---- jobs ---------------------------------------------------------------------------------
+
+    async def create_job(
+        self, manifest: JobManifest, items: AsyncIterator[bytes] | None = None
+    ) -> View:
+        """Keep a job, to be run: see `Jobs.create`. What its tasks are is what it is now."""
+        spec, namespace = manifest.spec, manifest.metadata.namespace
+        if spec.function is not None:
+            id_ = function_id(namespace, spec.function)
+            if id_ not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}: deploy it first")
+            function = self.functions[id_].spec
+        else:
+            function = FunctionSpec(
+                handler=COMMAND,
+                package=spec.package or await self.put_package(EMPTY_PACKAGE),
+                environment=spec.environment,
+                env=spec.env,
+                network=spec.network,
+                limits=spec.limits,
+            )
+        await self._check_package(function.package)
+        self._environment(namespace, function.environment)
+        return await self.jobs.create(manifest, function, items)
+
+    def _prepare_job(self, id_: FunctionId, stored: Stored, spec: FunctionSpec) -> Function:
+        """Have the pool know the function that a job's tasks are."""
+        namespace = stored.metadata.namespace
+        environment = self._environment(namespace, spec.environment)
+        self.packages.path(spec.package)
+        mold = self._mold(environment, namespace, spec.network, spec.isolation)
+        function = Function(id_, "1", spec, mold, is_batch=True)
+        self.pool.deploy(function, environment)
+        return function
+
+    async def _check_package(self, digest: str) -> None:
+        try:
+            await asyncio.to_thread(self.packages.path, digest)
+        except PackageDamaged as error:  # also: never uploaded
+            raise BadInput(f"spec.package: {error.detail}") from error
 
     async def _restore(self) -> None:
         mold = self._mold(BASE_ENVIRONMENT, DEFAULT_NAMESPACE, "none", "fork")
@@ -115,7 +177,11 @@ class Service:
                 extra = {"function": stored.id, "why": str(error)}
                 log.error("function not restored", extra=extra)
             self.functions[stored.id] = stored
+
+    async def _drop_packages(self) -> None:
+        """Remove those that no function and no job needs any more."""
         used = {stored.spec.package for stored in self.functions.values()}
+        used |= await self.jobs.packages()
         for digest in self.packages.digests():
             if digest not in used:
                 await asyncio.to_thread(self.packages.remove, digest)
@@ -123,6 +189,7 @@ class Service:
     async def drain(self, timeout_s: float) -> bool:
         """Let end what is under way, and start nothing more; False when some did not in time."""
         self.events.queue.hold()
+        self.jobs.hold()
         return await self.pool.drain(timeout_s)
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -144,10 +211,7 @@ class Service:
         if not spec.package:
             raise BadInput("spec.package is missing: upload the code first, or use `dayfly deploy`")
         spec = msgspec.structs.replace(spec, source=None)
-        try:
-            await asyncio.to_thread(self.packages.path, spec.package)
-        except PackageDamaged as error:  # also: never uploaded
-            raise BadInput(f"spec.package: {error.detail}") from error
+        await self._check_package(spec.package)
         id_ = function_id(metadata.namespace, metadata.name)
         async with self._changing:
             environment = self._environment(metadata.namespace, spec.environment)

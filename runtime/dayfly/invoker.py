@@ -62,12 +62,15 @@ def context(function: Function, request: Invoke) -> Context:
         namespace=function.namespace,
         deadline=time.monotonic() + request.remaining_s,
         traceparent=request.trace,
+        env=request.env,
     )
 
 
 def call(function: Function, request: Invoke, body: bytes) -> Answer:
     """Run a plain handler to its end; every failure of user code is an answer."""
     started, owner = time.perf_counter(), os.getpid()
+    if request.env:
+        os.environ.update(request.env)
     try:
         event = make_event(request, body)
         value = function.handler(event, context(function, request))
@@ -78,10 +81,15 @@ def call(function: Function, request: Invoke, body: bytes) -> Answer:
         if os.getpid() != owner:
             os._exit(1)
         return failed(error, function.code, time.perf_counter() - started)
+    finally:
+        for name in request.env or ():
+            os.environ.pop(name, None)
 
 
 async def call_async(function: Function, request: Invoke, body: bytes) -> Answer:
-    """The same for a coroutine handler."""
+    """The same for a coroutine handler, whose variables are in its context alone: it shares the
+    process with others.
+    """
     started = time.perf_counter()
     try:
         coroutine: Coroutine[Any, Any, Any] = function.handler(
@@ -98,7 +106,26 @@ def failed(error: BaseException, code: str, handler_s: float) -> Answer:
     if isinstance(error, MemoryError):
         kind = "OutOfMemory"
     message, trace = said(error), user_traceback(error, code)
-    return Failed(kind=kind, message=message, traceback=trace, handler_s=handler_s), b""
+    ended = exit_code(error)
+    return Failed.of(
+        {
+            "kind": kind,
+            "message": message,
+            "traceback": trace,
+            "handler_s": handler_s,
+            "exit_code": ended,
+        }
+    ), b""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process would end with for it, as `sys.exit` has it; -1 if it is no SystemExit."""
+    if not isinstance(error, SystemExit):
+        return -1
+    code = error.code
+    if code is None:
+        return 0
+    return code & 0xFF if type(code) is int else 1
 
 
 def _bad(message: str, handler_s: float) -> Answer:
