@@ -5,7 +5,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from dayfly_gateway.client import Client
-from dayfly_gateway.manifests import Applied, Plan
+from dayfly_gateway.manifests import Applied, JobPlan, Plan, job_spec
 from dayfly_pool.models import EnvironmentManifest, TriggerManifest
 from dayfly_pool.packages import pack
 
@@ -22,7 +22,7 @@ class Progress(Protocol):
 
 def order(item: Applied) -> int:
     """What is applied first: what others need."""
-    return (EnvironmentManifest, Plan, TriggerManifest).index(type(item))
+    return (EnvironmentManifest, Plan, TriggerManifest, JobPlan).index(type(item))
 
 
 def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
         case TriggerManifest(metadata=metadata, spec=spec):
             builtins = msgspec.to_builtins(spec)
             return client.put_trigger(metadata.namespace, metadata.name, builtins)
+        case JobPlan():
+            return run(client, item, progress)
         case _:
             assert_never(item)
 
@@ -53,6 +55,14 @@ def deploy(client: Client, plan: Plan, progress: Progress) -> dict[str, Any]:
     if archive is not None:
         spec["package"] = client.put_package(archive, progress.uploaded)
     return client.put_function(manifest.metadata.namespace, manifest.metadata.name, spec)
+
+
+def run(client: Client, plan: JobPlan, progress: Progress) -> dict[str, Any]:
+    """Have a job run; returns it as the API shows it."""
+    metadata, spec = plan.manifest.metadata, job_spec(plan.manifest)
+    if plan.source is not None:
+        spec["package"] = client.put_package(pack(plan.source), progress.uploaded)
+    return client.put_job(metadata.namespace, metadata.name, spec)
 
 
 def build(client: Client, manifest: EnvironmentManifest, progress: Progress) -> dict[str, Any]:

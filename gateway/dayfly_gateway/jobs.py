@@ -93,6 +93,8 @@ class JobsPlane:
 
     async def _show(self, request: web.Request) -> web.Response:
         view = await self._named(request)
+        if "brief" in request.query:
+            return answers.json(view_of(view))
         return answers.json(view_of(view, await self._service.jobs.details(view)))
 
     async def _named(self, request: web.Request) -> View:

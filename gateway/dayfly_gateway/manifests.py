@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import yaml
 
+from dayfly_pool.batch.model import JobManifest, JobSpec
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import (
     BASE,
@@ -28,7 +29,8 @@ REQUIREMENTS_FILE: Final = "requirements.txt"
 MODULES: Final = ("main", "handler", "app", "lambda_function", "function")
 """Where a folder's handler is looked for, in this order; else in its only module."""
 HANDLERS: Final = ("handler", "lambda_handler", "main")
-KINDS: Final = ("Function", "Environment", "Trigger")
+Declared = Manifest | JobManifest
+KINDS: Final = ("Function", "Environment", "Trigger", "Job")
 
 
 class Plan(NamedTuple):
@@ -37,6 +39,13 @@ class Plan(NamedTuple):
     manifest: FunctionManifest
     source: Path | None
     environment: EnvironmentManifest | None = None
+
+
+class JobPlan(NamedTuple):
+    """A job to be run: *source* is packed and uploaded first."""
+
+    manifest: JobManifest
+    source: Path | None
 
 
 # ---- one folder or file -------------------------------------------------------------------------
@@ -220,11 +229,11 @@ class Document(NamedTuple):
             raise self.refused(f"Expected a mapping - at `$.{name}`")
         return dict(found or {})
 
-    def converted(self, value: Mapping[str, Any]) -> Manifest:
+    def converted(self, value: Mapping[str, Any]) -> Declared:
         """The manifest that *value*, made of this document, is. Raises `BadInput`."""
         whole = {key: v for key, v in self.value.items() if key not in value} | dict(value)
         try:
-            manifest: Manifest = msgspec.convert(whole, Manifest)
+            manifest: Declared = msgspec.convert(whole, Declared)  # type: ignore[arg-type]
             return manifest
         except msgspec.ValidationError as error:
             raise self.refused(str(error)) from None
@@ -264,7 +273,23 @@ def read(text: str, file: str) -> Iterator[Document]:
         loader.dispose()
 
 
-Applied = Plan | EnvironmentManifest | TriggerManifest
+Applied = Plan | EnvironmentManifest | TriggerManifest | JobPlan
+
+
+def job_in(file: Path, namespace: str) -> tuple[str, dict[str, Any], Path | None]:
+    """(name, spec, what is to be packed) of the one job that *file* declares."""
+    found = plans(str(file), file.read_text("utf-8"), file.parent, namespace)
+    if len(found) != 1 or not isinstance(found[0], JobPlan):
+        raise BadInput(f"{file} must hold one `kind: Job`: use `dayfly apply -f` for others")
+    manifest, source = found[0]
+    return manifest.metadata.name, job_spec(manifest), source
+
+
+def job_spec(manifest: JobManifest) -> dict[str, Any]:
+    """Its spec as it is sent."""
+    spec: dict[str, Any] = msgspec.to_builtins(manifest.spec)
+    defaults: dict[str, Any] = msgspec.to_builtins(JobSpec(function="any"))
+    return {key: v for key, v in spec.items() if key != "source" and v != defaults.get(key)}
 
 
 def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
@@ -278,6 +303,8 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     if document.kind != "Function":
         manifest = document.converted({"metadata": metadata, "spec": spec})
         assert not isinstance(manifest, FunctionManifest)
+        if isinstance(manifest, JobManifest):
+            return JobPlan(manifest, _job_source(document, spec, folder))
         return manifest
     source = _source(document, spec, folder)
     if source is not None and "handler" not in spec:
@@ -288,6 +315,16 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     manifest = document.converted({"metadata": metadata, "spec": spec})
     assert isinstance(manifest, FunctionManifest)
     return Plan(manifest, source, own)
+
+
+def _job_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
+    given = spec.get("source")
+    if given is None:
+        return None
+    path = folder / str(given)
+    if not path.exists():
+        raise document.refused(f"there is no {path} - at `$.spec.source`")
+    return path
 
 
 def _source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
