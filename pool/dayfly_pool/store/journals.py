@@ -12,7 +12,6 @@ one it knows, and is late when that is not the last. Who appends also says *afte
 what may have been written already can be written again and is there once.
 """
 
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, NewType, Protocol
 
@@ -36,8 +35,6 @@ SWEEP_ENTRIES: Final = 256
 
 WISHES_MAX: Final = 64
 """Not granted yet, of one journal."""
-
-DAMAGED: Final = "it is not what was written: the disk or the database is damaged"
 
 
 class NewEntry(Struct, frozen=True):
@@ -232,8 +229,3 @@ class Store(Protocol):
 
         Perhaps not always. Raises `StoreFailed` when it cannot go on.
         """
-
-
-def entry_checksum(number: int, part: int, low: int, high: int, body: bytes) -> int:
-    """Tells whether an entry is what was written, and where."""
-    return zlib.crc32(body, zlib.crc32(b"%d %d %d %d" % (number, part, low, high)))
