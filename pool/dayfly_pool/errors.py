@@ -204,6 +204,37 @@ class StoreFailed(PlatformError):
     retry_after_s = 1
 
 
+class NameTaken(PlatformError):
+    """There is one of that name already.
+
+    Nothing was changed. Choose another name, or delete the one that is there.
+    """
+
+    status = 409
+
+
+class Late(PlatformError):
+    """Another server goes on with it.
+
+    What came here was not written. Ask again: the one that has it now answers.
+    """
+
+    status = 409
+    retryable = True
+    retry_after_s = 1
+
+
+class TooManyWishes(PlatformError):
+    """Too much that was asked of this job or run has not been heard yet.
+
+    Retry after the time in Retry-After.
+    """
+
+    status = 429
+    retryable = True
+    retry_after_s = 1
+
+
 class DataFolderUnusable(PlatformError):
     """The data folder cannot be used.
 
