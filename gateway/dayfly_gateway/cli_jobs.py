@@ -117,7 +117,8 @@ def _wanted(
         name_there, spec, source_there = job_in(file, namespace)
         name, source = name or name_there, source or source_there
     command, env = given.pop("command"), given.pop("env")
-    spec |= {key: value for key, value in given.items() if value not in (None, False)}
+    unset = (None, False)  # by identity: 0 is a number that was given
+    spec |= {k: v for k, v in given.items() if not any(v is nothing for nothing in unset)}
     if script is not None:
         spec["script"] = script.read_text("utf-8")
     if command:

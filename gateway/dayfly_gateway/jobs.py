@@ -9,14 +9,14 @@ from aiohttp import web
 from dayfly_pool.store.journals import Journal, JournalId
 
 from dayfly_gateway import answers
-from dayfly_gateway.app import read_body
+from dayfly_gateway.app import BodyTooSlow, read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_pool.batch.indices import INDEX_MAX
 from dayfly_pool.batch.job import Asked, Cancel, SetParallelism, SetSuspended, Status
 from dayfly_pool.batch.jobs import ITEM_BYTES_MAX, View
 from dayfly_pool.batch.model import JobManifest, JobSpec
 from dayfly_pool.batch.tasks import Tasks
-from dayfly_pool.errors import BadInput, BodyTooSlow
+from dayfly_pool.errors import BadInput
 from dayfly_pool.events import rfc3339
 from dayfly_pool.models import API_VERSION
 from dayfly_pool.service import Service

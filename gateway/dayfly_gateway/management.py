@@ -18,7 +18,7 @@ from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.jobs import JobsPlane
 from dayfly_gateway.triggers.triggers import Triggers
-from dayfly_pool.batch.jobs import function_of
+from dayfly_pool.batch.job import function_of
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
 from dayfly_pool.ids import in_order
 from dayfly_pool.models import (

@@ -233,7 +233,7 @@ class Document(NamedTuple):
         """The manifest that *value*, made of this document, is. Raises `BadInput`."""
         whole = {key: v for key, v in self.value.items() if key not in value} | dict(value)
         try:
-            manifest: Declared = msgspec.convert(whole, Declared)  # type: ignore[arg-type]
+            manifest: Declared = msgspec.convert(whole, Declared)
             return manifest
         except msgspec.ValidationError as error:
             raise self.refused(str(error)) from None

@@ -31,7 +31,7 @@ from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
 from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State, Store
 from dayfly_pool.store.sqlite import StoredFunction
-from dayfly_pool.store.sqlite_events import SqliteEvents
+from dayfly_pool.stores import events_of
 
 HOPS_MAX: Final = 8
 HOPS: Final = "dayflyhops"
@@ -202,7 +202,7 @@ class Events:
         self._queue_s_max = config.queue_s_max
         self._pool, self._functions, self._tell = pool, functions, tell
         self.queue = Queue(
-            _store(config),
+            events_of(config),
             self._run,
             self.work_of,
             follow=self._follow,
@@ -358,17 +358,3 @@ class Events:
                 age_s=age_s,
             ),
         )
-
-
-def _store(config: Config) -> Store:
-    if not config.events_dsn:
-        folder = config.data / "events"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return SqliteEvents(folder / "events.sqlite", folder / "bodies")
-    try:  # an extra
-        from dayfly_pool.store.postgres_events import PostgresEvents
-    except ImportError as error:
-        raise BadInput(
-            f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'"
-        ) from None
-    return PostgresEvents(config.events_dsn)

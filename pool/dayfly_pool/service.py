@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
@@ -30,7 +31,7 @@ from dayfly_pool.errors import (
     TriggerNotFound,
 )
 from dayfly_pool.events import Events, Tell, nobody
-from dayfly_pool.journal import Journals
+from dayfly_pool.journal import Journals, Keep
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
     BASE,
@@ -56,12 +57,16 @@ from dayfly_pool.store.sqlite import (
     StoredFunction,
     StoredTrigger,
 )
+from dayfly_pool.stores import journals_of
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
 COMMAND: Final = "dayfly.command:run"
 """The handler of tasks that are commands or scripts."""
+
+KEPT_S: Final = 100 * 365 * 86400.0
+"""Jobs say themselves for how long they are kept."""
 
 EMPTY_PACKAGE: Final = base64.b64decode(
     "UEsDBBQAAAAAAAAAIQDTHk7xFgAAABYAAAAGAAAAUkVBRE1FVGhpcyBmb2xkZXIgaXMgZW1wdHkuClBLAQIUAxQA"
@@ -110,7 +115,12 @@ class Service:
                 self.pool = Pool(config, driver)
                 self.events = Events(config, self.pool, self.functions, self.tell)
                 self.event_metrics = EventMetrics(self.events.queue, self.pool.metrics.registry)
-                self.journals = Journals(journal_store(config), is_alone=not config.events_dsn)
+                self.journals = Journals(
+                    journals_of(config),
+                    owner=secrets.token_hex(8),
+                    is_alone=not config.events_dsn,
+                    keep_for=Keep(over_s=KEPT_S),
+                )
                 self.jobs = Jobs(self.pool, self.journals, self._prepare_job)
                 async with self.pool.running():
                     await self._restore()

@@ -10,6 +10,8 @@ import os
 import sys
 import zlib
 
+from dayfly.invoker import Exit
+
 TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from typing import Any, NoReturn
@@ -20,17 +22,6 @@ FOLDER = "/tmp"
 RESULT_BYTES_MAX = 256 * 1024
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit codes
 SHELL = ["/bin/sh", "-e"]
-
-
-class Exit(SystemExit):
-    """A process that did not end well; its text is the failure's message."""
-
-    def __init__(self, code: int, why: str) -> None:
-        super().__init__(code)
-        self.why = why
-
-    def __str__(self) -> str:
-        return self.why
 
 
 def run(event: dict[str, Any], context: Context) -> Any:

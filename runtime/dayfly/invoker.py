@@ -31,6 +31,14 @@ HEADERS_MAX, HEADER_BYTES_MAX = 100, 16 * 1024  # what the gateway passes on
 CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, without the 12 ms of importing inspect
 
 
+class Exit(SystemExit):
+    """A process of the user's did not end well; the text is the whole message."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(code)
+        self.why = why
+
+
 class Function(Record):
     """The one function that this guest has become."""
 
@@ -105,7 +113,10 @@ def failed(error: BaseException, code: str, handler_s: float) -> Answer:
     kind = "Exited" if isinstance(error, SystemExit) else "Raised"
     if isinstance(error, MemoryError):
         kind = "OutOfMemory"
-    message, trace = said(error), user_traceback(error, code)
+    if isinstance(error, Exit):
+        message, trace = error.why, ""
+    else:
+        message, trace = said(error), user_traceback(error, code)
     ended = exit_code(error)
     return Failed.of(
         {

@@ -33,7 +33,7 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Clock
-from dayfly_pool.store.journals import Append, Entry, Journal, JournalId, NewEntry, Wish
+from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 
 log = logging.getLogger("dayfly.jobs")
 LOG, ITEMS, RESULTS = 0, 1, 2
@@ -55,7 +55,6 @@ NOTHING: Final = b"null"
 QUEUE_S_MAX: Final = 3600.0
 """A task may wait this long for a sandbox: others come first."""
 
-REPAIR_S: Final = 1.0
 CHUNKS_KEPT: Final = 16
 JobState = Literal["Pending", "Running", "Suspended", "Complete", "Failed", "Cancelled"]
 
@@ -153,7 +152,7 @@ def replayed(tasks: Tasks, entries: Sequence[Entry], now: float) -> None:
 async def log_of(journals: Journals, id_: JournalId) -> list[Entry]:
     """All entries of the part `LOG`. Raises `StoreFailed` also when one is damaged."""
     entries: list[Entry] = []
-    while found := await journals.entries(
+    while found := await journals.store.entries(
         id_, part=LOG, after=entries[-1].number if entries else 0
     ):
         for entry in found:
@@ -228,7 +227,7 @@ class Job:
         self.status = msgspec.json.decode(journal.head, type=Status)
         self.name = f"{journal.namespace}/{journal.name}"
         self.function_id = function_of(journal)
-        self._journal, self._pool, self._journals, self._clock = journal, pool, journals, clock
+        self._pool, self._journals, self._clock = pool, journals, clock
         self._last, self._heard = journal.last, 0
         indices = indices_of(self.stored.spec, self.status.total)
         self.tasks = Tasks(self.stored.spec, indices, self.status.most)
@@ -285,16 +284,16 @@ class Job:
 
     # ---- its life -----------------------------------------------------------------------------
 
-    async def run(self, function: Function) -> None:
-        """Run it with *function* to its end. Raises `Late`; cancelled, it goes on later."""
+    async def run(self) -> None:
+        """Run it to its end. Raises `Late`; cancelled, it goes on later."""
         try:
-            await self._run(function)
+            await self._run()
         finally:
             self._is_over = True
             self._moved.set()
 
-    async def _run(self, function: Function) -> None:
-        self._segments, entries = [], await log_of(self._journals, self.id)
+    async def _run(self) -> None:
+        entries = await log_of(self._journals, self.id)
         replayed(self.tasks, entries, self._clock.now())
         self._segments = [entry.number for entry in entries]
         if not self.status.started_at and not self.status.suspended:
@@ -462,7 +461,7 @@ class Job:
         for low, lines in reversed(self._chunks.values()):
             if low <= index < low + len(lines):
                 return msgspec.Raw(lines[index - low])
-        (entry,) = await self._journals.entries(self.id, part=ITEMS, covering=index, limit=1)
+        (entry,) = await self._journals.store.entries(self.id, part=ITEMS, covering=index, limit=1)
         if entry.damage:
             raise StoreFailed(f"item {index} of job {self.name}: {entry.damage}")
         lines = zlib.decompress(entry.body).split(b"\n")
@@ -478,7 +477,7 @@ class Job:
         if wish.number <= self._heard:
             return
         self._heard = wish.number
-        match msgspec.json.decode(wish.body, type=Asked):  # type: ignore[arg-type]
+        match msgspec.json.decode(wish.body, type=Asked):
             case SetSuspended(suspended=suspended):
                 self._suspend(suspended)
             case SetParallelism(parallelism=parallelism):
@@ -515,24 +514,15 @@ class Job:
         self._changed = False
         self._sum_up(ended_at)
         entries, replaced = self._written()
-        append = Append(
-            id=self.id,
-            fence=self._journal.fence,
-            after=self._last,
-            entries=tuple(entries),
+        self._last += len(entries)
+        await self._journals.append(
+            self.id,
+            entries,
             head=msgspec.json.encode(self.status),
             ended_at=ended_at,
             replaces=replaced,
             heard=self._heard,
         )
-        while True:
-            try:
-                await self._journals.append(append)
-                break
-            except StoreFailed as error:  # all of it again, until it is there
-                log.warning("a job waits for its journal", extra={"why": error.detail})
-                await asyncio.sleep(REPAIR_S)
-        self._last = append.last
         self._moved.set()
 
     def _written(self) -> tuple[list[NewEntry], tuple[int, ...]]:

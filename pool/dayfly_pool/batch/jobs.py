@@ -1,6 +1,7 @@
 """Jobs: those that are declared, and those that this server runs."""
 
 import asyncio
+import functools
 import logging
 import os
 import zlib
@@ -20,7 +21,7 @@ from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import Function, FunctionId, FunctionSpec
 from dayfly_pool.pool import Pool
-from dayfly_pool.store.journals import Append, Journal, JournalId, NewEntry
+from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
 
 log = logging.getLogger("dayfly.jobs")
 ITEM_BYTES_MAX: Final = 256 * 1024
@@ -29,6 +30,9 @@ CHUNK_ITEMS: Final = 4096
 CHUNKS_AT_ONCE: Final = 8
 LOGS_KEPT: Final = 64
 """Jobs that are over, and whose log can still be read."""
+
+JOBS_MAX: Final = 1000
+"""Of one server, that are not over."""
 
 SWEEP_S: Final = 10.0
 AGAIN_S: Final = 5.0
@@ -53,9 +57,13 @@ class Jobs:
         self._pool, self._journals, self._prepare = pool, journals, prepare
         self._clock = journals.clock
         self._processors = os.cpu_count() or 1
+        journals.keep("job", self)
         self._live: dict[JournalId, Job] = {}
         self._tasks: asyncio.TaskGroup
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[JournalId, asyncio.Task[None]] = {}
+        self._wishes: dict[JournalId, list[Wish]] = {}
+        """For those that are ours and do not run yet."""
+
         self._is_held = False
         self._logs: deque[FunctionId] = deque()
 
@@ -64,19 +72,20 @@ class Jobs:
         """Run jobs while the block runs. Those that are not over then go on later."""
         async with asyncio.TaskGroup() as group:
             self._tasks = group
+            self._journals.look()
             sweeping = group.create_task(self._sweep(), name="jobs-sweep")
-            self._journals.serve("job", self._adopt, self._hear)
             try:
                 yield self
             finally:
                 self.hold()
                 sweeping.cancel()
-                for task in self._running:
+                for task in list(self._running.values()):
                     task.cancel()
 
     def hold(self) -> None:
         """Begin nothing more."""
         self._is_held = True
+        self._journals.hold()
         for job in self._live.values():
             job.hold()
 
@@ -124,22 +133,14 @@ class Jobs:
     ) -> tuple[Journal, Status]:
         """Keep what comes, then let the job run; nothing of it is left when that fails."""
         try:
-            total, last = 0, journal.last
+            total = 0
             async for lines in _checked(items):
-                entries = _chunked(lines, total)
+                await self._journals.append(journal.id, _chunked(lines, total))
                 total += len(lines)
-                append = Append(
-                    id=journal.id, fence=journal.fence, after=last, entries=tuple(entries)
-                )
-                await self._journals.append(append)
-                last = append.last
             if not total:
                 raise BadInput("no items came: a job has at least one task")
             status = _status(stored, total)
-            head = msgspec.json.encode(status)
-            await self._journals.append(
-                Append(id=journal.id, fence=journal.fence, after=last, head=head)
-            )
+            await self._journals.append(journal.id, head=msgspec.json.encode(status))
             published = await self._journals.publish(journal.id)
             if published is None:
                 raise JobNotFound(f"job {journal.name!r} was deleted")
@@ -151,7 +152,7 @@ class Jobs:
 
     async def get(self, namespace: str, name: str) -> View:
         """One job. Raises `JobNotFound`."""
-        journal = await self._journals.find("job", namespace, name)
+        journal = await self._journals.store.find("job", namespace, name)
         if journal is None or journal.is_draft:
             raise JobNotFound(f"no job {namespace}/{name}")
         return self._view(journal)
@@ -160,7 +161,7 @@ class Jobs:
         self, namespace: str | None, limit: int, before: JournalId | None
     ) -> Sequence[tuple[Journal, Status]]:
         """The newest first."""
-        found = await self._journals.page("job", namespace, limit, before)
+        found = await self._journals.store.page("job", namespace, limit, before)
         return [(journal, self._status(journal)) for journal in found]
 
     def _view(self, journal: Journal) -> View:
@@ -200,10 +201,10 @@ class Jobs:
         """The digests of those that jobs need which are not over."""
         found: set[str] = set()
         before: JournalId | None = None
-        while page := await self._journals.page("job", None, PAGE, before, is_over=False):
+        while page := await self._journals.store.page("job", None, PAGE, before, is_over=False):
             before = page[-1].id
             for journal in page:
-                whole = await self._journals.get(journal.id)
+                whole = await self._journals.store.get(journal.id)
                 if whole is not None:
                     stored = msgspec.json.decode(whole.spec, type=Stored)
                     found.add(stored.function.package)
@@ -217,7 +218,7 @@ class Jobs:
         With *index*, that one's alone. A task that returned nothing has none.
         """
         view = await self.get(namespace, name)
-        entries = await self._journals.entries(
+        entries = await self._journals.store.entries(
             view.journal.id, part=running.RESULTS, after=after, limit=8, covering=index
         )
         found = running.results_in(entries)
@@ -237,17 +238,34 @@ class Jobs:
 
     # ---- for the journals ---------------------------------------------------------------------
 
-    def _adopt(self, journal: Journal) -> None:
-        """It is ours to run."""
-        if not self._is_held:
-            task = self._tasks.create_task(self._run(journal), name=f"job {journal.name}")
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+    def room(self) -> int:
+        """How many more can be ours."""
+        is_running = hasattr(self, "_tasks") and not self._is_held
+        return JOBS_MAX - len(self._running) if is_running else 0
 
-    def _hear(self, id_: JournalId, wishes: Sequence[running.Wish]) -> None:
+    def adopt(self, journal: Journal) -> None:
+        """It is ours to run."""
+        task = self._tasks.create_task(self._run(journal), name=f"job {journal.name}")
+        self._running[journal.id] = task
+        task.add_done_callback(functools.partial(self._left, journal.id))
+
+    def wished(self, id_: JournalId, wish: Wish) -> None:
+        """Somebody wants something of it."""
         if (job := self._live.get(id_)) is not None:
-            for wish in wishes:
-                job.hear(wish)
+            job.hear(wish)
+        else:
+            self._wishes.setdefault(id_, []).append(wish)
+
+    def lost(self, id_: JournalId) -> None:
+        """Somebody else has it."""
+        if (task := self._running.pop(id_, None)) is not None:
+            task.cancel()
+
+    def _left(self, id_: JournalId, task: asyncio.Task[None]) -> None:
+        if self._running.get(id_) is task:
+            del self._running[id_]
+        self._wishes.pop(id_, None)
+        self._journals.look()
 
     async def _run(self, journal: Journal) -> None:
         """Run one to its end. A defect of ours must not end the others."""
@@ -264,7 +282,7 @@ class Jobs:
             except Exception:
                 log.exception("a job is not run for a defect of ours", extra={"job": journal.name})
             await asyncio.sleep(AGAIN_S)
-            again = await self._journals.get(journal.id)
+            again = await self._journals.store.get(journal.id)
             if again is None or again.fence != journal.fence:
                 return
             journal = again
@@ -273,14 +291,16 @@ class Jobs:
         job = Job(journal, self._pool, self._journals, self._clock, self._processors)
         function = self._prepare(job.function_id, job.stored, job.function)
         self._live[journal.id] = job
+        for wish in self._wishes.pop(journal.id, ()):
+            job.hear(wish)
         if self._is_held:
             job.hold()
         try:
-            await job.run(function)
+            await job.run()
         finally:
             del self._live[journal.id]
-            self._pool.remove(job.function_id, keep_logs=True)
-            self._keep_logs(job.function_id)
+            self._pool.remove(function.id, keep_logs=True)
+            self._keep_logs(function.id)
 
     def _keep_logs(self, id_: FunctionId) -> None:
         self._logs.append(id_)
@@ -293,7 +313,7 @@ class Jobs:
             await asyncio.sleep(SWEEP_S)
             try:
                 before: JournalId | None = None
-                while page := await self._journals.page("job", None, PAGE, before, is_over=True):
+                while page := await self._journals.store.page("job", None, PAGE, before, is_over=True):
                     before = page[-1].id
                     for journal in page:
                         await self._forget_old(journal)
