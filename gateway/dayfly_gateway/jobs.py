@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import msgspec
 from aiohttp import web
-from dayfly_pool.store.journals import Journal, JournalId
 
 from dayfly_gateway import answers
 from dayfly_gateway.app import BodyTooSlow, read_body
@@ -20,6 +19,7 @@ from dayfly_pool.errors import BadInput
 from dayfly_pool.events import rfc3339
 from dayfly_pool.models import API_VERSION
 from dayfly_pool.service import Service
+from dayfly_pool.store.journals import Journal, JournalId
 
 MANIFEST_BYTES_MAX: Final = 2 << 20
 LINES: Final = "application/x-ndjson"

@@ -19,11 +19,11 @@ from msgspec import Struct
 from dayfly_pool.batch.indices import IndexSet, parse, up_to
 from dayfly_pool.batch.model import COMMAND_TIMEOUT_S, JobSpec
 from dayfly_pool.batch.tasks import Segment, Snapshot, Task, TaskFailed, Tasks, Verdict
+from dayfly_pool.clock import Clock
 from dayfly_pool.errors import BodyTooLarge, PlatformError, StoreFailed
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
     Failure,
-    Function,
     FunctionId,
     FunctionSpec,
     Invocation,
@@ -32,7 +32,6 @@ from dayfly_pool.models import (
     Success,
 )
 from dayfly_pool.pool import Pool
-from dayfly_pool.queue import Clock
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 
 log = logging.getLogger("dayfly.jobs")

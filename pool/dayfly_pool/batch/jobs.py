@@ -313,7 +313,9 @@ class Jobs:
             await asyncio.sleep(SWEEP_S)
             try:
                 before: JournalId | None = None
-                while page := await self._journals.store.page("job", None, PAGE, before, is_over=True):
+                while page := await self._journals.store.page(
+                    "job", None, PAGE, before, is_over=True
+                ):
                     before = page[-1].id
                     for journal in page:
                         await self._forget_old(journal)
