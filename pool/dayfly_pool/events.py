@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from dayfly_pool.config import Config
-from dayfly_pool.errors import BadInput, FunctionNotFound, Refused, TooManyHops
+from dayfly_pool.errors import FunctionNotFound, Refused, TooManyHops
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import (
     Destination,
@@ -29,7 +29,7 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
-from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State, Store
+from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
 from dayfly_pool.store.sqlite import StoredFunction
 from dayfly_pool.stores import events_of
 
