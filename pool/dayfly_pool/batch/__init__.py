@@ -1,0 +1,1 @@
+"""Jobs: work that takes what the functions leave of the pool."""
