@@ -17,7 +17,7 @@ import msgspec
 
 from dayfly_pool import driver as drivers
 from dayfly_pool.batch.job import Stored
-from dayfly_pool.batch.jobs import Jobs, View
+from dayfly_pool.batch.jobs import Jobs, View, machine
 from dayfly_pool.batch.model import JobManifest
 from dayfly_pool.config import Config
 from dayfly_pool.environments import EnvironmentStore
@@ -121,7 +121,7 @@ class Service:
                     is_alone=not config.events_dsn,
                     keep_for=Keep(over_s=KEPT_S),
                 )
-                self.jobs = Jobs(self.pool, self.journals, self._prepare_job)
+                self.jobs = Jobs(self.pool, self.journals, self._prepare_job, machine(config))
                 async with self.pool.running():
                     await self._restore()
                     async with self.journals.running():

@@ -1,4 +1,4 @@
-"""Where a server keeps what must survive it: files of its own, or a PostgreSQL that servers share."""
+"""Where a server keeps what must survive it: its own files, or a PostgreSQL that servers share."""
 
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput
@@ -34,6 +34,4 @@ def journals_of(config: Config) -> journals.Store:
 
 
 def _missing(error: ImportError) -> BadInput:
-    return BadInput(
-        f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'"
-    )
+    return BadInput(f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'")

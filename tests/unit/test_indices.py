@@ -1,5 +1,7 @@
 """Sets of indices: what they hold, how they are written, and how large they get."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_what_it_is_written_as_is_read_as_the_same(indices: set[int]) -> None:
 @given(st.sets(INDICES, min_size=1))
 def test_intervals_never_touch(indices: set[int]) -> None:
     pairs = list(made(indices).intervals())
-    assert all(high + 1 < low for (_, high), (low, _) in zip(pairs, pairs[1:], strict=False))
+    assert all(high + 1 < low for (_, high), (low, _) in pairwise(pairs))
 
 
 @given(st.sets(INDICES))

@@ -10,7 +10,7 @@ import logging
 import random
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -219,7 +219,13 @@ class Job:
     """One job that is ours to run."""
 
     def __init__(
-        self, journal: Journal, pool: Pool, journals: Journals, clock: Clock, processors: int
+        self,
+        journal: Journal,
+        pool: Pool,
+        journals: Journals,
+        clock: Clock,
+        processors: int,
+        on_change: Callable[["Job"], None],
     ) -> None:
         self.id = journal.id
         self.stored = msgspec.json.decode(journal.spec, type=Stored)
@@ -230,7 +236,14 @@ class Job:
         self._last, self._heard = journal.last, 0
         indices = indices_of(self.stored.spec, self.status.total)
         self.tasks = Tasks(self.stored.spec, indices, self.status.most)
-        self.allowed = self.status.parallelism or self.stored.spec.parallelism or processors
+        self._processors, self._on_change = processors, on_change
+        self.allowed = 0
+        """How many tasks may run at once, as its queue has it."""
+
+        self._owed = 0
+        """Places that it may not have any more, and has not given back yet."""
+
+        self._wanted = 0
         self._workers = 0
         self._invocations: dict[int, InvocationId] = {}
         self._stopped: set[int] = set()
@@ -295,10 +308,6 @@ class Job:
         entries = await log_of(self._journals, self.id)
         replayed(self.tasks, entries, self._clock.now())
         self._segments = [entry.number for entry in entries]
-        if not self.status.started_at and not self.status.suspended:
-            self.status.started_at = self._clock.now()
-            self._changed = True
-        self._changed |= self.status.state == "Pending"
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_committing())
@@ -341,6 +350,7 @@ class Job:
             self._wake.clear()
             now = self._clock.now()
             self._look_at_deadline(now)
+            self._look_at_wanted()
             if self.tasks.verdict is not None:
                 self._stop_running("the job has ended")
             while self._may_begin() and (task := self.tasks.take(now)) is not None:
@@ -372,6 +382,43 @@ class Job:
             what = f"it was active for longer than {limit_s:g} s"
             self.tasks.end(Verdict("Failed", "DeadlineExceeded", what))
 
+    def _look_at_wanted(self) -> None:
+        """Tell when it wants to run more or fewer at once than it did."""
+        if (wanted := self.wanted) != self._wanted:
+            self._wanted = wanted
+            self._on_change(self)
+
+    @property
+    def wanted(self) -> int:
+        """How many tasks it has for this moment, up to its parallelism."""
+        if self.tasks.verdict is not None or self.status.suspended or self._is_held:
+            return 0
+        left = self.tasks.total - len(self.tasks.succeeded) - len(self.tasks.failed)
+        most = self.status.parallelism or self.stored.spec.parallelism or self._processors
+        return min(left, max(most, self.stored.spec.min_count))
+
+    def allow(self, number: int) -> None:
+        """So many tasks may run at once now; `give_back` tells when fewer do."""
+        self._owed += max(0, self.allowed - number)
+        if number and not self.status.started_at:
+            self.status.started_at = self._clock.now()
+            self._changed = True
+            self._news.set()
+        self.allowed = number
+        self._wake.set()
+
+    def evict(self, number: int, why: str) -> None:
+        """Stop so many of those that run: they run again, and nothing is counted."""
+        for index in list(self._invocations)[-number:]:
+            self._stopped.add(index)
+            self._pool.stop(self._invocations[index], why)
+
+    def give_back(self) -> int:
+        """How many places have become free since this was asked."""
+        free = self._owed - max(0, self._workers - self.allowed)
+        self._owed -= max(0, free)
+        return max(0, free)
+
     def _may_begin(self) -> bool:
         is_stopped = self.status.suspended or self._is_held
         return not is_stopped and self._workers < self.allowed and self.tasks.has_news < NEWS_MAX
@@ -392,6 +439,8 @@ class Job:
                 self._workers += 1
         finally:
             self._workers -= 1
+            if self._owed:
+                self._on_change(self)
             self._wake.set()
 
     async def _run_task(self, task: Task) -> None:
@@ -480,7 +529,7 @@ class Job:
             case SetSuspended(suspended=suspended):
                 self._suspend(suspended)
             case SetParallelism(parallelism=parallelism):
-                self.status.parallelism = self.allowed = parallelism
+                self.status.parallelism = parallelism
             case Cancel(hard=hard):
                 self.tasks.end(Verdict("Cancelled", "Cancelled", "somebody cancelled it"))
                 if hard:
@@ -493,7 +542,7 @@ class Job:
         if suspended == self.status.suspended:
             return
         self.status.suspended = suspended
-        self.status.started_at = 0.0 if suspended else self._clock.now()
+        self.status.started_at = 0.0 if suspended or not self.allowed else self._clock.now()
         if suspended:
             self._stop_running("the job was suspended")
 
@@ -543,7 +592,10 @@ class Job:
         status, tasks = self.status, self.tasks
         status.succeeded, status.failed = len(tasks.succeeded), len(tasks.failed)
         status.failures, status.running = tasks.failures, len(tasks.running)
-        status.state = "Suspended" if status.suspended else "Running"
+        is_running = self.allowed or self._workers
+        status.state = "Running" if is_running else "Pending"
+        if status.suspended:
+            status.state = "Suspended"
         if tasks.verdict is not None and ended_at is not None:
             verdict = tasks.verdict
             status.state, status.reason, status.message = (

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import math
 import os
 import zlib
 from collections import deque
@@ -14,8 +15,12 @@ import msgspec
 
 from dayfly_pool.batch import job as running
 from dayfly_pool.batch import tasks
+from dayfly_pool.batch.asks import Ask, Command, Evict
 from dayfly_pool.batch.job import Asked, Job, Status, Stored, function_of
 from dayfly_pool.batch.model import INDICES_MAX, JobManifest
+from dayfly_pool.batch.queues import Admission, QueueUse
+from dayfly_pool.batch.quota import Amounts, QueueSpec, amounts
+from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, JobNotFound, Late, PlatformError
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
@@ -35,6 +40,14 @@ JOBS_MAX: Final = 1000
 """Of one server, that are not over."""
 
 SWEEP_S: Final = 10.0
+TICK_S: Final = 1.0
+TASKS: Final = "tasks"
+"""The resource that every task needs one of: a sandbox."""
+
+DEFAULT_QUEUE: Final = "default"
+HEADROOM: Final = 0.1
+"""Of all sandboxes, those that jobs never have."""
+
 AGAIN_S: Final = 5.0
 PAGE: Final = 500
 STOPPED_S_MAX: Final = 5.0
@@ -53,7 +66,8 @@ class View(msgspec.Struct, frozen=True):
 class Jobs:
     """The jobs of one server. Use it inside `async with jobs.running():`."""
 
-    def __init__(self, pool: Pool, journals: Journals, prepare: Prepare) -> None:
+    def __init__(self, pool: Pool, journals: Journals, prepare: Prepare, machine: Amounts) -> None:
+        self._admission = Admission(machine)
         self._pool, self._journals, self._prepare = pool, journals, prepare
         self._clock = journals.clock
         self._processors = os.cpu_count() or 1
@@ -73,12 +87,16 @@ class Jobs:
         async with asyncio.TaskGroup() as group:
             self._tasks = group
             self._journals.look()
-            sweeping = group.create_task(self._sweep(), name="jobs-sweep")
+            keeping = [
+                group.create_task(self._sweep(), name="jobs-sweep"),
+                group.create_task(self._tick(), name="jobs-tick"),
+            ]
             try:
                 yield self
             finally:
                 self.hold()
-                sweeping.cancel()
+                for task in keeping:
+                    task.cancel()
                 for task in list(self._running.values()):
                     task.cancel()
 
@@ -288,9 +306,12 @@ class Jobs:
             journal = again
 
     async def _run_once(self, journal: Journal) -> None:
-        job = Job(journal, self._pool, self._journals, self._clock, self._processors)
+        job = Job(
+            journal, self._pool, self._journals, self._clock, self._processors, self._job_changed
+        )
         function = self._prepare(job.function_id, job.stored, job.function)
         self._live[journal.id] = job
+        self._carry_out(self._admission.submit(_ask(journal, job.stored), self._clock.now()))
         for wish in self._wishes.pop(journal.id, ()):
             job.hear(wish)
         if self._is_held:
@@ -299,8 +320,52 @@ class Jobs:
             await job.run()
         finally:
             del self._live[journal.id]
+            self._carry_out(self._admission.finished(journal.id, self._clock.now()))
             self._pool.remove(function.id, keep_logs=True)
             self._keep_logs(function.id)
+
+    # ---- queues -------------------------------------------------------------------------------
+
+    def set_queue(self, name: str, spec: QueueSpec | None) -> None:
+        """The queue *name* has these rules from now on; None: those of one that nobody declared."""
+        self._carry_out(self._admission.set_queue(name, spec, self._clock.now()))
+
+    def queues(self) -> list[QueueUse]:
+        """How the queues stand in which there are jobs, or of which something is declared."""
+        return self._admission.queues()
+
+    def waits_for(self, id_: JournalId) -> str:
+        """Why a job does not run as much as it wants; empty when it does."""
+        job = self._live.get(id_)
+        if job is None or job.allowed >= job.wanted:
+            return ""
+        return self._admission.why(id_)
+
+    def _job_changed(self, job: Job) -> None:
+        """It wants more or fewer places than before, or has given some back."""
+        now = self._clock.now()
+        if free := job.give_back():
+            self._carry_out(self._admission.released(job.id, free, now))
+        self._carry_out(self._admission.change(job.id, now, count=job.wanted))
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            job = self._live.get(JournalId(command.id))
+            if job is None:
+                continue
+            job.allow(self._admission.tasks(job.id))
+            if isinstance(command, Evict):
+                job.evict(command.tasks, command.why)
+            if free := job.give_back():
+                self._carry_out(self._admission.released(job.id, free, self._clock.now()))
+
+    async def _tick(self) -> None:
+        """Tell the queues what time it is, and what others need, who come first."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now, busy = self._clock.now(), self._pool.state.interactive
+            self._carry_out(self._admission.set_reserved({TASKS: busy}, now))
+            self._carry_out(self._admission.tick(now))
 
     def _keep_logs(self, id_: FunctionId) -> None:
         self._logs.append(id_)
@@ -328,6 +393,31 @@ class Jobs:
         status = msgspec.json.decode(journal.head, type=Status)
         if self._clock.now() >= journal.ended_at + status.ttl_s:
             await self._journals.delete(journal.id)
+
+
+def _ask(journal: Journal, stored: Stored) -> Ask:
+    """What a job wants of its queue. How many at once it tells when it has been read."""
+    spec = stored.spec
+    needs = spec.resources
+    wanted = {"cpu": needs.cpu, "memoryMb": needs.memory_mb, "gpu": needs.gpu}
+    return Ask(
+        id=journal.id,
+        queue=f"{journal.namespace}/{spec.queue or DEFAULT_QUEUE}",
+        request={TASKS: 1} | {name: n for name, n in amounts(wanted).items() if n},
+        count=spec.min_count,
+        min_count=spec.min_count,
+        priority=spec.priority,
+        submitted_at=journal.created_at,
+        owner=journal.namespace,
+    )
+
+
+def machine(config: Config) -> Amounts:
+    """What there is for jobs: some sandboxes are always left to others."""
+    tasks_max = max(1, config.sandboxes_max - math.ceil(config.sandboxes_max * HEADROOM))
+    memory_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    there = {"cpu": float(os.cpu_count() or 1), "memoryMb": float(memory_mb)}
+    return {TASKS: tasks_max} | amounts(there | config.resources)
 
 
 def _status(stored: Stored, total: int) -> Status:
