@@ -96,6 +96,13 @@ def _data_folder() -> Path:
 @click.option("--generic-max", type=int, show_default="32", help="...and at most, when busy.")
 @click.option("--sandboxes-max", type=int, show_default="512", help="Sandboxes at most.")
 @click.option(
+    "--resource",
+    "resources",
+    metavar="NAME=N",
+    multiple=True,
+    help="What else jobs may ask for, like gpu=2. Repeatable.",
+)
+@click.option(
     "--memory-reserve-mb",
     type=int,
     show_default="512",
@@ -338,6 +345,8 @@ def _show_applied(views: Sequence[dict[str, Any]]) -> None:
                 what = f"version {status['version']}"
             case "Environment":
                 what = status["digest"][:12]
+            case "Queue":
+                what = f"weight {view['spec']['weight']:g}"
             case "Job":
                 what = f"{status['total']} tasks"
             case _:
@@ -567,6 +576,7 @@ cli.add_command(cli_events.events)
 cli.add_command(cli_events.trigger)
 cli.add_command(cli_events.secret)
 cli.add_command(cli_jobs.job)
+cli.add_command(cli_jobs.queue)
 
 
 def main() -> None:

@@ -352,3 +352,63 @@ def delete(session: Session, names: tuple[str, ...], yes: bool) -> None:
         session.client.delete(session.namespace, "jobs", name)
     shown = functools.partial(click.echo, f"deleted {', '.join(names)}")
     session.show({"deleted": list(names)}, lambda _: shown())
+
+
+@click.group()
+def queue() -> None:
+    """What jobs share the machine: list, delete. Declared in files: dayfly apply -f FILE.
+
+    \b
+      dayfly queue list
+    """
+
+
+@queue.command("list")
+@client_command
+def list_queues(session: Session) -> None:
+    """List queues: those that are declared, and those in which there are jobs.
+
+    \b
+      dayfly queue list
+      dayfly queue list --json | jq '.[].status.share'
+    """
+    found = session.client.queues()
+    if session.is_namespace_given:
+        found = [view for view in found if view["metadata"]["namespace"] == session.namespace]
+    if not found and not session.is_json:
+        click.echo("no queues: there are no jobs, and nothing is declared", err=True)
+        return
+    session.show(found, _queues_table)
+
+
+def _queues_table(views: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for view in views:
+        metadata, spec, status = view["metadata"], view["spec"], view["status"]
+        held = status.get("held", {})
+        rows.append(
+            (
+                f"{metadata['namespace']}/{metadata['name']}",
+                spec["cohort"],
+                f"{spec['weight']:g}",
+                str(status.get("running", 0)),
+                str(status.get("waiting", 0)),
+                str(held.get("tasks", 0)),
+                f"{status.get('share', 0):.3f}",
+            )
+        )
+    show.table(("QUEUE", "COHORT", "WEIGHT", "JOBS", "WAITING", "TASKS", "SHARE"), rows)
+
+
+@queue.command("delete")
+@click.argument("name")
+@client_command
+def delete_queue(session: Session, name: str) -> None:
+    """Forget what is declared of a queue; its jobs go on.
+
+    \b
+      dayfly queue delete default
+    """
+    session.client.delete(session.namespace, "queues", name)
+    shown = functools.partial(click.echo, f"deleted {name}")
+    session.show({"deleted": name}, lambda _: shown())

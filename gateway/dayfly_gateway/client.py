@@ -210,6 +210,14 @@ class Client:
                 if line.startswith(b"data: "):
                     yield _mapping(json.loads(line[6:]))
 
+    def queues(self) -> list[dict[str, Any]]:
+        """Every queue."""
+        return self._listed("/queues")
+
+    def put_queue(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a queue; returns it as the API shows it."""
+        return self._document("PUT", _path(namespace, "queues", name), json.dumps(spec).encode())
+
     def jobs(self, **which: str) -> list[dict[str, Any]]:
         """A page of jobs, the newest first."""
         return self._listed(f"/jobs?{urlencode(which)}")

@@ -6,6 +6,7 @@ import msgspec
 
 from dayfly_gateway.client import Client
 from dayfly_gateway.manifests import Applied, JobPlan, Plan, job_spec
+from dayfly_pool.batch.model import QueueManifest
 from dayfly_pool.models import EnvironmentManifest, TriggerManifest
 from dayfly_pool.packages import pack
 
@@ -22,7 +23,7 @@ class Progress(Protocol):
 
 def order(item: Applied) -> int:
     """What is applied first: what others need."""
-    return (EnvironmentManifest, Plan, TriggerManifest, JobPlan).index(type(item))
+    return (EnvironmentManifest, Plan, TriggerManifest, QueueManifest, JobPlan).index(type(item))
 
 
 def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
@@ -35,6 +36,9 @@ def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
         case TriggerManifest(metadata=metadata, spec=spec):
             builtins = msgspec.to_builtins(spec)
             return client.put_trigger(metadata.namespace, metadata.name, builtins)
+        case QueueManifest(metadata=metadata, spec=queue):
+            builtins = msgspec.to_builtins(queue)
+            return client.put_queue(metadata.namespace, metadata.name, builtins)
         case JobPlan():
             return run(client, item, progress)
         case _:

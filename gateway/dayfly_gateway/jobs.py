@@ -93,9 +93,11 @@ class JobsPlane:
 
     async def _show(self, request: web.Request) -> web.Response:
         view = await self._named(request)
-        if "brief" in request.query:
-            return answers.json(view_of(view))
-        return answers.json(view_of(view, await self._service.jobs.details(view)))
+        is_brief = "brief" in request.query
+        shown = view_of(view, None if is_brief else await self._service.jobs.details(view))
+        if waits_for := self._service.jobs.waits_for(view.journal.id):
+            shown["status"]["waitsFor"] = waits_for
+        return answers.json(shown)
 
     async def _named(self, request: web.Request) -> View:
         info = request.match_info

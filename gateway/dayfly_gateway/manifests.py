@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import yaml
 
-from dayfly_pool.batch.model import JobManifest, JobSpec
+from dayfly_pool.batch.model import JobManifest, JobSpec, QueueManifest
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import (
     BASE,
@@ -29,8 +29,8 @@ REQUIREMENTS_FILE: Final = "requirements.txt"
 MODULES: Final = ("main", "handler", "app", "lambda_function", "function")
 """Where a folder's handler is looked for, in this order; else in its only module."""
 HANDLERS: Final = ("handler", "lambda_handler", "main")
-Declared = Manifest | JobManifest
-KINDS: Final = ("Function", "Environment", "Trigger", "Job")
+Declared = Manifest | QueueManifest | JobManifest
+KINDS: Final = ("Function", "Environment", "Trigger", "Queue", "Job")
 
 
 class Plan(NamedTuple):
@@ -273,7 +273,7 @@ def read(text: str, file: str) -> Iterator[Document]:
         loader.dispose()
 
 
-Applied = Plan | EnvironmentManifest | TriggerManifest | JobPlan
+Applied = Plan | EnvironmentManifest | TriggerManifest | QueueManifest | JobPlan
 
 
 def job_in(file: Path, namespace: str) -> tuple[str, dict[str, Any], Path | None]:

@@ -72,6 +72,15 @@ class JobNotFound(PlatformError):
     status = 404
 
 
+class QueueNotFound(PlatformError):
+    """Nothing is declared of such a queue.
+
+    `dayfly queue list` shows those there are; `dayfly apply -f FILE` declares one.
+    """
+
+    status = 404
+
+
 class SecretNotFound(PlatformError):
     """There is no such secret.
 

@@ -19,6 +19,7 @@ from dayfly_pool import driver as drivers
 from dayfly_pool.batch.job import Stored
 from dayfly_pool.batch.jobs import Jobs, View, machine
 from dayfly_pool.batch.model import JobManifest
+from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.config import Config
 from dayfly_pool.environments import EnvironmentStore
 from dayfly_pool.errors import (
@@ -87,6 +88,9 @@ class Service:
 
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
+        self.queues: dict[tuple[str, str], QueueSpec] = {}
+        """Those of which something is declared."""
+
         self.triggers: dict[tuple[str, str], StoredTrigger] = {}
         self.pool: Pool
         self.journals: Journals
@@ -156,6 +160,18 @@ class Service:
         self._environment(namespace, function.environment)
         return await self.jobs.create(manifest, function, items)
 
+    async def set_queue(self, namespace: str, name: str, spec: QueueSpec | None) -> None:
+        """Declare what the jobs of a queue may have; None: forget what was declared."""
+        async with self._changing:
+            if spec is None:
+                await self._declarations.delete_spec("Queue", namespace, name)
+                self.queues.pop((namespace, name), None)
+            else:
+                content = msgspec.json.encode(spec)
+                await self._declarations.save_spec("Queue", namespace, name, content)
+                self.queues[namespace, name] = spec
+            self.jobs.set_queue(f"{namespace}/{name}", spec)
+
     def _prepare_job(self, id_: FunctionId, stored: Stored, spec: FunctionSpec) -> Function:
         """Have the pool know the function that a job's tasks are."""
         namespace = stored.metadata.namespace
@@ -177,6 +193,9 @@ class Service:
         self.pool.keep_generic(mold, BASE_ENVIRONMENT, self.config.generic_min)
         for environment in await self._declarations.environments():
             self.environments[environment.namespace, environment.name] = environment
+        for namespace, name, content in await self._declarations.specs("Queue"):
+            spec = self.queues[namespace, name] = msgspec.json.decode(content, type=QueueSpec)
+            self.jobs.set_queue(f"{namespace}/{name}", spec)
         for trigger in await self._declarations.triggers():
             self.triggers[trigger.namespace, trigger.name] = trigger
         for stored in await self._declarations.functions():

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
+from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.declared import Model, Name, Seconds, given
 from dayfly_pool.models import (
     API_VERSION,
@@ -159,6 +160,14 @@ class JobSpec(Model, frozen=True):
         if self.backoff_limit is not None:
             return self.backoff_limit
         return BACKOFF_LIMIT if self.backoff_limit_per_index is None else NO_LIMIT
+
+
+class QueueManifest(Model, frozen=True, tag_field="kind", tag="Queue"):
+    """`kind: Queue`."""
+
+    metadata: Metadata
+    spec: QueueSpec
+    api_version: Literal["dayfly.dev/v1"] = API_VERSION
 
 
 class JobManifest(Model, frozen=True, tag_field="kind", tag="Job"):
