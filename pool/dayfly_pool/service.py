@@ -18,6 +18,7 @@ import msgspec
 from dayfly_pool import driver as drivers
 from dayfly_pool.batch.job import Stored
 from dayfly_pool.batch.jobs import Jobs, View, machine
+from dayfly_pool.batch.metrics import JobMetrics
 from dayfly_pool.batch.model import JobManifest
 from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.config import Config
@@ -126,6 +127,7 @@ class Service:
                     keep_for=Keep(over_s=KEPT_S),
                 )
                 self.jobs = Jobs(self.pool, self.journals, self._prepare_job, machine(config))
+                JobMetrics(self.jobs, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
                     async with self.journals.running():

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
@@ -249,6 +249,9 @@ class Job:
         self._stopped: set[int] = set()
         """Indices that we have stopped: they have not failed."""
 
+        self.ended: Counter[str] = Counter()
+        """Tasks that have ended here, by how."""
+
         self._results = Results()
         self._segments: list[int] = []
         """Numbers of the entries of the log since the last snapshot, and its own."""
@@ -470,6 +473,7 @@ class Job:
     def _note(self, index: int, outcome: Success | Failure) -> None:
         if isinstance(outcome, Success) and len(outcome.body) <= RESULT_BYTES_MAX:
             self.tasks.succeed(index)
+            self.ended["succeeded"] += 1
             if outcome.body != NOTHING and index in self.tasks.succeeded:
                 self._results.add(index, outcome.body)
             self._news.set()
@@ -488,6 +492,7 @@ class Job:
             self._failed(index, why)
 
     def _failed(self, index: int, why: TaskFailed) -> None:
+        self.ended["not run" if why.is_ours else "failed"] += 1
         self.tasks.fail(index, why, self._clock.now(), random.random())
         self._news.set()
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -79,6 +79,12 @@ class Jobs:
         """For those that are ours and do not run yet."""
 
         self._is_held = False
+        self._tasks_ended: Counter[str] = Counter()
+        """Of jobs that do not run any more."""
+
+        self.ended: Counter[str] = Counter()
+        """Jobs that have ended here, by how."""
+
         self._logs: deque[FunctionId] = deque()
 
     @asynccontextmanager
@@ -320,6 +326,9 @@ class Jobs:
             await job.run()
         finally:
             del self._live[journal.id]
+            self._tasks_ended += job.ended
+            if job.status.ended_at:
+                self.ended[job.status.state] += 1
             self._carry_out(self._admission.finished(journal.id, self._clock.now()))
             self._pool.remove(function.id, keep_logs=True)
             self._keep_logs(function.id)
@@ -333,6 +342,10 @@ class Jobs:
     def queues(self) -> list[QueueUse]:
         """How the queues stand in which there are jobs, or of which something is declared."""
         return self._admission.queues()
+
+    def tasks_ended(self) -> Counter[str]:
+        """Tasks that have ended here, by how."""
+        return sum((job.ended for job in self._live.values()), self._tasks_ended)
 
     def waits_for(self, id_: JournalId) -> str:
         """Why a job does not run as much as it wants; empty when it does."""
