@@ -6,8 +6,10 @@ that wait are looked at as one.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct
@@ -17,8 +19,11 @@ from dayfly_pool.errors import BadInput
 
 COUNT_MAX: Final = 1_000_000
 PRIORITY_MAX: Final = 1_000_000
-LOOK_MAX: Final = 64
+LOOK_MAX: Final = 32
 """Lines of a queue that are looked at, at most, to find something that fits."""
+
+SCAN_MAX: Final = 512
+"""With those that ask for more than there is now."""
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -162,10 +167,10 @@ Rank = tuple[int, float, float, int]
 class Line:
     """Jobs of one queue and owner that want the same next, the first of them first."""
 
-    __slots__ = ("heap", "is_waiting", "key", "live", "owner", "rank", "request", "step")
+    __slots__ = ("heap", "is_waiting", "key", "live", "owner", "queue", "rank", "request", "step")
 
     def __init__(self, key: tuple[Any, ...], job: Job) -> None:
-        self.key, self.owner, self.request = key, job.owner, job.request
+        self.key, self.queue, self.owner, self.request = key, job.queue, job.owner, job.request
         self.step, self.is_waiting = job.wants, not job.level
         self.heap: list[tuple[int, float, int, Job]] = []
         self.live = 0
@@ -217,13 +222,16 @@ class Queue(Account):
         """It wants more."""
         key = (job.owner, job.shape, job.wants, not job.level)
         line = self._lines.get(key)
+        is_second = False
         if line is None:
             line = self._lines[key] = Line(key, job)
+            is_second = len(self._owners) == 1 and job.owner not in self._owners
             self._owners.setdefault(job.owner, set()).add(line)
-            if len(self._owners) == 2:
-                self.reorder_all()
         line.put(job)
-        self._place(line)
+        if is_second:
+            self.reorder_all()
+        else:
+            self._place(line)
 
     def drop(self, job: Job) -> None:
         """It wants no more, or something else."""
@@ -232,21 +240,17 @@ class Queue(Account):
             return
         line.drop(job)
         self._place(line)
-        if not line.heap:
+        if not line.live:
             del self._lines[line.key]
             owned = self._owners[line.owner]
             owned.discard(line)
             if not owned:
                 del self._owners[line.owner]
                 if len(self._owners) == 1:
-                    self.reorder(next(iter(self._owners)))
+                    self._sort()
 
     def _place(self, line: Line) -> None:
-        rank: Rank | None = None
-        if line.heap:
-            priority, at, number, _ = line.heap[0]
-            usage = self.usage.get(line.owner, 0.0) if len(self._owners) > 1 else 0.0
-            rank = (priority, usage, at, number)
+        rank = self._rank_of(line) if line.heap else None
         if rank == line.rank:
             return
         if line.rank is not None:
@@ -254,6 +258,11 @@ class Queue(Account):
         line.rank = rank
         if rank is not None:
             insort(self._order, (*rank, line), key=_rank)
+
+    def _rank_of(self, line: Line) -> Rank:
+        priority, at, number, _ = line.heap[0]
+        usage = self.usage.get(line.owner, 0.0) if len(self._owners) > 1 else 0.0
+        return (priority, usage, at, number)
 
     def charge(self, owner: str, part: float) -> None:
         """It has used so much more."""
@@ -263,29 +272,36 @@ class Queue(Account):
 
     def reorder(self, owner: str) -> None:
         """What it has used is another amount."""
-        for line in self._owners.get(owner, ()):
+        owned = self._owners.get(owner, ())
+        if len(owned) * 8 > len(self._lines) > LOOK_MAX:
+            self._sort()
+            return
+        for line in owned:
             self._place(line)
 
     def reorder_all(self) -> None:
         """What everybody has used is another amount."""
-        if len(self._owners) > 1:
-            for owner in self._owners:
-                self.reorder(owner)
+        if len(self._owners) > 1:  # that of a single one does not matter
+            self._sort()
+
+    def _sort(self) -> None:
+        order: list[tuple[int, float, float, int, Line]] = []
+        for line in self._lines.values():
+            line.rank = self._rank_of(line)
+            order.append((*line.rank, line))
+        self._order = sorted(order, key=_rank)
 
     def is_idle(self) -> bool:
         """Whether nobody wants more."""
         return not self._order
 
-    def next_line(self, failed: set[Line]) -> Line | None:
-        """The first line that is not in *failed*."""
-        for *_, line in self._order:
-            if line not in failed:
-                return line
-        return None
+    def lines(self) -> Iterator[Line]:
+        """In their order, until it changes."""
+        return (entry[4] for entry in islice(self._order, SCAN_MAX))
 
     def first_waiting(self) -> Job | None:
-        """The first that has nothing and could have it some day."""
-        for *_, line in self._order[: LOOK_MAX + 1]:
+        """The first that has nothing and could have it, as things are."""
+        for line in self.lines():
             if line.is_waiting and self.could_hold(line.request, line.step):
                 return line.first
         return None

@@ -21,8 +21,8 @@ from dayfly_pool.batch.quota import PROMISED
 Cuts = list[tuple[Job, int]]
 """Who gives how much, in this order; already given."""
 
-CANDIDATES_MAX: Final = 1024
-"""Places that are looked at, at most, for one job."""
+CANDIDATES_MAX: Final = 100_000
+"""Lots of places that are looked at, at most, for one job."""
 
 
 def give_way(job: Job, running: Iterable[Queue]) -> Cuts:
@@ -44,7 +44,7 @@ def give_way(job: Job, running: Iterable[Queue]) -> Cuts:
     rules = (False, True) if not job.level else (False,)
     is_enough = any(_take(job, others, mine, may_swing, cuts) for may_swing in rules)
     if is_enough or _take_lower(job, lower, cuts):
-        _return_surplus(job, cuts)
+        _return_surplus(cuts)
         return cuts
     for victim, cut in reversed(cuts):
         _cut(victim, -cut)
@@ -66,13 +66,8 @@ def fit_in(queues: Iterable[Queue]) -> Cuts:
                 _give(queue, r, cuts)
             while cohort.used[PROMISED].get(r, 0) > cohort.quota.get(r, 0):
                 _give(_richest(running, queue, r), r, cuts)
-    for index in range(len(cuts) - 1, -1, -1):
-        victim, cut = cuts[index]
-        fits = victim.queue.room(victim.request, cut, PROMISED) == cut
-        if fits and victim.level + cut >= victim.need:
-            _cut(victim, -cut)
-            cuts[index] = (victim, 0)
-    return [(victim, cut) for victim, cut in cuts if cut]
+    _return_surplus(cuts)
+    return cuts
 
 
 def _richest(running: list[Queue], like: Queue, r: str) -> Queue:
@@ -134,45 +129,62 @@ def _take(job: Job, others: list[Queue], mine: float, may_swing: bool, cuts: Cut
         is_open = victim.level > 0 and (not victim.is_due or mine == 0)
         is_open = is_open and not (only_lower and victim.priority >= job.priority)
         if is_open and any(r in victim.request for r in of_cohort):
-            cut = _unit(victim)
-            _cut(victim, cut)
-            left = queue.share()
+            cut = _lot(victim, job, mine, -heap[0][0] if heap else 0.0)
+            left = queue.share(victim.request, -cut)
             if may_swing or mine <= left:
+                _cut(victim, cut)
                 cuts.append((victim, cut))
                 share = -left
                 index -= victim.level > 0
-            else:
-                _cut(victim, -cut)
         heappush(heap, (share, name, queue, index))
     return False
 
 
+def _lot(victim: Job, job: Job, mine: float, next_share: float) -> int:
+    """How many places to take at once: all that leave its queue the richest, and richer."""
+    cut = _unit(victim)
+    most = min(victim.level - victim.need, _short(victim, job))
+    least = max(mine, next_share)
+    queue, request = victim.queue, victim.request
+    while cut < most:
+        middle = (cut + most + 1) // 2
+        if queue.share(request, -middle) > least:
+            cut = middle
+        else:
+            most = middle - 1
+    return cut
+
+
+def _short(victim: Job, job: Job) -> int:
+    """How many places of *victim* would be enough for *job*."""
+    queue = job.queue
+    of_queue, of_cohort = queue.over(job.request)
+    cohort, limit = queue.cohort, queue.limit
+    short = {r: cohort.used[PROMISED][r] - cohort.quota.get(r, 0) for r in of_cohort}
+    for r in of_queue if victim.queue is queue else ():
+        short[r] = max(short.get(r, 0), queue.used[PROMISED][r] - limit[r])
+    request = victim.request
+    return max((-(-n // request[r]) for r, n in short.items() if r in request), default=0)
+
+
 def _take_lower(job: Job, lower: list[Job], cuts: Cuts) -> bool:
     """Take the rest from those of lower priority in its own queue; whether it is enough."""
-    taken = 0
     for victim in lower:
-        while victim.level and taken < CANDIDATES_MAX:
-            of_queue, of_cohort = job.queue.over(job.request)
-            if not of_queue and not of_cohort:
-                return True
-            if not any(r in victim.request for r in (*of_queue, *of_cohort)):
-                break
-            taken += 1
-            cut = _unit(victim)
+        if not any(job.queue.over(job.request)):
+            return True
+        while victim.level and (short := _short(victim, job)):
+            cut = max(_unit(victim), min(victim.level - victim.need, short))
             _cut(victim, cut)
             cuts.append((victim, cut))
     return not any(job.queue.over(job.request))
 
 
-def _return_surplus(job: Job, cuts: Cuts) -> None:
+def _return_surplus(cuts: Cuts) -> None:
     """Give back, last first, what turned out not to be needed."""
     for index in range(len(cuts) - 1, -1, -1):
         victim, cut = cuts[index]
-        if victim.level + cut < victim.need:
-            continue
-        _cut(victim, -cut)
-        if any(job.queue.over(job.request)) or any(victim.queue.over(victim.request)):
-            _cut(victim, cut)
-        else:
-            cuts[index] = (victim, 0)
+        back = victim.queue.room(victim.request, cut, PROMISED)
+        if back and victim.level + back >= victim.need:
+            _cut(victim, -back)
+            cuts[index] = (victim, cut - back)
     cuts[:] = [(victim, cut) for victim, cut in cuts if cut]

@@ -106,6 +106,9 @@ class Admission:
         self._touched: dict[Job, int] = {}
         """Whose promise this fact has changed, and what it was before."""
 
+        self._refused: set[Queue] = set()
+        """For whom nobody would give, so that it need not be looked for again and again."""
+
         self._numbers = self._arrivals = self._epoch = 0
         self._entry = 1 - 0.5 ** (SAMPLE_S / half_life_s)
         self._sampled_at: float | None = None
@@ -288,6 +291,7 @@ class Admission:
 
     def _fill(self, cohort: Cohort, queues: list[Queue]) -> bool:
         """Promise in order of shares; whether somebody had to give, so that others may fit now."""
+        self._refused.clear()
         due = self._due(cohort)
         while due is not None and (how := self._promise(due, None, True)):
             due.is_due = True
@@ -295,54 +299,63 @@ class Admission:
             if how == GAVE:
                 return True
             due, queues = self._due(cohort), self._wanting_in(cohort)
-        heap: list[tuple[float, int, float, int, Queue, set[Line]]] = []
+        heap: list[tuple[float, int, float, int, Line, set[Line]]] = []
         has_given = False
         for queue in queues:
-            self._offer(heap, queue, set())
+            self._offer(heap, queue, due, set())
         while heap:
-            *_, queue, failed = heappop(heap)
-            line = queue.next_line(failed)
-            if line is None:
-                continue
-            if how := self._promise(line.first, due, not heap):
+            *_, number, line, failed = heappop(heap)
+            if line.live and line.first.number == number:  # who gave may want something else now
+                how = self._promise(line.first, due, not heap)
                 has_given = has_given or how == GAVE
-            else:
-                failed.add(line)
-                is_first = line.is_waiting and queue.could_hold(line.request, line.step)
-                if is_first and queue.spec.strategy == "strictFIFO":
-                    continue
-            self._offer(heap, queue, failed)
+                if not how:
+                    failed.add(line)
+            self._offer(heap, line.queue, due, failed)
         return has_given
 
-    def _offer(self, heap: list[Any], queue: Queue, failed: set[Line]) -> None:
-        if len(failed) > LOOK_MAX:
-            return
-        line = queue.next_line(failed)
-        if line is not None:
-            job = line.first
-            share = queue.share(line.request, line.step)
-            rank = (share, -job.priority, job.submitted_at, job.number)
-            heappush(heap, (*rank, queue, failed))
+    def _offer(self, heap: list[Any], queue: Queue, due: Job | None, failed: set[Line]) -> None:
+        """Let the queue's first that may have what it wants take part."""
+        for line in queue.lines():
+            if line in failed or not queue.could_hold(line.request, line.step):
+                continue
+            if self._may_have(line.first, due):
+                job = line.first
+                share = queue.share(line.request, line.step)
+                rank = (share, -job.priority, job.submitted_at, job.number)
+                heappush(heap, (*rank, line, failed))
+                return
+            failed.add(line)
+            is_strict = queue.spec.strategy == "strictFIFO" and line.is_waiting
+            if is_strict or len(failed) > LOOK_MAX:
+                return
+
+    def _may_have(self, job: Job, due: Job | None) -> bool:
+        """Whether it fits, or may be worth looking for somebody who gives."""
+        queue, request, step = job.queue, job.request, job.wants
+        if due is not None and not self._leaves_room(due, job, step):
+            return False
+        if queue.room(request, step, PROMISED) == step:
+            return True
+        is_free = due is None or not queue.is_borrowing(request, step)
+        return is_free and self._may_take(job, step)
 
     def _promise(self, job: Job, due: Job | None, is_alone: bool) -> int:
         """Promise *job* what it wants next: whether it FITS, others GAVE, or 0 for neither."""
-        queue, request, step = job.queue, job.request, job.wants
-        if due is not None and not self._leaves_room(due, job, step):
+        if not self._may_have(job, due):
             return 0
-        # Nobody else asks: as many as it wants. But for a due one's sake, one by one.
+        queue, request, step = job.queue, job.request, job.wants
+        # If nobody else asks, as many as it wants; but beside one that is due, one by one.
         most = job.count - job.level if is_alone and job.level and due is None else step
-        number = queue.room(request, most, PROMISED)
-        how = FITS
+        number, how = queue.room(request, most, PROMISED), FITS
         if number >= step:
             queue.move(request, number, PROMISED)
-        elif (due is None or not queue.is_borrowing(request, step)) and self._may_take(job, step):
+        else:
             cuts = give_way(job, self._running.get(queue.cohort.name, {}).values())
             if not cuts:
+                self._refused.add(queue)
                 return 0
             self._take(cuts, f"its places went to job {job.id} of queue {queue.name}")
             number, how = step, GAVE
-        else:
-            return 0
         self._touched.setdefault(job, job.level)
         job.level += number
         queue.charge(job.owner, self._entry * self._quotas.dominant(request) * number)
@@ -362,7 +375,7 @@ class Admission:
     def _may_take(self, job: Job, step: int) -> bool:
         """Whether it may be worth looking for somebody who gives."""
         queue = job.queue
-        if job.victim_in == self._epoch or not queue.could_hold(job.request, step):
+        if job.victim_in == self._epoch or queue in self._refused:
             return False
         if queue.running and queue.running[0][0] < job.priority:
             return True
