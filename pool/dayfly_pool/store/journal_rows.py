@@ -11,10 +11,7 @@ JOURNAL: Final = (
     "id, kind, namespace, name, created_at, ended_at, is_draft, owner, fence, last, head,"
     " head_checksum"
 )
-"""The columns of `journal`."""
-
-SPEC: Final = "spec, file, checksum, row"
-"""And where its spec is."""
+"""The columns of `journal`; the last two tell whether the head is what was written."""
 
 ENTRY: Final = "number, part, low, high, body, file, checksum"
 

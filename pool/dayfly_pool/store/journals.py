@@ -38,7 +38,11 @@ WISHES_MAX: Final = 64
 
 
 class NewEntry(Struct, frozen=True):
-    """What is to be added. *part*, *low* and *high* (64 bits) and *body* are the caller's own."""
+    """What is to be added. *part*, *low* and *high* (64 bits) and *body* are the caller's own.
+
+    What is written most often should be of part 0: it costs least. Where ranges (*low* to *high*)
+    are to be found again, it should be another.
+    """
 
     part: int = 0
     low: int = 0

@@ -49,10 +49,9 @@ MIGRATIONS: Final = (
         head bytea NOT NULL,
         head_checksum bigint NOT NULL,
         spec bytea NOT NULL,
-        file text NOT NULL DEFAULT '',
         checksum bigint NOT NULL,
         UNIQUE (kind, namespace, name)
-    );
+    ) WITH (fillfactor = 70); -- a row is written anew with every append, if it can be beside itself
     CREATE INDEX journals_free ON dayfly.journals (kind, id)
         WHERE owner = '' AND ended_at = 0 AND NOT is_draft;
     CREATE INDEX journals_owned ON dayfly.journals (owner) WHERE owner != '';
@@ -71,7 +70,8 @@ MIGRATIONS: Final = (
         body bytea NOT NULL,
         PRIMARY KEY (journal, number)
     );
-    CREATE INDEX journal_parts ON dayfly.journal_entries (journal, part, number, low, high);
+    CREATE INDEX journal_parts ON dayfly.journal_entries (journal, part, number, low, high)
+        WHERE part != 0;
     CREATE TABLE dayfly.journal_wishes (
         number bigserial PRIMARY KEY,
         journal bigint NOT NULL,
@@ -115,7 +115,7 @@ CLAIM: Final = f"""
         WHERE owner = '' AND ended_at = 0 AND NOT is_draft AND kind = %s
         ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
     UPDATE dayfly.journals SET owner = %s, fence = fence + 1 FROM chosen WHERE row = chosen
-    RETURNING {journal_rows.JOURNAL}, {journal_rows.SPEC}
+    RETURNING {journal_rows.JOURNAL}, spec, checksum
 """
 FREE: Final = """
     UPDATE dayfly.journals SET owner = '', fence = fence + 1
@@ -362,7 +362,7 @@ class PostgresJournals:
         """In the order of their numbers."""
         tests, values = ["number > %s"], list[object]([after])
         if part is not None:
-            tests.append("part = %s")
+            tests.append("part = %s AND part != 0" if part else "part = %s")
             values.append(part)
         if covering is not None:
             tests.append("low <= %s AND high >= %s")
@@ -448,14 +448,14 @@ async def _forget(cursor: Cursor, test: str, *values: object) -> int:
 
 
 async def _get(cursor: Cursor, test: str, *values: object) -> Journal | None:
-    columns = f"{journal_rows.JOURNAL}, {journal_rows.SPEC}"
+    columns = f"{journal_rows.JOURNAL}, spec, checksum"
     await cursor.execute(f"SELECT {columns} FROM dayfly.journals WHERE {test}", values)
     row = await cursor.fetchone()
     return None if row is None else _journal(row)
 
 
 def _journal(row: Sequence[Any]) -> Journal:
-    spec, _, checksum, _ = row[12:]
+    spec, checksum = row[12:]
     if rows.checksum(b"", spec) != checksum:
         return journal_rows.journal(row, damage=f"its spec: {rows.DAMAGED}")
     return journal_rows.journal(row, spec)

@@ -47,9 +47,6 @@ MIGRATIONS: Final = (
         last INTEGER NOT NULL,
         head BLOB NOT NULL,
         head_checksum INTEGER NOT NULL,
-        spec BLOB NOT NULL,
-        file TEXT NOT NULL, -- the digest of a long spec
-        checksum INTEGER NOT NULL, -- of the spec
         UNIQUE (kind, namespace, name)
     ) STRICT;
     CREATE INDEX free ON journals (kind, id) WHERE owner = '' AND ended_at = 0 AND is_draft = 0;
@@ -59,7 +56,13 @@ MIGRATIONS: Final = (
     CREATE INDEX shown ON journals (kind, id);
     CREATE INDEX shown_of ON journals (kind, namespace, id);
     CREATE INDEX shown_open ON journals (kind, id) WHERE ended_at = 0;
-    CREATE INDEX specs ON journals (file) WHERE file != '';
+    CREATE TABLE specs ( -- apart: a row of journals is written anew with every append
+        journal INTEGER PRIMARY KEY,
+        spec BLOB NOT NULL,
+        file TEXT NOT NULL, -- the digest of a long spec
+        checksum INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX spec_files ON specs (file) WHERE file != '';
     CREATE TABLE entries (
         journal INTEGER NOT NULL,
         number INTEGER NOT NULL,
@@ -72,7 +75,8 @@ MIGRATIONS: Final = (
         file TEXT NOT NULL, -- the digest of a long body
         UNIQUE (journal, number)
     ) STRICT;
-    CREATE INDEX parts ON entries (journal, part, number, low, high);
+    -- part 0 is what is appended to most often, and costs one page less
+    CREATE INDEX parts ON entries (journal, part, number, low, high) WHERE part != 0;
     CREATE INDEX files ON entries (file) WHERE file != '';
     CREATE TABLE wishes (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -233,23 +237,22 @@ class SqliteJournals:
         if is_ours:
             self._into.execute(_OWNER, (self._owner,))
         owner = self._owner if is_ours else ""
-        spec, file = self._bodies.apart(journal.spec)
         made = structs.replace(
             journal, ended_at=0.0, owner=owner, fence=int(is_ours), last=len(entries), damage=""
         )
         values: list[object] = [made.id, made.kind, made.namespace, made.name, made.created_at]
         values += (made.is_draft, made.owner, made.fence, made.last, made.head)
-        values += (journal_rows.head_checksum(made.head), spec, file, rows.checksum(b"", made.spec))
+        values.append(journal_rows.head_checksum(made.head))
         found = self._into.execute(
             "INSERT INTO journals (id, kind, namespace, name, created_at, is_draft, owner, fence,"
-            " last, head, head_checksum, spec, file, checksum)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " last, head, head_checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (kind, namespace, name) DO NOTHING RETURNING row",
             values,
         ).fetchone()
         if found is None:
-            self._loose.add(file)
             return None
+        spec = (*self._bodies.apart(made.spec), rows.checksum(b"", made.spec))
+        self._into.execute("INSERT INTO specs VALUES (?, ?, ?, ?)", (found[0], *spec))
         self._insert([(found[0], number, entry) for number, entry in enumerate(entries, start=1)])
         return made
 
@@ -276,8 +279,12 @@ class SqliteJournals:
             values: list[object] = []
             for a in some:
                 head_checksum = None if a.head is None else journal_rows.head_checksum(a.head)
-                values += (a.id, a.fence, a.after, a.last, a.head, head_checksum, a.ended_at)
+                values += (a.id, a.fence, a.after, a.last, a.head, head_checksum)
             found.update(self._into.execute(_APPEND[len(some)], values).fetchall())
+        ended = [
+            (a.ended_at, found[a.id]) for a in appends if a.ended_at is not None and a.id in found
+        ]
+        self._into.executemany("UPDATE journals SET ended_at = ?, owner = '' WHERE row = ?", ended)
         written = [a for a in appends if a.id in found]
         self._insert(
             [(found[a.id], n, e) for a in written for n, e in enumerate(a.entries, a.after + 1)]
@@ -311,12 +318,13 @@ class SqliteJournals:
         self._into.execute(_OWNER, (self._owner,))
         found = self._into.execute(
             "UPDATE journals SET owner = ?, fence = fence + 1 WHERE row IN"
-            " (SELECT row FROM journals WHERE owner = '' AND ended_at = 0 AND is_draft = 0"
-            " AND kind = ? ORDER BY id LIMIT ?)"
-            f" RETURNING {journal_rows.JOURNAL}, {journal_rows.SPEC}",
+            " (SELECT row FROM journals INDEXED BY free"
+            " WHERE owner = '' AND ended_at = 0 AND is_draft = 0"
+            " AND kind = ? ORDER BY id LIMIT ?) RETURNING id",
             (self._owner, kind, most),
         ).fetchall()
-        return [self._journal(row) for row in sorted(found)]
+        claimed = [self._get(self._into, "id = ?", id_) for (id_,) in sorted(found)]
+        return [journal for journal in claimed if journal is not None]
 
     def _release(self, kept: str) -> int:
         return self._into.execute(
@@ -356,12 +364,13 @@ class SqliteJournals:
     def _forget(self, test: str, *values: object) -> int:
         """Those of which *test* is true; their entries are there until they are swept."""
         gone = self._into.execute(
-            f"DELETE FROM journals WHERE {test} RETURNING row, file", values
+            f"DELETE FROM journals WHERE {test} RETURNING row", values
         ).fetchall()
-        for row, file in gone:
+        for (row,) in gone:
             self._into.execute("INSERT INTO gone VALUES (?)", (row,))
             self._into.execute("DELETE FROM wishes WHERE journal = ?", (row,))
-            self._loose.add(file)
+            files = self._into.execute("DELETE FROM specs WHERE journal = ? RETURNING file", (row,))
+            self._loose.update(file for (file,) in files.fetchall())
         return len(gone)
 
     def _sweep(self, over: float, draft: float) -> int:
@@ -397,7 +406,7 @@ class SqliteJournals:
         for digest in digests:
             needed = self._into.execute(
                 "SELECT 1 FROM entries WHERE file = ? AND file != '' UNION ALL"
-                " SELECT 1 FROM journals WHERE file = ? AND file != '' LIMIT 1",
+                " SELECT 1 FROM specs WHERE file = ? AND file != '' LIMIT 1",
                 (digest, digest),
             ).fetchone()
             if digest and needed is None:
@@ -412,12 +421,13 @@ class SqliteJournals:
 
     def _get(self, connection: sqlite3.Connection, test: str, *values: object) -> Journal | None:
         row = connection.execute(
-            f"SELECT {journal_rows.JOURNAL}, {journal_rows.SPEC} FROM journals WHERE {test}", values
+            f"SELECT {journal_rows.JOURNAL}, spec, file, checksum FROM journals"
+            f" CROSS JOIN specs ON specs.journal = journals.row WHERE {test}",
+            values,
         ).fetchone()
-        return None if row is None else self._journal(row)
-
-    def _journal(self, row: Sequence[Any]) -> Journal:
-        spec, file, checksum, _ = row[12:]
+        if row is None:
+            return None
+        spec, file, checksum = row[12:]
         spec, damage = self._bodies.checked(b"", spec, file, checksum)
         return journal_rows.journal(row, spec, damage and f"its spec: {damage}")
 
@@ -449,14 +459,16 @@ class SqliteJournals:
         self, id_: JournalId, part: int | None, after: int, limit: int, covering: int | None
     ) -> list[Entry]:
         tests, values = ["number > ?"], list[object]([after])
+        index = ""
         if part is not None:
-            tests.append("part = ?")
+            index = "INDEXED BY parts" if part else ""
+            tests.append("part = ? AND part != 0" if part else "part = ?")
             values.append(part)
         if covering is not None:
             tests.append("low <= ? AND high >= ?")
             values += (covering, covering)
         found = self._database.out_of.execute(
-            f"SELECT {journal_rows.ENTRY}, size, rowid FROM entries WHERE journal ="
+            f"SELECT {journal_rows.ENTRY}, size, rowid FROM entries {index} WHERE journal ="
             f" (SELECT row FROM journals WHERE id = ?) AND {' AND '.join(tests)}"
             " ORDER BY number LIMIT ?",
             (id_, *values, min(limit, PAGE_MAX)),
@@ -508,14 +520,13 @@ _FREE: Final = (
     "UPDATE journals SET owner = '', fence = fence + 1"
     " WHERE owner = ? AND owner != '' AND is_draft = 0"
 )
+# what is indexed is not in it: SQLite would write the indexes anew with every append
 _APPEND: Final = {
-    n: "WITH a (id, fence, after, last, head, head_checksum, ended_at) AS"
-    f" (VALUES {tuples(n, '(?, ?, ?, ?, ?, ?, ?)')})"
+    n: "WITH a (id, fence, after, last, head, head_checksum) AS"
+    f" (VALUES {tuples(n, '(?, ?, ?, ?, ?, ?)')})"
     " UPDATE journals SET last = max(journals.last, a.last),"
     " head = coalesce(a.head, journals.head),"
-    " head_checksum = coalesce(a.head_checksum, journals.head_checksum),"
-    " ended_at = coalesce(a.ended_at, journals.ended_at),"
-    " owner = CASE WHEN a.ended_at IS NULL THEN owner ELSE '' END"
+    " head_checksum = coalesce(a.head_checksum, journals.head_checksum)"
     " FROM a WHERE journals.id = a.id AND journals.fence = a.fence AND journals.last >= a.after"
     " RETURNING journals.id, journals.row"
     for n in range(1, ROWS_MAX + 1)
