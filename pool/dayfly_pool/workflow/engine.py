@@ -20,7 +20,8 @@ looks at `wake_at` after each fact, and feeds `Passed` when that time has come.
 * A nested workflow is all of this again, in the same journal: its results and its end are its
   step's. A step that waits holds nothing.
 * Asked to go on after it failed, a run keeps what succeeded and what was let fail. All else is as
-  if it had not been, but for attempts' numbers; what runs finally runs again.
+  if it had not been, but for attempts' numbers; what runs finally runs again. A nested workflow
+  that has retries goes on in the same way.
 
 Each step that has workspaces is told which versions of them it starts from (`versions`); a failed
 one leaves none.
@@ -325,7 +326,7 @@ class Run:
             return False  # it never got as far as its first step
         if root.flow.status not in RETRIABLE:
             return False
-        self._reopen(root)
+        self._retry(root)
         return True
 
     # ---- whose turn it is -----------------------------------------------------------------------
@@ -376,7 +377,7 @@ class Run:
         key = self._words.key_of(owner, place)
         node = self._nodes.get(key)
         if node is not None:  # the run is retried, and it has parts that stay
-            self._reopen(node)
+            self._retry(node)
             return
         node = self._nodes[key] = Node(
             key, owner.key, place, attempt=self._state.attempts.pop(key, 0), asked_at=self._now
@@ -417,10 +418,13 @@ class Run:
         """An attempt, a wait, a nested workflow."""
         step = self._words.step_of(node)
         try:
-            if step.workflow is not None:
+            if step.workflow is not None and node.flow is None:
                 self._start_nested(node)
                 return
             node.attempt += 1
+            if node.flow is not None:
+                self._reopen(node)
+                return
             if step.wait is not None:
                 self._start_wait(node)
                 return
@@ -460,7 +464,6 @@ class Run:
         if owner.flow.depth >= DEPTH_MAX:
             raise BadInput(f"workflows are nested more than {DEPTH_MAX} deep")
         plan, params, workspaces = self._words.nested(node)
-        self._forget_parts(node)
         self._reserve(node, len(plan.steps))
         node.attempt += 1
         node.asked_at = node.began_at = self._now
@@ -602,7 +605,7 @@ class Run:
         if child is not None:  # the run is retried
             if child.phase is not Phase.SUCCEEDED:
                 fan.under_way += 1
-                self._reopen(child)
+                self._retry(child)
             return
         child = self._nodes[key] = Node(
             key, node.owner, node.place, index, attempt=self._state.attempts.pop(key, 0)
@@ -801,10 +804,15 @@ class Run:
 
     # ---- the run goes on after it failed --------------------------------------------------------
 
+    def _retry(self, node: Node) -> None:
+        """As if it had not failed before."""
+        node.retries = node.faults = 0
+        self._reopen(node)
+
     def _reopen(self, node: Node) -> None:
         """A matrix or a workflow goes on; what has succeeded in it stays."""
         node.move(Phase.OPEN)
-        node.retries, node.faults, node.ended_at = 0, 0, 0.0
+        node.ended_at = 0.0
         node.results, node.failure, node.mark = {}, ("", ""), node.base
         self._words.forget(node.key)
         if node.flow is not None:

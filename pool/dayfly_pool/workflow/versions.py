@@ -78,8 +78,8 @@ class Marks(Struct):
     versions: dict[str, Versions] = field(default_factory=dict)
 
     def join(self, marks: Iterable[int]) -> int:
-        """Where branches meet."""
-        different = sorted(set(marks) - {0})
+        """Where branches meet; their versions in the order of *marks*, whichever ended first."""
+        different = [mark for mark in dict.fromkeys(marks) if mark]
         if len(different) < 2:
             return different[0] if different else 0
         joined: dict[str, dict[str, None]] = {}
@@ -90,7 +90,7 @@ class Marks(Struct):
             workspace: self.versions[workspace].newest(versions)
             for workspace, versions in joined.items()
         }
-        for mark in reversed(different):
+        for mark in different:
             if self.sets[mark] == newest:
                 return mark
         return self._add(newest)
