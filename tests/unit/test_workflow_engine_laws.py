@@ -30,6 +30,7 @@ from dayfly_pool.workflow.facts import (
 from dayfly_pool.workflow.model import (
     Condition,
     Matrix,
+    Param,
     Retries,
     Step,
     Timeouts,
@@ -91,6 +92,7 @@ def steps(draw: st.DrawFn, *, most: int, is_calm: bool, nested: tuple[str, ...])
                 fields["timeout"] = None if is_calm else draw(st.sampled_from([None, 3.0]))
             case _:
                 fields["workflow"] = kind
+                fields["params"] = {}
                 fields["workspaces"] = {"w": "w"}
         made.append(Step(**fields))
     return made
@@ -112,6 +114,7 @@ def definitions(draw: st.DrawFn, *, is_calm: bool = False) -> Definition:
                 for s in finals
             ),
             workspaces=("w",),
+            params=(Param(name="m", type="any", default=0),),
             results={"result": f"$(steps.{last}.results.result)", "all": "$(steps.s0.status)"},
             timeouts=Timeouts() if is_calm else draw(
                 st.sampled_from([Timeouts(), Timeouts(steps=4.0), Timeouts(workflow=9.0)])

@@ -24,6 +24,7 @@ from msgspec import Struct
 from dayfly_pool.commands import StartKind
 from dayfly_pool.errors import BadInput
 from dayfly_pool.workflow.model import Step, TaskSpec
+from dayfly_pool.workflow.references import Scope
 
 FORMAT: Final = 1
 VALUE_BYTES_MAX: Final = 256 * 1024
@@ -66,10 +67,15 @@ class _Fact(Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class RunBegan(_Fact, frozen=True, tag="run"):
-    """Somebody asked for it. *workspaces*: where each of them is; the shell's own business."""
+    """Somebody asked for it.
+
+    *run* is what `$(run.id)`, `name`, `namespace` and `workflow` stand for. *workspaces*: where
+    each of them is; the shell's own business.
+    """
 
     params: dict[str, Any] = {}
     workspaces: dict[str, str] = {}
+    run: dict[str, str] = {}
     by: str = ""
     format: int = FORMAT
 
@@ -163,10 +169,11 @@ class View(Struct, frozen=True):
 class Invoke(Struct, frozen=True):
     """Run one attempt of a step, on what its values stand for.
 
-    *retries* counts the failures before it. *workflow* names the definition that the step is of
-    (the run's own: ""); *task* is there if the step refers to one. A key is `step`, `step[3]` in
-    a matrix, `outer/inner` in a nested workflow; with the attempt it never comes twice, but for
-    being told again what is under way.
+    *scope* is there if its script, command or env may hold references (`references.substitute_text`
+    and `arguments`), with the usual paths: who runs it elsewhere says so in it. *workflow* names
+    the definition that the step is of (the run's own: ""); *task* is there if the step refers to
+    one. A key is `step`, `step[3]` in a matrix, `outer/inner` in a nested workflow; with the
+    attempt it never comes twice, but for being told again what is under way.
     """
 
     key: str
@@ -175,13 +182,10 @@ class Invoke(Struct, frozen=True):
     params: dict[str, Any]
     inputs: dict[str, Any]
     workspaces: dict[str, View]
+    scope: Scope | None = None
     timeout_s: float | None = None
-    retries: int = 0
     workflow: str = ""
     task: TaskSpec | None = None
-    script: str | None = None
-    command: tuple[str, ...] | None = None
-    env: dict[str, str] = {}
 
 
 class Expect(Struct, frozen=True):

@@ -77,7 +77,6 @@ class Flow(Struct, array_like=True):
     workflow: str
     """The name of the definition; of the run's own, ""."""
 
-    depth: int
     params: dict[str, Any]
     workspaces: dict[str, str]
     """By its name for it: the run's."""
@@ -95,9 +94,6 @@ class Flow(Struct, array_like=True):
     stage: Stage = Stage.STEPS
     under_way: int = 0
     """Steps that are released and not over."""
-
-    unreleased: int = 0
-    """Steps that are not released; those that run finally do not count."""
 
     is_closed: bool = False
     """Whether nothing new starts."""
@@ -186,6 +182,9 @@ class State(Struct, array_like=True):
     """Facts that it took notice of."""
 
     instances: int = 0
+    run: dict[str, str] = {}
+    """What `$(run...)` stands for."""
+
     nodes: dict[str, Node] = {}
     commanded: dict[str, None] = {}
     """Keys of which a command is outstanding, in the order of these."""

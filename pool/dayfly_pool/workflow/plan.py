@@ -1,22 +1,18 @@
-"""A workflow as the engine walks it: steps by number, and what each releases. Pure.
+"""What a run is made of: its definition, and each workflow's graph as the engine walks it. Pure."""
 
-Steps have the numbers 0, 1, ... as they are written; those that run finally come after them. A step
-is ready when `missing` others are over; each of these releases its `dependents`.
-"""
-
-from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 
 from msgspec import Struct
 
-from dayfly_pool.workflow.model import Step, TaskSpec, WorkflowSpec
-from dayfly_pool.workflow.stand_in import needs, seconds
+from dayfly_pool.workflow.conditions import expression
+from dayfly_pool.workflow.graph import check
+from dayfly_pool.workflow.model import Step, TaskSpec, WorkflowSpec, duration_s
+from dayfly_pool.workflow.references import Reference, in_text, texts
 
 
 class Definition(Struct, frozen=True):
-    """All that a run is made of, as it was when the run began: nothing of it changes meanwhile.
-
-    Every workflow in it has been checked: names are unique, and no step comes after itself.
-    """
+    """All that a run is made of, as it was when the run began: nothing of it changes meanwhile."""
 
     root: WorkflowSpec
     workflows: dict[str, WorkflowSpec] = {}
@@ -24,48 +20,62 @@ class Definition(Struct, frozen=True):
 
 
 class Plan:
-    """One workflow's steps, numbered."""
+    """One workflow. Its steps are known by their place, those that run finally behind the others.
 
-    def __init__(self, spec: WorkflowSpec) -> None:
+    Raises `BadDefinition`.
+    """
+
+    def __init__(self, spec: WorkflowSpec, definition: Definition) -> None:
         self.spec = spec
-        self.steps: tuple[Step, ...] = spec.steps + spec.finally_
-        self.first_final = len(spec.steps)
-        self.numbers = {step.name: number for number, step in enumerate(self.steps)}
-        self.after: list[tuple[int, ...]] = []
-        """What must be over before it."""
-
-        self.needs: list[frozenset[int]] = []
-        """Whose results or outputs it uses; of a final step also steps."""
-
-        self.sees: list[list[int]] = []
-        """All that it names in any way."""
-
-        self.dependents: list[list[int]] = [[] for _ in self.steps]
-        for number, step in enumerate(self.steps):
-            self._connect(number, step)
-        self.missing = [len(after) for after in self.after]
-        self.sources = self._ready(range(self.first_final))
-        self.final_sources = self._ready(range(self.first_final, len(self.steps)))
-        self.waits = [n for n in range(self.first_final) if self.steps[n].wait]
+        self.graph = check(spec, definition.tasks, definition.workflows)
+        self.steps = self.graph.steps
+        self.finals = range(self.graph.finally_from, len(self.steps))
+        self.missing = [len(needs) for needs in self.graph.needs]
+        self.sources = [n for n in range(self.finals.start) if not self.missing[n]]
+        self.waits = [n for n in range(self.finals.start) if self.steps[n].wait]
         timeouts = spec.timeouts
-        self.timeout_s = seconds(timeouts.workflow)
-        self.final_timeout_s = None if timeouts.finally_ is None else seconds(timeouts.finally_)
-        self.steps_timeout_s = self.timeout_s - (self.final_timeout_s or 0.0)
+        finally_ = timeouts.finally_
+        self.timeout_s = duration_s(timeouts.workflow)
+        self.final_timeout_s = None if finally_ is None else duration_s(finally_)
+        self.steps_timeout_s = max(0.0, self.timeout_s - (self.final_timeout_s or 0.0))
         if timeouts.steps is not None:
-            self.steps_timeout_s = min(self.timeout_s, seconds(timeouts.steps))
+            self.steps_timeout_s = min(self.timeout_s, duration_s(timeouts.steps))
+        self._uses: dict[int, Uses] = {}
 
-    def _connect(self, number: int, step: Step) -> None:
-        data, order = needs(step)
-        known = self.numbers
-        used = frozenset(known[name] for name in data if name in known)
-        before = used | {known[name] for name in order if name in known}
-        is_final = number >= self.first_final
-        after = sorted(n for n in before if (n >= self.first_final) == is_final)
-        self.sees.append(sorted(before))
-        self.after.append(tuple(after))
-        self.needs.append(used)
-        for other in after:
-            self.dependents[other].append(number)
+    def uses(self, place: int) -> "Uses":
+        """What the references of a step are to."""
+        found = self._uses.get(place)
+        if found is None:
+            found = self._uses[place] = Uses(self.steps[place])
+        return found
 
-    def _ready(self, numbers: Sequence[int]) -> list[int]:
-        return [number for number in numbers if not self.missing[number]]
+
+class Uses:
+    """What the references of one step are to. Looked at when somebody asks."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    @cached_property
+    def data(self) -> frozenset[str]:
+        """The steps whose results or outputs it needs; not those that it only asks how they ended."""
+        step = self._step
+        matrix = (step.matrix.params, step.matrix.include) if step.matrix else ()
+        when = [(condition.input, condition.values) for condition in step.when]
+        held = (step.params, step.inputs, step.env, step.script, step.command, matrix, when)
+        cel = (expression(condition.cel).references for condition in step.when if condition.cel)
+        return frozenset(
+            each.name
+            for each in (*_named(held), *chain.from_iterable(cel))
+            if each.root == "steps" and each.field in ("results", "outputs")
+        )
+
+    @cached_property
+    def is_common(self) -> bool:
+        """Whether all instances of its matrix, at all attempts, are given the same beside it."""
+        held = [self._step.params, self._step.inputs]
+        return not any(each.root in ("item", "retry") for each in _named(held))
+
+
+def _named(held: object) -> list[Reference]:
+    return [each for text in texts(held) for each in in_text(text, is_script=True)]

@@ -71,10 +71,10 @@ def _children(node: Node, state: State, words: Words) -> Iterator[Shown]:
             child = state.nodes.get(f"{node.key}[{index}]")
             if child is not None:
                 yield _shown(child, f"[{index}]", state, words)
-    elif node.flow is not None:
+    elif node.flow is not None and node.flow.missing:  # else it never got as far
         plan = words.plan_of(node)
         for place, step in enumerate(plan.steps):
-            child, is_final = words.node_of(node, place), place >= plan.first_final
+            child, is_final = words.node_of(node, place), place in plan.finals
             if child is not None:
                 yield _shown(child, step.name, state, words, is_final)
             else:
