@@ -603,6 +603,7 @@ class _Check:
         several = set(step.matrix.params) if step.matrix else set()
         if step.matrix:
             several.update(name for row in step.matrix.include for name in row)
+        several -= step.inputs.keys()
         for name in (*given, *several):
             if name not in known:
                 where = "params" if name in given else "matrix"
@@ -712,6 +713,46 @@ def _nested(
         return count, depth + 1
 
     return counted(spec, (name,))
+
+
+def in_order(spec: WorkflowSpec) -> list[Step]:
+    """The steps so that each comes after those that it names; else as they are written.
+
+    Nothing is checked: names that are not there, and cycles, are passed over.
+    """
+    index = {step.name: step for step in spec.steps}
+    done: dict[str, None] = {}
+    for step in spec.steps:
+        todo = [(step, iter(named_in(step)))]
+        begun = {step.name}
+        while todo:
+            at, names = todo[-1]
+            following = next((n for n in names if n in index and n not in begun), None)
+            if following is None or at.name in done:
+                done[at.name] = None
+                todo.pop()
+            elif following not in done:
+                begun.add(following)
+                todo.append((index[following], iter(named_in(index[following]))))
+    return [index[name] for name in done]
+
+
+def named_in(step: Step) -> list[str]:
+    """The steps that a step names."""
+    found = dict.fromkeys(step.run_after)
+    conditions = [(c.input, c.values) for c in step.when]
+    matrix = (step.matrix.params, step.matrix.include) if step.matrix is not None else ()
+    held = [step.params, step.inputs, conditions, matrix, step.script or "", step.command or ""]
+    for text in texts([*held, step.env]):
+        found |= {r.name: None for r in in_text(text, is_script=True) if r.root == "steps"}
+    for condition in step.when:
+        if condition.cel:
+            try:
+                taken = expression(condition.cel).references
+            except BadInput:
+                continue
+            found |= {r.name: None for r in taken if r.root == "steps"}
+    return list(found)
 
 
 # ---- matrices -----------------------------------------------------------------------------------

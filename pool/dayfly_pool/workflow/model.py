@@ -126,7 +126,11 @@ class Condition(Model, frozen=True):
 
 
 class Matrix(Model, frozen=True):
-    """One run of the step for each combination of *params*; *include* adds to them."""
+    """One run of the step for each combination of *params*; *include* adds to them.
+
+    The values of a combination are params of its run, but for those whose names the step has among
+    its inputs: these take them as `$(item.NAME)`. What the runs leave is a list, in their order.
+    """
 
     params: dict[Word, Any] = {}
     include: tuple[dict[Word, Any], ...] = ()
@@ -167,7 +171,7 @@ class Step(Model, frozen=True):
     name: Name
     handler: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     function: Name | None = None
-    script: Annotated[str, Meta(max_length=1 << 20)] | None = None
+    script: Annotated[str, Meta(min_length=1, max_length=1 << 20)] | None = None
     command: tuple[str, ...] | None = None
     task: Name | None = None
     workflow: Name | None = None
@@ -276,7 +280,7 @@ class TaskSpec(Model, frozen=True):
     workspaces: tuple[Word, ...] = ()
     handler: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     function: Name | None = None
-    script: Annotated[str, Meta(max_length=1 << 20)] | None = None
+    script: Annotated[str, Meta(min_length=1, max_length=1 << 20)] | None = None
     command: tuple[str, ...] | None = None
     environment: Annotated[str, Meta(max_length=64)] = "base"
     env: dict[str, str] = {}

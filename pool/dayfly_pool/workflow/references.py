@@ -25,11 +25,12 @@ WORDS: Final = re.compile(
     r"(\$?)\$\(((?:params|steps|tasks|finally|workspaces|item|run|retry|inputs|outputs|results"
     r"|context)(?:[.\[][^()$\s]{0,400})?)\)"
 )
-"""What may be a reference of ours, and whether it is escaped. `dayfly.steps` has the same."""
+"""What may be a reference of ours, and whether it is escaped. `dayfly.graphs` has the same."""
 
 _PIECE: Final = re.compile(
     r"""\.([A-Za-z0-9_][A-Za-z0-9_-]{0,255})|\[(?:(\d{1,9})|(\*)|"([^"]{1,255})"|'([^']{1,255})')\]"""
 )
+_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")
 _RUN: Final = frozenset({"id", "name", "namespace", "workflow"})
 _CONTEXT: Final = {
     "pipelineRun.name": "run.name",
@@ -69,14 +70,13 @@ class Reference(NamedTuple):
     key: str = ""
     tail: tuple[str | int, ...] = ()
     is_star: bool = False
-    is_finally: bool = False
 
     def __str__(self) -> str:
         named = [part for part in (self.root, self.name, self.field, self.key) if part]
         if self.root in ("workspaces", "inputs", "outputs", "results"):
             named.append("path")
         tail = "".join(
-            f"[{p}]" if isinstance(p, int) else f".{p}" if p.isidentifier() else f'["{p}"]'
+            f"[{p}]" if isinstance(p, int) else f".{p}" if _KEY.match(p) else f'["{p}"]'
             for p in self.tail
         )
         return f"$({'.'.join(named)}{tail}{'[*]' if self.is_star else ''})"
@@ -111,7 +111,8 @@ class StepEnd(Struct, frozen=True):
 class Scope(Struct, frozen=True):
     """What references stand for where they are replaced.
 
-    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *status* is that of all steps.
+    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *item* is the combination of a
+    matrix that runs (`$(item)` is the value, if it has only one); *status* is that of all steps.
     """
 
     params: Mapping[str, Any] = {}
@@ -145,7 +146,8 @@ def parse(text: str) -> Reference | None:
         word, index, star, *quoted = piece.groups()
         pieces.append(None if star else int(index) if index else word or quoted[0] or quoted[1])
         at = piece.end()
-    is_finally, root = root == "finally", "steps" if root in ("tasks", "finally") else root
+    if root in ("tasks", "finally"):
+        root = "steps"
     if root not in _FORMS:
         return None
     found = None
@@ -154,7 +156,7 @@ def parse(text: str) -> Reference | None:
         found = _reference(root, [p for p in pieces if p is not None], is_star)
     if found is None:
         raise Malformed(f"$({text[:200]}) is no reference: write {_FORMS[root]}")
-    return found._replace(is_finally=is_finally)
+    return found
 
 
 def _reference(root: Any, pieces: Sequence[str | int], is_star: bool) -> Reference | None:
@@ -231,6 +233,8 @@ def look_up(reference: Reference, scope: Scope) -> Any:
             value = _of_a_step(reference, scope)
         case "item":
             value = scope.item
+            if not reference.tail and isinstance(value, Mapping) and len(value) == 1:
+                (value,) = value.values()
         case root:
             held: Mapping[str, Any] = getattr(scope, root)
             if reference.name not in held:

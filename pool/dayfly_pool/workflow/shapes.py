@@ -246,6 +246,8 @@ def _step(value: Any, path: str) -> dict[str, Any]:
         step["results"] = _declared(step["results"], f"{path}.results")
     if "outputs" in step:
         step["outputs"] = _outputs(step["outputs"], f"{path}.outputs")
+    if isinstance(after := step.get("runAfter"), list) and all(isinstance(n, str) for n in after):
+        step["runAfter"] = list(dict.fromkeys(after))
     if step.get("timeout") in ("0", "0s", "0h0m0s"):  # Tekton's word for none
         del step["timeout"]
     for word in ("retries", "timeout"):
