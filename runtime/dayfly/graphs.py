@@ -147,7 +147,9 @@ class Handle:
             return self._pieces[0], self._pieces[1:]
         if node.is_named or (node.results and RESULT not in node.results):
             some = ", ".join(node.results) or "none that are known here"
-            raise GraphError(f"step {node.name!r} has several results ({some}): take one: h['NAME']")
+            raise GraphError(
+                f"step {node.name!r} has several results ({some}): take one: h['NAME']"
+            )
         return RESULT, ()
 
     def _cel(self) -> str:
@@ -662,7 +664,9 @@ class Parameter:
         given = _kind_of(value)
         fits = given == self.type or "any" in (given, self.type) or value is None
         if not fits and (self.type, given) not in (("number", "integer"), ("artifacts", "array")):
-            raise GraphError(f"{whose}: {self.name} is {self.type}, and is given {given}: {value!r}")
+            raise GraphError(
+                f"{whose}: {self.name} is {self.type}, and is given {given}: {value!r}"
+            )
         if self.enum and not isinstance(value, (Handle, Text)) and value not in self.enum:
             raise GraphError(f"{whose}: {self.name} is one of {self.enum}, and is given {value!r}")
 
@@ -768,7 +772,9 @@ def _called(
 ) -> Handle:
     graph, whose = open_graphs[-1], f"step {step.__name__!r}"
     if "<locals>" in step.__qualname__:
-        raise GraphError(f"{whose} is defined inside a function: sandboxes find it in its module only")
+        raise GraphError(
+            f"{whose} is defined inside a function: sandboxes find it in its module only"
+        )
     options = dict(step.options)
     module = "main" if step.__module__ == "__main__" else step.__module__
     node = Node(
@@ -853,12 +859,12 @@ def _graph(what: str) -> Graph:
 
 
 def _add(
-    what: str, name: str, body: dict[str, Any], *, is_named: bool = True, **given: Any
+    what: str, default: str, body: dict[str, Any], /, *, is_named: bool = True, **given: Any
 ) -> Handle:
     """A step that is no function of the author's; *given* is its parameters, and its options."""
     graph = _graph(what)
     own = {key: given.pop(key) for key in (*OPTIONS, *_PARTS) if key in given}
-    node = Node(str(own.pop("name", "") or _dashed(name)), body, {})
+    node = Node(str(own.pop("name", "") or _dashed(default)), body, {})
     node.is_named = is_named
     params = {**(own.pop("params", None) or {}), **given}
     node.inputs |= own.pop("inputs", None) or {}
@@ -880,9 +886,10 @@ def _add(
     return handle
 
 
-OPTIONS = ("name", "retries", "timeout", "cache", "on_error", "environment", "network", "env", "merge")
-_PARTS = ("params", "inputs", "workspaces", "matrix", "include", "parallelism", "results", "outputs",
-          "after", "when")  # fmt: skip
+OPTIONS = ("name", "retries", "timeout", "cache", "on_error", "environment", "network", "env",
+           "merge")  # fmt: skip
+_PARTS = ("params", "inputs", "workspaces", "matrix", "include", "parallelism", "results",
+          "outputs", "after", "when")  # fmt: skip
 """What builders take besides their parameters; one that is called so is given in `params=`."""
 
 
@@ -1034,7 +1041,9 @@ def mapped_here(func: Callable[..., Any], rows: Any, axes: Mapping[str, Any]) ->
     return [func(**{**fixed, **run}) for run in combinations(over, list(rows or ()))]
 
 
-def combinations(over: Mapping[str, Sequence[Any]], rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def combinations(
+    over: Mapping[str, Sequence[Any]], rows: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
     """The runs of a matrix, as `dayfly_pool.workflow.graph.combinations` has them."""
     import itertools
 

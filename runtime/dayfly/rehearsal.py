@@ -1,7 +1,8 @@
 """A workflow run here and now, in one process: for its author's tests, and nothing durable.
 
-Steps run one after the other, each once: retries, timeouts, caches and isolation are the server's.
-Timers are over at once. Scripts, tasks, functions, callbacks and approvals need a server, and say so.
+Steps run one after the other, each once: retries, timeouts, caches and isolation are the
+server's. Timers are over at once. Scripts, tasks, functions, callbacks and approvals need a server,
+and say so.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class _Rehearsal:
         while waiting:
             ready = next((n for n in waiting if self._needed(n) <= done), None)
             if ready is None:
-                raise GraphError(f"steps wait for one another: {', '.join(n.name for n in waiting)}")
+                raise GraphError(
+                    f"steps wait for one another: {', '.join(n.name for n in waiting)}"
+                )
             self._step(ready)
             done.add(ready)
             waiting.remove(ready)
@@ -114,7 +117,9 @@ class _Rehearsal:
             path.mkdir(parents=True, exist_ok=True)
         return found
 
-    def _call(self, node: Node, given: Mapping[str, Any], number: str) -> tuple[Any, dict[str, Any]]:
+    def _call(
+        self, node: Node, given: Mapping[str, Any], number: str
+    ) -> tuple[Any, dict[str, Any]]:
         """(what it returned, its outputs by name)."""
         if "wait" in node.body and "timer" in node.body["wait"]:
             return None, {}

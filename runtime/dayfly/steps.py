@@ -10,14 +10,14 @@
     def pipeline(url: str):
         return train.map(kind=["linear", "tree"], data=fetch(url))
 
-`workflow.compile(pipeline)` is the manifest's spec; no server is asked. Inside a workflow's function
-a call returns a handle of what the step will leave: it can be given to other steps, indexed and
-compared, but not looked at, since nothing has run. Outside of one, calling a step just runs it, and
-calling a workflow runs its steps one after the other in this process: that is for tests.
+`workflow.compile(pipeline)` is the manifest's spec; no server is asked. Inside a workflow's
+function a call returns a handle of what the step will leave: it can be given to other steps,
+indexed and compared, but not looked at, since nothing has run. Outside of one, calling a step just
+runs it, and calling a workflow runs its steps one after the other in this process: for tests.
 
 A step may take files: a parameter that is annotated `File` or `Folder` is an artifact, and the step
-gets a `pathlib.Path`; what it returns for a return annotation of these is one too, and so is what it
-writes to `out(NAME)` for each of its `outputs`.
+gets a `pathlib.Path`; what it returns for a return annotation of these is one too, and so is what
+it writes to `out(NAME)` for each of its `outputs`.
 
 Sandboxes import this with a step's module, so it imports nothing; what makes graphs is in `graphs`.
 """
@@ -33,17 +33,14 @@ TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
-    from typing import Any, NoReturn, TypeAlias, overload
+    from typing import Any, TypeAlias
 
-    from dayfly.graphs import Graph, Handle
+    from dayfly.graphs import Graph
 
     File: TypeAlias = Path
     Folder: TypeAlias = Path
     Workspace: TypeAlias = Path
 else:
-
-    def overload(function):
-        return function
 
     class File:
         """A parameter's or return's annotation: an artifact that is a file, as a `pathlib.Path`."""
@@ -81,7 +78,9 @@ class Step:
     def __init__(self, func: Callable[..., Any], options: Mapping[str, Any]) -> None:
         unknown = options.keys() - STEP_OPTIONS
         if unknown:
-            raise GraphError(f"@step has no {min(unknown)!r}; it has {', '.join(sorted(STEP_OPTIONS))}")
+            raise GraphError(
+                f"@step has no {min(unknown)!r}; it has {', '.join(sorted(STEP_OPTIONS))}"
+            )
         if not callable(func) or not hasattr(func, "__code__"):
             raise GraphError(f"@step is for functions, and {func!r} is none")
         self.func, self.options = func, options
@@ -119,7 +118,10 @@ class Step:
         if not isinstance(event, dict):
             raise TypeError(f"step {self.__name__!r} is given a mapping of its parameters")
         _folders.update(
-            {key: getattr(context, f"{key}_folder", f"/{key}") for key in ("in", "workspace", "out")}
+            {
+                key: getattr(context, f"{key}_folder", f"/{key}")
+                for key in ("in", "workspace", "out")
+            }
         )
         code = self.func.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -216,30 +218,22 @@ class Workflow:
         return f"<workflow {self.__module__}:{self.__qualname__}>"
 
 
-@overload
-def step(function: Callable[..., Any], /) -> Step: ...
-@overload
-def step(**options: Any) -> Callable[[Callable[..., Any]], Step]: ...
 def step(function: Any = None, /, **options: Any) -> Any:
     """Make a function a step; bare, or with options.
 
-    *name*, *retries* (a number, or `{"limit": 3, "backoffSeconds": 1}`), *timeout* (seconds, or text
-    like `15m`), *cache*, *on_error* (`continue`), *environment*, *network*, *env*, *outputs* (names
-    of what it writes to `out(NAME)`), *results* (types by name, when it returns a mapping whose keys
-    are results), *merge*.
+    *name*, *retries* (a number, or `{"limit": 3, "backoffSeconds": 1}`), *timeout* (seconds, or
+    text like `15m`), *cache*, *on_error* (`continue`), *environment*, *network*, *env*, *merge*;
+    *outputs*, the names of what it writes to `out(NAME)`; *results*, types by name, for keys of
+    the mapping that it returns which are results of their own.
     """
     if function is None:
         return lambda function: Step(function, options)
     return Step(function, options)
 
 
-class _Workflow:
+class _Decorator:
     """`@workflow`, and `workflow.compile`."""
 
-    @overload
-    def __call__(self, function: Callable[..., Any], /) -> Workflow: ...
-    @overload
-    def __call__(self, **options: Any) -> Callable[[Callable[..., Any]], Workflow]: ...
     def __call__(self, function: Any = None, /, **options: Any) -> Any:
         if function is None:
             return lambda function: Workflow(function, options)
@@ -260,5 +254,5 @@ class _Workflow:
         return graphs.nested_in(flow)
 
 
-workflow = _Workflow()
-"""Make a function a workflow; bare, or with *name*, *environment*, *timeouts*, *source*, *package*."""
+workflow = _Decorator()
+"""Make a function a workflow; bare, or with *name*, *environment*, *timeouts* and *source*."""

@@ -21,9 +21,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from dayfly_pool.declared import Model, Name, given
 from dayfly_pool.models import API_VERSION, Metadata, Network
 
-ParamType = Literal[
-    "string", "integer", "number", "boolean", "array", "object", "artifact", "any"
-]
+ParamType = Literal["string", "integer", "number", "boolean", "array", "object", "artifact", "any"]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")]
 """What parameters, results, outputs and workspaces are called."""
 
@@ -41,7 +39,15 @@ BODIES: Final = ("handler", "function", "script", "command", "task", "workflow",
 COMMAND_WORDS_MAX: Final = 10_000
 _DURATION: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|ns|d|h|m|s))+\Z")
 _PART: Final = re.compile(r"([\d.]+)(ms|us|ns|d|h|m|s)")
-_SECONDS: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_SECONDS: Final = {
+    "d": 86400.0,
+    "h": 3600.0,
+    "m": 60.0,
+    "s": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "ns": 1e-9,
+}
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 

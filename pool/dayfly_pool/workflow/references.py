@@ -60,8 +60,8 @@ class Reference(NamedTuple):
     """One reference, taken apart.
 
     *name* is the parameter, step, workspace, input or field of `run` that is meant, empty for
-    `$(steps.status)` and `$(item)`; *field* is `results`, `outputs` or `status` of a step; *key* the
-    result or output; *tail* what is taken of the value; with *is_star* it is `[*]`, all of a list.
+    `$(steps.status)` and `$(item)`; *field* is `results`, `outputs` or `status` of a step; *key*
+    the result or output; *tail* what is taken of the value; *is_star* `[*]`, all of a list.
     """
 
     root: Root
@@ -111,8 +111,8 @@ class StepEnd(Struct, frozen=True):
 class Scope(Struct, frozen=True):
     """What references stand for where they are replaced.
 
-    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *item* is the combination of a
-    matrix that runs (`$(item)` is the value, if it has only one); *status* is that of all steps.
+    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *item* is the combination of
+    a matrix that runs (`$(item)` is its value, if it has one); *status* is that of all steps.
     """
 
     params: Mapping[str, Any] = {}
@@ -171,7 +171,9 @@ def _reference(root: Any, pieces: Sequence[str | int], is_star: bool) -> Referen
             return Reference(root, name, "status")
         case "steps", ["status"] if not is_star:
             return Reference(root, field="status")
-        case ("workspaces" | "inputs" | "outputs" | "results"), [str(name), "path"] if not is_star:
+        case (("workspaces" | "inputs" | "outputs" | "results"), [str(name), "path"]) if (
+            not is_star
+        ):
             return Reference(root, name)
         case "run", [str(name)] if name in _RUN and not is_star:
             return Reference(root, name)
@@ -361,9 +363,7 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def arguments(
-    command: Sequence[str], scope: Scope, bytes_max: int = VALUES_BYTES_MAX
-) -> list[str]:
+def arguments(command: Sequence[str], scope: Scope, bytes_max: int = VALUES_BYTES_MAX) -> list[str]:
     """A command's words; one that is a whole list stands for its items."""
     room = _Room(bytes_max)
     words: list[str] = []
