@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from dayfly_gateway import cli_events, show
+from dayfly_gateway import cli_events, cli_workflows, show
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -580,6 +580,7 @@ def top(session: Session) -> None:
 cli.add_command(cli_events.events)
 cli.add_command(cli_events.trigger)
 cli.add_command(cli_events.secret)
+cli.add_command(cli_workflows.workflow)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from dayfly_pool.workflow.model import Condition
 from dayfly_pool.workflow.references import (
     Reference,
     Scope,
-    Unresolved,
     look_up,
     parse,
     substitute,
@@ -110,7 +109,9 @@ def _compiled(text: str) -> Any:
         raise BadInput("when: matches() is not for each of many: leave out all() or exists()")
     environment = cel.NewEnv(
         config=cel.NewEnvConfigFromYaml(_SUBSET),
-        variables={word: cel.Type.Map(cel.Type.STRING, cel.Type.DYN) for word in ("params", "steps")},
+        variables={
+            word: cel.Type.Map(cel.Type.STRING, cel.Type.DYN) for word in ("params", "steps")
+        },
     )
     try:
         compiled = environment.compile(text)
@@ -177,6 +178,3 @@ def _seen(references: Sequence[Reference], scope: Scope) -> dict[str, Mapping[st
             held = steps.setdefault(reference.name, {}).setdefault(reference.field, {})
             held[reference.key] = value
     return {"params": params, "steps": steps}
-
-
-__all__ = ["Expression", "Unresolved", "check_cel", "expression", "holds"]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
 from dayfly_pool.errors import BadInput
 from dayfly_pool.workflow.conditions import expression
@@ -23,7 +23,7 @@ from dayfly_pool.workflow.model import (
     TaskSpec,
     WorkflowSpec,
 )
-from dayfly_pool.workflow.references import Malformed, Reference, in_text, parse, texts, whole
+from dayfly_pool.workflow.references import Malformed, Reference, in_text, texts, whole
 from dayfly_pool.workflow.values import (
     BadDefinition,
     check_json,
@@ -40,7 +40,7 @@ INCLUDES_MAX: Final = 1_000
 SHOWN_OF_A_CYCLE: Final = 8
 
 
-class Graph(NamedTuple):
+class Graph(Struct, frozen=True):
     """A workflow that can be run: its steps by index, those that run finally behind the others.
 
     *order* has the steps (without those of finally) so that each comes after all that it needs.
@@ -320,14 +320,13 @@ class _Check:
             here = f"{path}.inputs.{name}"
             several = value if isinstance(value, list | tuple) else (value,)
             for item in several:
-                reference = self.whole(item, here)
-                kind = reference and self.takes_of(number, reference, here, bound)
-                if kind == "array" and reference and reference.field == "outputs":
-                    continue
-                if kind not in ("artifact", "any", "array"):
+                one = self.whole(item, here)
+                found = None if one is None else self.takes_of(number, one, here, bound)
+                is_list = found == "array" and one is not None and one.field != "results"
+                if found not in ("artifact", "any") and not is_list:
                     raise BadDefinition(
                         "an input is an artifact: $(steps.NAME.outputs.OUTPUT), or a parameter "
-                        f"of type artifact; this is {kind or 'plain text'}",
+                        f"of type artifact; this is {found or 'plain text'}",
                         here,
                     )
         return given
@@ -433,15 +432,15 @@ class _Check:
                     f"{meant(reference.key, source.outputs)}",
                     path,
                 )
-            kind: ParamType | None = "artifact"
+            kind: ParamType = "artifact"
+        elif reference.key not in source.results:
+            raise BadDefinition(
+                f"step {step.name!r} has no result {reference.key!r}"
+                f"{meant(reference.key, source.results)}",
+                path,
+            )
         else:
-            kind = source.results.get(reference.key)
-            if kind is None:
-                raise BadDefinition(
-                    f"step {step.name!r} has no result {reference.key!r}"
-                    f"{meant(reference.key, source.results)}",
-                    path,
-                )
+            kind = source.results[reference.key]
             if step.matrix is None:
                 _check_key(source.properties.get(reference.key), reference, path)
         if step.matrix is not None:
@@ -508,7 +507,9 @@ class _Check:
                 if is_whole and isinstance(value, str):
                     kind = "array" if of in ("array", "any") else of
             if kind != "array":
-                raise BadDefinition(f"a list is wanted, or a reference to one; this is {kind}", here)
+                raise BadDefinition(
+                    f"a list is wanted, or a reference to one; this is {kind}", here
+                )
         for place, row in enumerate(matrix.include):
             here = f"{path}.include[{place}]"
             check_json(row, here)
@@ -553,9 +554,7 @@ class _Check:
 
     # ---- what is declared elsewhere -------------------------------------------------------------
 
-    def of_a_task(
-        self, step: Step, given: Mapping[str, ParamType | None], path: str
-    ) -> None:
+    def of_a_task(self, step: Step, given: Mapping[str, ParamType | None], path: str) -> None:
         """That a task is there and is given what it asks for."""
         assert step.task is not None
         task = self.tasks.get(step.task)
@@ -563,7 +562,10 @@ class _Check:
             hint = meant(step.task, self.tasks)
             raise BadDefinition(f"there is no task {step.task!r}{hint}", f"{path}.task")
         self.arguments(step, task.params, given, path, f"task {step.task!r}")
-        pairs = (("inputs", step.inputs, task.inputs), ("workspaces", step.workspaces, task.workspaces))
+        pairs = (
+            ("inputs", step.inputs, task.inputs),
+            ("workspaces", step.workspaces, task.workspaces),
+        )
         for word, has, wanted in pairs:
             for name in has:
                 if name not in wanted:
@@ -574,12 +576,11 @@ class _Check:
             for name in wanted:
                 if name not in has:
                     raise BadDefinition(
-                        f"task {step.task!r} wants {word[:-1]} {name!r}: name it under `{word}`", path
+                        f"task {step.task!r} wants {word[:-1]} {name!r}: name it under `{word}`",
+                        path,
                     )
 
-    def of_a_workflow(
-        self, step: Step, given: Mapping[str, ParamType | None], path: str
-    ) -> None:
+    def of_a_workflow(self, step: Step, given: Mapping[str, ParamType | None], path: str) -> None:
         """The same for a nested workflow."""
         assert step.workflow is not None
         nested = self.workflows.get(step.workflow)
@@ -603,6 +604,7 @@ class _Check:
         several = set(step.matrix.params) if step.matrix else set()
         if step.matrix:
             several.update(name for row in step.matrix.include for name in row)
+        several -= step.inputs.keys()
         for name in (*given, *several):
             if name not in known:
                 where = "params" if name in given else "matrix"
@@ -657,7 +659,7 @@ def _check_key(properties: Mapping[str, Any] | None, reference: Reference, path:
 
 
 def _cycle(needs: Sequence[Sequence[int]], open_: Sequence[int]) -> list[int]:
-    """One of those that wait for one another, from a step back to itself: each runs before the next.
+    """One cycle, from a step back to itself: each would run before the next.
 
     Whoever is left over needs one that is left over, so walking along needs comes back.
     """
@@ -714,6 +716,46 @@ def _nested(
     return counted(spec, (name,))
 
 
+def in_order(spec: WorkflowSpec) -> list[Step]:
+    """The steps so that each comes after those that it names; else as they are written.
+
+    Nothing is checked: names that are not there, and cycles, are passed over.
+    """
+    index = {step.name: step for step in spec.steps}
+    done: dict[str, None] = {}
+    for step in spec.steps:
+        todo = [(step, iter(named_in(step)))]
+        begun = {step.name}
+        while todo:
+            at, names = todo[-1]
+            following = next((n for n in names if n in index and n not in begun), None)
+            if following is None or at.name in done:
+                done[at.name] = None
+                todo.pop()
+            elif following not in done:
+                begun.add(following)
+                todo.append((index[following], iter(named_in(index[following]))))
+    return [index[name] for name in done]
+
+
+def named_in(step: Step) -> list[str]:
+    """The steps that a step names."""
+    found = dict.fromkeys(step.run_after)
+    conditions = [(c.input, c.values) for c in step.when]
+    matrix = (step.matrix.params, step.matrix.include) if step.matrix is not None else ()
+    held = [step.params, step.inputs, conditions, matrix, step.script or "", step.command or ""]
+    for text in texts([*held, step.env]):
+        found |= {r.name: None for r in in_text(text, is_script=True) if r.root == "steps"}
+    for condition in step.when:
+        if condition.cel:
+            try:
+                taken = expression(condition.cel).references
+            except BadInput:
+                continue
+            found |= {r.name: None for r in taken if r.root == "steps"}
+    return list(found)
+
+
 # ---- matrices -----------------------------------------------------------------------------------
 
 
@@ -758,6 +800,3 @@ def combinations(
     if len(runs) + len(added) > most:
         raise BadInput(f"matrix: {len(runs) + len(added)} combinations, limit {most}")
     return runs + added
-
-
-__all__ = ["Graph", "check", "check_task", "combinations", "combinations_at_least", "parse"]

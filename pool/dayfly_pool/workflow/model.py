@@ -21,9 +21,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from dayfly_pool.declared import Model, Name, given
 from dayfly_pool.models import API_VERSION, Metadata, Network
 
-ParamType = Literal[
-    "string", "integer", "number", "boolean", "array", "object", "artifact", "any"
-]
+ParamType = Literal["string", "integer", "number", "boolean", "array", "object", "artifact", "any"]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")]
 """What parameters, results, outputs and workspaces are called."""
 
@@ -41,7 +39,15 @@ BODIES: Final = ("handler", "function", "script", "command", "task", "workflow",
 COMMAND_WORDS_MAX: Final = 10_000
 _DURATION: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|ns|d|h|m|s))+\Z")
 _PART: Final = re.compile(r"([\d.]+)(ms|us|ns|d|h|m|s)")
-_SECONDS: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_SECONDS: Final = {
+    "d": 86400.0,
+    "h": 3600.0,
+    "m": 60.0,
+    "s": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "ns": 1e-9,
+}
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -126,7 +132,11 @@ class Condition(Model, frozen=True):
 
 
 class Matrix(Model, frozen=True):
-    """One run of the step for each combination of *params*; *include* adds to them."""
+    """One run of the step for each combination of *params*; *include* adds to them.
+
+    The values of a combination are params of its run, but for those whose names the step has among
+    its inputs: these take them as `$(item.NAME)`. What the runs leave is a list, in their order.
+    """
 
     params: dict[Word, Any] = {}
     include: tuple[dict[Word, Any], ...] = ()
@@ -167,7 +177,7 @@ class Step(Model, frozen=True):
     name: Name
     handler: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     function: Name | None = None
-    script: Annotated[str, Meta(max_length=1 << 20)] | None = None
+    script: Annotated[str, Meta(min_length=1, max_length=1 << 20)] | None = None
     command: tuple[str, ...] | None = None
     task: Name | None = None
     workflow: Name | None = None
@@ -276,7 +286,7 @@ class TaskSpec(Model, frozen=True):
     workspaces: tuple[Word, ...] = ()
     handler: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     function: Name | None = None
-    script: Annotated[str, Meta(max_length=1 << 20)] | None = None
+    script: Annotated[str, Meta(min_length=1, max_length=1 << 20)] | None = None
     command: tuple[str, ...] | None = None
     environment: Annotated[str, Meta(max_length=64)] = "base"
     env: dict[str, str] = {}

@@ -25,11 +25,12 @@ WORDS: Final = re.compile(
     r"(\$?)\$\(((?:params|steps|tasks|finally|workspaces|item|run|retry|inputs|outputs|results"
     r"|context)(?:[.\[][^()$\s]{0,400})?)\)"
 )
-"""What may be a reference of ours, and whether it is escaped. `dayfly.steps` has the same."""
+"""What may be a reference of ours, and whether it is escaped. `dayfly.graphs` has the same."""
 
 _PIECE: Final = re.compile(
     r"""\.([A-Za-z0-9_][A-Za-z0-9_-]{0,255})|\[(?:(\d{1,9})|(\*)|"([^"]{1,255})"|'([^']{1,255})')\]"""
 )
+_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")
 _RUN: Final = frozenset({"id", "name", "namespace", "workflow"})
 _CONTEXT: Final = {
     "pipelineRun.name": "run.name",
@@ -59,8 +60,8 @@ class Reference(NamedTuple):
     """One reference, taken apart.
 
     *name* is the parameter, step, workspace, input or field of `run` that is meant, empty for
-    `$(steps.status)` and `$(item)`; *field* is `results`, `outputs` or `status` of a step; *key* the
-    result or output; *tail* what is taken of the value; with *is_star* it is `[*]`, all of a list.
+    `$(steps.status)` and `$(item)`; *field* is `results`, `outputs` or `status` of a step; *key*
+    the result or output; *tail* what is taken of the value; *is_star* `[*]`, all of a list.
     """
 
     root: Root
@@ -69,14 +70,13 @@ class Reference(NamedTuple):
     key: str = ""
     tail: tuple[str | int, ...] = ()
     is_star: bool = False
-    is_finally: bool = False
 
     def __str__(self) -> str:
         named = [part for part in (self.root, self.name, self.field, self.key) if part]
         if self.root in ("workspaces", "inputs", "outputs", "results"):
             named.append("path")
         tail = "".join(
-            f"[{p}]" if isinstance(p, int) else f".{p}" if p.isidentifier() else f'["{p}"]'
+            f"[{p}]" if isinstance(p, int) else f".{p}" if _KEY.match(p) else f'["{p}"]'
             for p in self.tail
         )
         return f"$({'.'.join(named)}{tail}{'[*]' if self.is_star else ''})"
@@ -111,7 +111,8 @@ class StepEnd(Struct, frozen=True):
 class Scope(Struct, frozen=True):
     """What references stand for where they are replaced.
 
-    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *status* is that of all steps.
+    *workspaces*, *inputs*, *outputs* and *results* are paths by name; *item* is the combination of
+    a matrix that runs (`$(item)` is its value, if it has one); *status* is that of all steps.
     """
 
     params: Mapping[str, Any] = {}
@@ -145,7 +146,8 @@ def parse(text: str) -> Reference | None:
         word, index, star, *quoted = piece.groups()
         pieces.append(None if star else int(index) if index else word or quoted[0] or quoted[1])
         at = piece.end()
-    is_finally, root = root == "finally", "steps" if root in ("tasks", "finally") else root
+    if root in ("tasks", "finally"):
+        root = "steps"
     if root not in _FORMS:
         return None
     found = None
@@ -154,7 +156,7 @@ def parse(text: str) -> Reference | None:
         found = _reference(root, [p for p in pieces if p is not None], is_star)
     if found is None:
         raise Malformed(f"$({text[:200]}) is no reference: write {_FORMS[root]}")
-    return found._replace(is_finally=is_finally)
+    return found
 
 
 def _reference(root: Any, pieces: Sequence[str | int], is_star: bool) -> Reference | None:
@@ -169,7 +171,9 @@ def _reference(root: Any, pieces: Sequence[str | int], is_star: bool) -> Referen
             return Reference(root, name, "status")
         case "steps", ["status"] if not is_star:
             return Reference(root, field="status")
-        case ("workspaces" | "inputs" | "outputs" | "results"), [str(name), "path"] if not is_star:
+        case (("workspaces" | "inputs" | "outputs" | "results"), [str(name), "path"]) if (
+            not is_star
+        ):
             return Reference(root, name)
         case "run", [str(name)] if name in _RUN and not is_star:
             return Reference(root, name)
@@ -231,6 +235,8 @@ def look_up(reference: Reference, scope: Scope) -> Any:
             value = _of_a_step(reference, scope)
         case "item":
             value = scope.item
+            if not reference.tail and isinstance(value, Mapping) and len(value) == 1:
+                (value,) = value.values()
         case root:
             held: Mapping[str, Any] = getattr(scope, root)
             if reference.name not in held:
@@ -357,9 +363,7 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def arguments(
-    command: Sequence[str], scope: Scope, bytes_max: int = VALUES_BYTES_MAX
-) -> list[str]:
+def arguments(command: Sequence[str], scope: Scope, bytes_max: int = VALUES_BYTES_MAX) -> list[str]:
     """A command's words; one that is a whole list stands for its items."""
     room = _Room(bytes_max)
     words: list[str] = []

@@ -1,8 +1,8 @@
 """What people write, as the model has it: Tekton's shapes are taken where they mean the same.
 
-Lists of `{name, value}` are mappings, `taskRef` is a task, an inline `taskSpec` the step's own body.
-What of Tekton is not here is refused with what to use instead. JSON values in and out; nothing is
-checked that the model checks.
+Lists of `{name, value}` are mappings, `taskRef` is a task, an inline `taskSpec` the step's own
+body. What of Tekton is not here is refused with what to use instead. JSON values in and out;
+nothing is checked that the model checks.
 """
 
 from collections.abc import Callable, Mapping
@@ -94,7 +94,9 @@ def _list(value: Any, path: str) -> list[Any]:
 
 
 def _called(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}
+    if value is None:
+        return "nothing"
+    names: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -149,7 +151,8 @@ def _declared(value: Any, path: str) -> Any:
     for number, item in enumerate(value):
         each = _map({"name": item} if isinstance(item, str) else item, f"{path}[{number}]")
         if "type" not in each:
-            guess = {list: "array", dict: "object"}.get(type(each.get("default")))
+            shapes: dict[type, str] = {list: "array", dict: "object"}
+            guess = shapes.get(type(each.get("default")))
             if guess := guess or ("object" if each.get("properties") else None):
                 each["type"] = guess
         check_json(each, f"{path}[{number}]")
@@ -160,7 +163,11 @@ def _declared(value: Any, path: str) -> Any:
 def _outputs(value: Any, path: str) -> Any:
     if isinstance(value, dict):
         return [{"name": k, "path": v or ""} for k, v in value.items()]
-    return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+    return (
+        [{"name": v} if isinstance(v, str) else v for v in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _when(value: Any, path: str) -> Any:
@@ -246,6 +253,8 @@ def _step(value: Any, path: str) -> dict[str, Any]:
         step["results"] = _declared(step["results"], f"{path}.results")
     if "outputs" in step:
         step["outputs"] = _outputs(step["outputs"], f"{path}.outputs")
+    if isinstance(after := step.get("runAfter"), list) and all(isinstance(n, str) for n in after):
+        step["runAfter"] = list(dict.fromkeys(after))
     if step.get("timeout") in ("0", "0s", "0h0m0s"):  # Tekton's word for none
         del step["timeout"]
     for word in ("retries", "timeout"):

@@ -107,7 +107,9 @@ def json_bytes(value: Any) -> int:
     return len(msgspec.json.encode(value))
 
 
-def bind(params: Sequence[Param], given: Mapping[str, Any], path: str = "$.params") -> dict[str, Any]:
+def bind(
+    params: Sequence[Param], given: Mapping[str, Any], path: str = "$.params"
+) -> dict[str, Any]:
     """All parameters with their values, from those that are *given* and the defaults.
 
     An object's default fills up what is given, as in Tekton. Raises `BadDefinition`.
