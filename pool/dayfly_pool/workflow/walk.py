@@ -343,7 +343,7 @@ class Walk:
         if not total:
             self._skip(node, EMPTY)
             return
-        self.words.given(node)  # what is missing for all concerns the step, not its instances
+        self.words.check_common(node)
         self._reserve(node, total - 1)
         node.fan = Fan(total)
         node.move(Phase.OPEN)

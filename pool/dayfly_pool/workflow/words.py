@@ -179,6 +179,11 @@ class Words:
         own = {name: value for name, value in item.items() if name not in step.inputs}
         return params | own, inputs, item
 
+    def check_common(self, node: Node) -> None:
+        """Raise what all instances of a matrix would: it concerns the step, not each of them."""
+        if self.plan_of(self._nodes[node.owner]).uses(node.place).is_common:
+            self.given(node)
+
     def nested(self, node: Node) -> tuple[Plan, dict[str, Any], dict[str, str]]:
         """Plan, params and workspaces of a nested workflow. Raises `BadInput`."""
         step, owner = self.step_of(node), self._nodes[node.owner]
