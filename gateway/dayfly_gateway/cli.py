@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from dayfly_gateway import cli_events, cli_jobs, show
+from dayfly_gateway import cli_events, cli_jobs, cli_workflows, show
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -577,6 +577,7 @@ cli.add_command(cli_events.trigger)
 cli.add_command(cli_events.secret)
 cli.add_command(cli_jobs.job)
 cli.add_command(cli_jobs.queue)
+cli.add_command(cli_workflows.workflow)
 
 
 def main() -> None:

@@ -246,8 +246,11 @@ class Document(NamedTuple):
         return BadInput(_explained(message, place))
 
 
-def read(text: str, file: str) -> Iterator[Document]:
-    """The documents of a manifest file; empty ones are left out. Raises `BadInput`."""
+def read(text: str, file: str, kinds: Sequence[str] = KINDS) -> Iterator[Document]:
+    """The documents of a manifest file, each of one of *kinds*; empty ones are left out.
+
+    Raises `BadInput`.
+    """
     loader = yaml.SafeLoader(text)
     try:
         number = 0
@@ -258,8 +261,8 @@ def read(text: str, file: str) -> Iterator[Document]:
             if value is None:
                 continue
             document = Document(file, number, node, value if isinstance(value, dict) else {})
-            if document.kind not in KINDS:
-                known = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
+            if document.kind not in kinds:
+                known = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
                 raise document.refused(
                     f"{document.kind!r} is unknown; there are {known} - at `$.kind`"
                 )

@@ -1,7 +1,81 @@
-"""What user code may import from Dayfly: its context, and hooks for being forked."""
+"""What user code may import from Dayfly: its context, hooks for being forked, and workflows.
+
+What workflows are made of is imported when it is asked for: a plain function does not pay for it.
+"""
 
 from dayfly.context import Context
 from dayfly.hooks import after_fork, before_zygote
 
-__all__ = ["Context", "__version__", "after_fork", "before_zygote"]
+TYPE_CHECKING = False  # see `record`
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dayfly.graphs import (
+        approval,
+        callback,
+        cel,
+        command,
+        each,
+        finally_,
+        function,
+        handler,
+        in_,
+        nested,
+        param,
+        script,
+        sleep,
+        status,
+        task,
+        text,
+        workspace,
+    )
+    from dayfly.steps import File, Folder, GraphError, Workspace, out, step, workflow
+
+_LATER = dict.fromkeys(
+    ("File", "Folder", "GraphError", "Workspace", "out", "step", "workflow"), "dayfly.steps"
+) | dict.fromkeys(
+    ("approval", "callback", "cel", "command", "each", "finally_", "function", "handler", "in_",
+     "nested", "param", "script", "sleep", "status", "task", "text", "workspace"),
+    "dayfly.graphs",
+)  # fmt: skip
+
+__all__ = [
+    "Context",
+    "File",
+    "Folder",
+    "GraphError",
+    "Workspace",
+    "__version__",
+    "after_fork",
+    "approval",
+    "before_zygote",
+    "callback",
+    "cel",
+    "command",
+    "each",
+    "finally_",
+    "function",
+    "handler",
+    "in_",
+    "nested",
+    "out",
+    "param",
+    "script",
+    "sleep",
+    "status",
+    "step",
+    "task",
+    "text",
+    "workflow",
+    "workspace",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> "Any":
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return found
