@@ -72,6 +72,24 @@ class JobNotFound(PlatformError):
     status = 404
 
 
+class WorkflowNotFound(PlatformError):
+    """There is no such workflow, or none of what it refers to.
+
+    `dayfly workflow list` shows those there are; `dayfly workflow deploy FILE` declares one.
+    """
+
+    status = 404
+
+
+class RunNotFound(PlatformError):
+    """There is no such run.
+
+    `dayfly run list` shows them; `dayfly run start WORKFLOW` begins one.
+    """
+
+    status = 404
+
+
 class QueueNotFound(PlatformError):
     """Nothing is declared of such a queue.
 

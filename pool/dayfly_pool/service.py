@@ -31,6 +31,7 @@ from dayfly_pool.errors import (
     PackageDamaged,
     PlatformError,
     TriggerNotFound,
+    WorkflowNotFound,
 )
 from dayfly_pool.events import Events, Tell, nobody
 from dayfly_pool.journal import Journals, Keep
@@ -60,6 +61,10 @@ from dayfly_pool.store.sqlite import (
     StoredTrigger,
 )
 from dayfly_pool.stores import journals_of
+from dayfly_pool.workflow import graph
+from dayfly_pool.workflow.bodies import Body, identity
+from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
+from dayfly_pool.workflow.runs import Runs
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
@@ -96,6 +101,10 @@ class Service:
         self.pool: Pool
         self.journals: Journals
         self.jobs: Jobs
+        self.runs: Runs
+        self.workflows: dict[tuple[str, str], WorkflowSpec] = {}
+        self.tasks: dict[tuple[str, str], TaskSpec] = {}
+        self._empty_package = ""
         self.events: Events
         self.event_metrics: EventMetrics
         self.packages: PackageStore
@@ -127,12 +136,24 @@ class Service:
                     keep_for=Keep(over_s=KEPT_S),
                 )
                 self.jobs = Jobs(self.pool, self.journals, self._prepare_job, machine(config))
+                self.runs = Runs(
+                    self.pool,
+                    self.journals,
+                    self._prepare_step,
+                    self.workflows,
+                    self.tasks,
+                    lambda: self._empty_package,
+                )
                 JobMetrics(self.jobs, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
                     async with self.journals.running():
                         await self._drop_packages()
-                        async with self.events.running(), self.jobs.running():
+                        async with (
+                            self.events.running(),
+                            self.jobs.running(),
+                            self.runs.running(),
+                        ):
                             yield self
             finally:
                 await self._declarations.close()
@@ -152,7 +173,7 @@ class Service:
         else:
             function = FunctionSpec(
                 handler=COMMAND,
-                package=spec.package or await self.put_package(EMPTY_PACKAGE),
+                package=spec.package or self._empty_package,
                 environment=spec.environment,
                 env=spec.env,
                 network=spec.network,
@@ -198,6 +219,12 @@ class Service:
         for namespace, name, content in await self._declarations.specs("Queue"):
             spec = self.queues[namespace, name] = msgspec.json.decode(content, type=QueueSpec)
             self.jobs.set_queue(f"{namespace}/{name}", spec)
+        for namespace, name, content in await self._declarations.specs("Workflow"):
+            flow = msgspec.json.decode(content, type=WorkflowSpec)
+            self.workflows[namespace, name] = flow
+        for namespace, name, content in await self._declarations.specs("Task"):
+            self.tasks[namespace, name] = msgspec.json.decode(content, type=TaskSpec)
+        self._empty_package = await self.put_package(EMPTY_PACKAGE)
         for trigger in await self._declarations.triggers():
             self.triggers[trigger.namespace, trigger.name] = trigger
         for stored in await self._declarations.functions():
@@ -212,7 +239,9 @@ class Service:
     async def _drop_packages(self) -> None:
         """Remove those that no function and no job needs any more."""
         used = {stored.spec.package for stored in self.functions.values()}
-        used |= await self.jobs.packages()
+        used |= await self.jobs.packages() | await self.runs.packages()
+        used |= {spec.package for spec in self.workflows.values()}
+        used |= {spec.package for spec in self.tasks.values()}
         for digest in self.packages.digests():
             if digest not in used:
                 await asyncio.to_thread(self.packages.remove, digest)
@@ -221,6 +250,7 @@ class Service:
         """Let end what is under way, and start nothing more; False when some did not in time."""
         self.events.queue.hold()
         self.jobs.hold()
+        self.runs.hold()
         return await self.pool.drain(timeout_s)
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -373,6 +403,74 @@ class Service:
             if (where, name) in self.environments:
                 return self.environments[where, name].environment
         raise EnvironmentNotFound(f"no environment {name!r} in namespace {namespace!r}")
+
+    # ---- workflows ----------------------------------------------------------------------------
+
+    async def set_workflow(self, namespace: str, name: str, spec: WorkflowSpec) -> None:
+        """Declare a workflow; runs that have begun go on as they were.
+
+        Raises `BadInput`, and then changes nothing.
+        """
+        spec = msgspec.structs.replace(spec, source=None)
+        if spec.package:
+            await self._check_package(spec.package)
+        elif any(step.handler is not None for step in (*spec.steps, *spec.finally_)):
+            raise BadInput("spec.package is missing: use `dayfly workflow deploy` for handlers")
+        async with self._changing:
+            there = {n: flow for (where, n), flow in self.workflows.items() if where == namespace}
+            tasks = {n: task for (where, n), task in self.tasks.items() if where == namespace}
+            await asyncio.to_thread(graph.check, spec, tasks, there | {name: spec}, name)
+            content = msgspec.json.encode(spec)
+            await self._declarations.save_spec("Workflow", namespace, name, content)
+            self.workflows[namespace, name] = spec
+
+    async def delete_workflow(self, namespace: str, name: str) -> None:
+        """Forget a workflow; its runs go on. Raises `WorkflowNotFound`."""
+        async with self._changing:
+            if self.workflows.pop((namespace, name), None) is None:
+                raise WorkflowNotFound(f"no workflow {namespace}/{name}")
+            await self._declarations.delete_spec("Workflow", namespace, name)
+
+    async def set_task(self, namespace: str, name: str, spec: TaskSpec) -> None:
+        """Declare a task. Raises `BadInput`, and then changes nothing."""
+        spec = msgspec.structs.replace(spec, source=None)
+        if spec.package:
+            await self._check_package(spec.package)
+        graph.check_task(spec)
+        async with self._changing:
+            await self._declarations.save_spec("Task", namespace, name, msgspec.json.encode(spec))
+            self.tasks[namespace, name] = spec
+
+    async def delete_task(self, namespace: str, name: str) -> None:
+        """Forget a task that no workflow uses. Raises `WorkflowNotFound`, `BadInput`."""
+        async with self._changing:
+            if (namespace, name) not in self.tasks:
+                raise WorkflowNotFound(f"no task {namespace}/{name}")
+            users = [
+                n
+                for (where, n), flow in self.workflows.items()
+                if where == namespace
+                and any(step.task == name for step in (*flow.steps, *flow.finally_))
+            ]
+            if users:
+                raise BadInput(f"task {name!r} is used by {', '.join(sorted(users)[:5])}")
+            await self._declarations.delete_spec("Task", namespace, name)
+            del self.tasks[namespace, name]
+
+    def _prepare_step(self, namespace: str, label: str, body: Body) -> FunctionId:
+        """Have the pool know the function that a step is."""
+        if body.spec is None:
+            id_ = function_id(namespace, body.function)
+            if id_ not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}: deploy it first")
+            return id_
+        environment = self._environment(namespace, body.spec.environment)
+        named = FunctionId(identity(namespace, label, body.spec, environment.digest))
+        if named not in self.pool.state.functions:
+            self.packages.path(body.spec.package)
+            mold = self._mold(environment, namespace, body.spec.network, body.spec.isolation)
+            self.pool.deploy(Function(named, "1", body.spec, mold), environment)
+        return named
 
     # ---- triggers -----------------------------------------------------------------------------
 

@@ -33,6 +33,9 @@ def run(event: dict[str, Any], context: Context) -> Any:
     item = event.get("item")
     result, given = f"{FOLDER}/.dayfly-result", "/dev/null"
     _remove(result)
+    for path in (event.get("results") or {}).values():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _remove(path)
     if item is not None:
         import json
 
@@ -46,13 +49,18 @@ def run(event: dict[str, Any], context: Context) -> Any:
         _refuse(NOT_FOUND, f"there is no command {command[0]!r} in this environment")
     except OSError as error:
         _refuse(NOT_EXECUTABLE, f"{command[0]!r} cannot be run: {error.strerror}")
+    paths = event.get("results") or {}
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         raise Exit(128 - code, f"killed by signal {-code}")
     if code:
         raise Exit(code, f"exit code {code}")
-    return _result(result)
+    value = _result(result)
+    if not paths:
+        return value
+    written = {name: text for name, path in paths.items() if (text := _text(path)) is not None}
+    return {"result": value, "results": written}
 
 
 def _script(text: str) -> list[str]:
@@ -68,14 +76,27 @@ def _script(text: str) -> list[str]:
     return [interpreter, *([argument.strip()] if argument.strip() else []), path]
 
 
-def _result(path: str) -> Any:
+def _read(path: str) -> bytes | None:
+    """What a process wrote there; None if it did not. A link is its own business."""
     try:
         with open(path, "rb") as file:
             data = file.read(RESULT_BYTES_MAX + 1)
-    except FileNotFoundError:
+    except OSError:
         return None
     if len(data) > RESULT_BYTES_MAX:
         _refuse(1, f"the result is over {RESULT_BYTES_MAX} bytes")
+    return data
+
+
+def _text(path: str) -> str | None:
+    data = _read(path)
+    return None if data is None else data.decode(errors="replace")
+
+
+def _result(path: str) -> Any:
+    data = _read(path)
+    if data is None:
+        return None
     import json
 
     try:
