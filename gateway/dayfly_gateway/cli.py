@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from dayfly_gateway import cli_events, cli_jobs, cli_workflows, show
+from dayfly_gateway import cli_events, cli_jobs, cli_runs, cli_workflows, show
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -339,7 +339,7 @@ def _manifests(file: str, namespace: str) -> list[Any]:
 
 def _show_applied(views: Sequence[dict[str, Any]]) -> None:
     for view in views:
-        metadata, status = view["metadata"], view["status"]
+        metadata, status = view["metadata"], view.get("status", {})
         match view["kind"]:
             case "Function":
                 what = f"version {status['version']}"
@@ -347,6 +347,10 @@ def _show_applied(views: Sequence[dict[str, Any]]) -> None:
                 what = status["digest"][:12]
             case "Queue":
                 what = f"weight {view['spec']['weight']:g}"
+            case "Workflow":
+                what = f"{status['steps']} steps"
+            case "Task":
+                what = ""
             case "Job":
                 what = f"{status['total']} tasks"
             case _:
@@ -578,6 +582,7 @@ cli.add_command(cli_events.secret)
 cli.add_command(cli_jobs.job)
 cli.add_command(cli_jobs.queue)
 cli.add_command(cli_workflows.workflow)
+cli.add_command(cli_runs.run)
 
 
 def main() -> None:

@@ -210,6 +210,44 @@ class Client:
                 if line.startswith(b"data: "):
                     yield _mapping(json.loads(line[6:]))
 
+    def workflows(self) -> list[dict[str, Any]]:
+        """Every workflow."""
+        return self._listed("/workflows")
+
+    def put_spec(
+        self, namespace: str, kind: str, name: str, spec: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Declare something that has nothing but a spec; *kind* is in the plural."""
+        return self._document("PUT", _path(namespace, kind, name), json.dumps(spec).encode())
+
+    def start_run(self, namespace: str, workflow: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin a run."""
+        path = _path(namespace, "workflows", workflow) + "/runs"
+        return self._document("POST", path, json.dumps(wanted).encode())
+
+    def runs(self, **which: str) -> list[dict[str, Any]]:
+        """A page of runs, the newest first."""
+        return self._listed(f"/runs?{urlencode(which)}")
+
+    def run(self, namespace: str, name: str, *, is_brief: bool = False) -> dict[str, Any]:
+        """One run; if *is_brief*, without its steps."""
+        path = _path(namespace, "runs", name)
+        return self._document("GET", f"{path}?brief=1" if is_brief else path)
+
+    def cancel_run(self, namespace: str, name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """End a run."""
+        path = _path(namespace, "runs", name) + "/cancel"
+        return self._document("POST", path, json.dumps(wanted).encode())
+
+    def retry_run(self, namespace: str, name: str) -> dict[str, Any]:
+        """Begin another one, with what succeeded in this."""
+        return self._document("POST", _path(namespace, "runs", name) + "/retry")
+
+    def decide(self, namespace: str, name: str, decision: Mapping[str, Any]) -> None:
+        """Approve or refuse."""
+        path = _path(namespace, "runs", name) + "/decisions"
+        self.call("POST", path, json.dumps(decision).encode())
+
     def queues(self) -> list[dict[str, Any]]:
         """Every queue."""
         return self._listed("/queues")

@@ -18,6 +18,7 @@ from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.jobs import JobsPlane
 from dayfly_gateway.queues import QueuesPlane
+from dayfly_gateway.runs import RunsPlane
 from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool.batch.job import function_of
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
@@ -89,6 +90,7 @@ class Management:
                 web.get("/namespaces/{namespace}/jobs/{name}/logs", self._job_logs),
                 *JobsPlane(self._service, self._config).routes(),
                 *QueuesPlane(self._service, self._config).routes(),
+                *RunsPlane(self._service, self._config).routes(),
                 web.post(f"{function}/redrive", self._redrive),
                 web.get("/events", self._events),
                 web.get("/events/{id}", self._event),

@@ -23,14 +23,16 @@ from dayfly_pool.models import (
     Metadata,
     TriggerManifest,
 )
+from dayfly_pool.workflow.model import TaskManifest, WorkflowManifest, plain
+from dayfly_pool.workflow.shapes import task_of, workflow_of
 
 MANIFEST_FILE: Final = "dayfly.yaml"
 REQUIREMENTS_FILE: Final = "requirements.txt"
 MODULES: Final = ("main", "handler", "app", "lambda_function", "function")
 """Where a folder's handler is looked for, in this order; else in its only module."""
 HANDLERS: Final = ("handler", "lambda_handler", "main")
-Declared = Manifest | QueueManifest | JobManifest
-KINDS: Final = ("Function", "Environment", "Trigger", "Queue", "Job")
+Declared = Manifest | QueueManifest | TaskManifest | WorkflowManifest | JobManifest
+KINDS: Final = ("Function", "Environment", "Trigger", "Queue", "Task", "Workflow", "Job")
 
 
 class Plan(NamedTuple):
@@ -39,6 +41,13 @@ class Plan(NamedTuple):
     manifest: FunctionManifest
     source: Path | None
     environment: EnvironmentManifest | None = None
+
+
+class FlowPlan(NamedTuple):
+    """A workflow or task to be declared: *source* is packed and uploaded first."""
+
+    manifest: WorkflowManifest | TaskManifest
+    source: Path | None
 
 
 class JobPlan(NamedTuple):
@@ -276,7 +285,7 @@ def read(text: str, file: str, kinds: Sequence[str] = KINDS) -> Iterator[Documen
         loader.dispose()
 
 
-Applied = Plan | EnvironmentManifest | TriggerManifest | QueueManifest | JobPlan
+Applied = Plan | EnvironmentManifest | TriggerManifest | QueueManifest | FlowPlan | JobPlan
 
 
 def job_in(file: Path, namespace: str) -> tuple[str, dict[str, Any], Path | None]:
@@ -303,11 +312,15 @@ def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
 def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     metadata = {"namespace": namespace, **document.section("metadata")}
     spec = document.section("spec")
+    if document.kind in ("Workflow", "Task"):
+        spec = _shaped(document, spec)
     if document.kind != "Function":
         manifest = document.converted({"metadata": metadata, "spec": spec})
         assert not isinstance(manifest, FunctionManifest)
         if isinstance(manifest, JobManifest):
-            return JobPlan(manifest, _job_source(document, spec, folder))
+            return JobPlan(manifest, _own_source(document, spec, folder))
+        if isinstance(manifest, TaskManifest | WorkflowManifest):
+            return FlowPlan(manifest, _own_source(document, spec, folder))
         return manifest
     source = _source(document, spec, folder)
     if source is not None and "handler" not in spec:
@@ -320,7 +333,16 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     return Plan(manifest, source, own)
 
 
-def _job_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
+def _shaped(document: Document, spec: dict[str, Any]) -> dict[str, Any]:
+    """As we write it, however it was written: Tekton's shapes are known."""
+    try:
+        found = workflow_of(spec) if document.kind == "Workflow" else task_of(spec)
+    except BadInput as error:
+        raise document.refused(f"{error.detail} - at `$.spec`") from None
+    return plain(found)
+
+
+def _own_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
     given = spec.get("source")
     if given is None:
         return None

@@ -328,7 +328,18 @@ def tasks(name: str) -> "Iterator[Callable[[Mapping[str, Any]], None]]":
         yield moved
 
 
-STATE_COLOURS: Final = {"Complete": "green", "Failed": "red", "Cancelled": "yellow"}
+STATE_COLOURS: Final = {
+    "Complete": "green",
+    "Completed": "green",
+    "Succeeded": "green",
+    "succeeded": "green",
+    "Failed": "red",
+    "failed": "red",
+    "TimedOut": "red",
+    "Cancelled": "yellow",
+    "cancelled": "yellow",
+    "running": "cyan",
+}
 
 
 def state(text: str) -> str:
