@@ -126,12 +126,13 @@ class RunsPlane:
     async def _run(self, request: web.Request) -> web.Response:
         info = request.match_info
         runs = self._service.runs
+        if "brief" in request.query:
+            return answers.json(_listed(*await runs.brief(info["namespace"], info["name"])))
         view = await runs.get(info["namespace"], info["name"])
-        shown = _listed(view.journal, view.status)
-        if "brief" not in request.query:
-            engine = await runs.engine(view)
-            shown["tree"] = msgspec.to_builtins(engine.tree())
-            shown["expected"] = [
+        engine = await runs.engine(view)
+        shown = _listed(view.journal, view.status) | {
+            "tree": msgspec.to_builtins(engine.tree()),
+            "expected": [
                 {
                     "key": each.key,
                     "kind": each.kind,
@@ -141,7 +142,8 @@ class RunsPlane:
                     else None,
                 }
                 for each in runs.expected(view)
-            ]
+            ],
+        }
         return answers.json(shown)
 
     async def _delete_run(self, request: web.Request) -> web.Response:

@@ -457,7 +457,7 @@ class Service:
             await self._declarations.delete_spec("Task", namespace, name)
             del self.tasks[namespace, name]
 
-    def _prepare_step(self, namespace: str, label: str, body: Body) -> FunctionId:
+    def _prepare_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
         """Have the pool know the function that a step is."""
         if body.spec is None:
             id_ = function_id(namespace, body.function)
@@ -465,7 +465,7 @@ class Service:
                 raise FunctionNotFound(f"no function {id_!r}: deploy it first")
             return id_
         environment = self._environment(namespace, body.spec.environment)
-        named = FunctionId(identity(namespace, label, body.spec, environment.digest))
+        named = FunctionId(identity(namespace, workflow, body, environment.digest))
         if named not in self.pool.state.functions:
             self.packages.path(body.spec.package)
             mold = self._mold(environment, namespace, body.spec.network, body.spec.isolation)

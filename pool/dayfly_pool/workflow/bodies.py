@@ -26,6 +26,9 @@ class Body(Struct, frozen=True):
     event: bytes
     function: str = ""
     spec: FunctionSpec | None = None
+    script: str = ""
+    """What is not the same is not run in the same sandbox."""
+
     timeout_s: float = TIMEOUT_S
 
 
@@ -50,13 +53,17 @@ def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
         keep_alive_seconds=KEEP_ALIVE_S,
     )
     event = given if does.handler is not None else _command(does, given, scope)
-    return Body(msgspec.json.encode(event), spec=spec)
+    script = does.script or "\0".join(does.command or ())
+    return Body(msgspec.json.encode(event), spec=spec, script=script)
 
 
-def identity(namespace: str, label: str, spec: FunctionSpec, environment: str) -> str:
+def identity(namespace: str, workflow: str, body: Body, environment: str) -> str:
     """What the pool calls it: the same for all that may share sandboxes."""
-    whole = msgspec.json.encode([namespace, label, spec, environment], order="deterministic")
-    return f"{namespace}/{label}.{hashlib.sha256(whole).hexdigest()[:16]}"
+    spec = body.spec
+    assert spec is not None
+    whole = msgspec.json.encode([spec, body.script, environment], order="deterministic")
+    what = "script" if spec.handler == COMMAND else spec.handler.rpartition(":")[2]
+    return f"{namespace}/{workflow}.{what}.{hashlib.sha256(whole).hexdigest()[:16]}"
 
 
 def results_of(invoke: Invoke, returned: Any) -> dict[str, Any]:

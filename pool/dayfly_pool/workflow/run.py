@@ -73,7 +73,7 @@ RunState = Literal[
     "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
 ]
 Prepare = Callable[[str, str, Body], FunctionId]
-"""Have the pool know a step's function: (namespace, label, body). Raises `PlatformError`."""
+"""Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
 
 
 class StoredRun(Struct, frozen=True, kw_only=True):
@@ -417,8 +417,8 @@ class LiveRun:
         workflow = definition.workflows[invoke.workflow] if invoke.workflow else definition.root
         try:
             body = bodies.body_of(invoke, workflow, self._empty_package)
-            label = f"{self.stored.workflow}.{invoke.step.name}"
-            function = self._prepare(self.namespace, label, body)
+            name = invoke.workflow or self.stored.workflow
+            function = self._prepare(self.namespace, name, body)
             self.functions.add(function)
             invocation = Invocation(
                 id=self._invocation(invoke.key, invoke.attempt),

@@ -187,11 +187,15 @@ class Runs:
 
     async def get(self, namespace: str, name: str) -> View:
         """One run. Raises `RunNotFound`."""
+        journal, status = await self.brief(namespace, name)
+        return View(journal, msgspec.json.decode(journal.spec, type=StoredRun), status)
+
+    async def brief(self, namespace: str, name: str) -> tuple[Journal, RunStatus]:
+        """How far a run is. Raises `RunNotFound`."""
         journal = await self._journals.store.find("run", namespace, name)
         if journal is None:
             raise RunNotFound(f"no run {namespace}/{name}")
-        stored = msgspec.json.decode(journal.spec, type=StoredRun)
-        return View(journal, stored, self._status(journal))
+        return journal, self._status(journal)
 
     async def page(
         self, namespace: str | None, limit: int, before: JournalId | None
@@ -310,8 +314,8 @@ class Runs:
         live.hear(wish)
         return True
 
-    def _prepared(self, namespace: str, label: str, body: Body) -> FunctionId:
-        id_ = self._prepare(namespace, label, body)
+    def _prepared(self, namespace: str, workflow: str, body: Body) -> FunctionId:
+        id_ = self._prepare(namespace, workflow, body)
         if not body.function:
             self._used[id_] = time.monotonic()
         return id_
