@@ -264,6 +264,14 @@ def test_a_strict_queue_lets_nothing_go_before_its_first():
     assert machine.end("first") == [Grant("large", 1)]
 
 
+def test_who_runs_and_wants_more_blocks_nobody_in_a_strict_queue():
+    machine = Machine(cpus(4) | {"gpu": 1})
+    machine.queue("a", spec(strategy="strictFIFO"))
+    machine.submit(ask("1", count=2, request={"gpu": 1}))
+
+    assert machine.submit(ask("2")) == [Grant("2", 1)]
+
+
 def test_what_can_never_fit_blocks_nobody():
     """Also in a strict queue, or one mistake would be the end of it."""
     machine = Machine(cpus(2))
@@ -312,6 +320,29 @@ def test_a_burst_does_not_win_before_the_next_sample():
         machine.submit(ask(f"theirs{n}", owner="theirs", submitted_at=10 + n))
 
     assert set(granted(machine.finish("block"))) == {"mine0", "mine1", "theirs0", "theirs1"}
+
+
+def test_what_a_single_owner_has_used_does_not_matter():
+    """Also if there was another just now."""
+    machine = Machine(cpus(4))
+    machine.submit(ask("block", owner="me", count=4))
+    machine.submit(ask("old", owner="me", submitted_at=1, request=cpus(2)))
+    machine.submit(ask("theirs", owner="you", submitted_at=2))
+    machine.finish("theirs")
+    machine.submit(ask("new", owner="me", submitted_at=3, request=cpus(3)))
+
+    assert machine.finish("block") == [Grant("old", 1)]
+
+
+def test_a_job_that_changes_its_mind_all_the_time_leaves_nothing_behind():
+    machine = Machine(cpus(1))
+    for id_ in ("running", "first", "other"):
+        machine.submit(ask(id_))
+    for n in range(1000):
+        machine.policy.change("other", NOW, priority=-n)
+    (line,) = (line for queue in machine.policy._queues.values() for line in queue.lines())
+
+    assert len(line.heap) < 50
 
 
 # ---- quotas and borrowing -----------------------------------------------------------------------
@@ -454,6 +485,30 @@ def test_growing_never_swings_a_share_past_the_others():
     assert (machine.may["1"], machine.policy.why("2").split(":")[0]) == (3, "machine")
 
 
+def test_growing_never_leaves_the_others_less():
+    """3 of 6 would be less than 4, but 2 is what the other would be left with."""
+    machine = Machine(cpus(6))
+    machine.submit(ask("1", "a", count=2, request=cpus(2)))
+    machine.submit(ask("2", "b", count=2))
+
+    assert machine.policy.change("2", NOW, count=4) == []
+
+
+def test_who_is_no_richer_than_the_taker_gives_nothing_more():
+    machine = Machine(cpus(6))
+    machine.submit(ask("1", "a", count=3, request=cpus(2)), tasks=99)
+
+    assert machine.submit(ask("2", "b", request=cpus(4))) == []
+
+
+def test_the_richest_give_until_they_are_level():
+    machine = Machine(cpus(20))
+    for name in "ab":
+        machine.submit(ask(name, name, count=10), tasks=99)
+
+    assert machine.submit(gang("gang", 4, "c")) == [Shrink("a", 8), Shrink("b", 8)]
+
+
 def test_a_job_that_has_nothing_may_take_from_a_share_that_is_larger_as_it_is():
     """Rule b: 2 of 5 is less than 3, though the other is left none."""
     machine = Machine(cpus(4))
@@ -514,6 +569,43 @@ def test_a_queue_may_say_that_its_jobs_leave_each_other_alone():
     assert machine.submit(ask("high", priority=1)) == []
 
 
+def test_nobody_takes_from_an_equal_priority():
+    machine = Machine(cpus(4))
+    machine.submit(ask("equal", priority=1, request=cpus(3)))
+    machine.submit(ask("low"))
+
+    assert machine.submit(ask("high", priority=1, request=cpus(2))) == []
+
+
+def test_a_gang_gives_after_the_others_of_its_priority():
+    """What is taken from it may be more than is needed."""
+    machine = Machine(cpus(4))
+    machine.submit(ask("1"))
+    machine.submit(gang("gang", 3))
+
+    assert machine.submit(ask("high", priority=1)) == [Shrink("1", 0)]
+
+
+def test_what_others_gave_beyond_the_need_is_for_the_next():
+    machine = Machine(cpus(4), grace_s=30)
+    machine.queue("b", spec(preemption={"reclaimWithinCohort": "never"}))
+    machine.submit(ask("large", request=cpus(4)))
+    machine.submit(ask("small", "b"))
+    machine.submit(ask("high", priority=1, request=cpus(3)))
+
+    assert granted(machine.tick(30)) == {"high": 1, "small": 1}
+
+
+def test_a_queue_stays_within_its_limit_while_its_own_jobs_leave():
+    """Though the machine has room."""
+    machine = Machine(cpus(4))
+    machine.queue("a", spec(1, borrowingLimit={"cpu": 1}))
+    machine.submit(ask("low", count=2), tasks=9)
+
+    assert machine.submit(ask("high", priority=1)) == [Shrink("low", 1)]
+    assert machine.end("low") == [Grant("high", 1)]
+
+
 def test_the_lowest_priority_gives_first_and_then_the_latest():
     machine = Machine(cpus(3))
     for id_, priority in (("old", 1), ("new", 1), ("low", 0)):
@@ -524,12 +616,28 @@ def test_the_lowest_priority_gives_first_and_then_the_latest():
 
 
 def test_nobody_gives_what_turns_out_not_to_be_needed():
-    """The small one was asked first; with the large one's places it may keep its own."""
+    """The small one was asked first; with the large one's places it may keep its own.
+
+    Nor goes that to another, who was there before but has nothing.
+    """
     machine = Machine(cpus(4))
-    machine.submit(ask("large", request=cpus(3)))
-    machine.submit(ask("small", request=cpus(1)))
+    machine.submit(ask("large", request=cpus(3), submitted_at=1))
+    machine.submit(ask("small", submitted_at=2))
+    machine.submit(ask("waiting", submitted_at=0))
 
     assert machine.submit(ask("high", priority=1, request=cpus(3))) == [Shrink("large", 0)]
+    machine.finish("large")
+    machine.finish("high")
+    assert machine.running == {"small": 1, "waiting": 1, "large": 0, "high": 0}
+
+
+def test_functions_take_no_more_than_they_need():
+    machine = Machine(cpus(4))
+    machine.submit(ask("large", request=cpus(3), submitted_at=1))
+    machine.submit(ask("small", submitted_at=2))
+    machine.submit(ask("waiting", submitted_at=0))
+
+    assert machine.reserve(cpus(3)) == [Shrink("large", 0)]
 
 
 def test_a_gang_gives_what_it_can_spare_or_all():
@@ -630,13 +738,27 @@ def test_a_gang_grows_beyond_its_fewest_one_by_one():
 
 
 def test_a_gang_that_was_evicted_comes_back_when_the_last_of_it_is_gone():
+    """Though there would be room beside what is left of it."""
+    machine = Machine(cpus(4), is_slow=True)
+    machine.submit(gang("1", 2))
+    machine.submit(ask("2", priority=1, request=cpus(3)))
+
+    assert machine.finish("2") == []
+    assert machine.policy.released("1", 1, NOW) == []
+    assert machine.policy.released("1", 1, NOW) == [Grant("1", 2)]
+
+
+def test_a_gang_with_few_tasks_left_is_a_small_gang():
     machine = Machine(cpus(4), is_slow=True)
     machine.submit(gang("1", 4))
-    machine.submit(ask("2", priority=1))
-    machine.finish("2")
+    machine.policy.change("1", NOW, count=2)
+    machine.policy.released("1", 2, NOW)
 
-    assert machine.policy.released("1", 3, NOW) == []
-    assert machine.policy.released("1", 1, NOW) == [Grant("1", 4)]
+    assert machine.policy.submit(ask("2", priority=1, request=cpus(3)), NOW) == [
+        Evict("1", 2, "its places went to job 2 of queue a")
+    ]
+    assert machine.policy.released("1", 2, NOW) == [Grant("2", 1)]
+    assert machine.policy.finished("2", NOW) == [Grant("1", 2)]
 
 
 def test_a_stream_of_small_jobs_does_not_starve_a_gang():

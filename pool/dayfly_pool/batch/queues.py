@@ -336,8 +336,7 @@ class Admission:
             return False
         if queue.room(request, step, PROMISED) == step:
             return True
-        is_free = due is None or not queue.is_borrowing(request, step)
-        return is_free and self._may_take(job, step)
+        return self._may_take(job, step)
 
     def _promise(self, job: Job, due: Job | None, is_alone: bool) -> int:
         """Promise *job* what it wants next: whether it FITS, others GAVE, or 0 for neither."""
