@@ -264,6 +264,16 @@ def test_a_strict_queue_lets_nothing_go_before_its_first():
     assert machine.end("first") == [Grant("large", 1)]
 
 
+def test_the_first_of_a_strict_queue_blocks_also_if_others_refuse_it_what_it_could_take():
+    machine = Machine(cpus(10))
+    machine.queue("b", spec(strategy="strictFIFO"))
+    machine.submit(ask("1", "a", count=3, request=cpus(3)), tasks=99)
+    machine.submit(gang("first", 6, "b"))
+
+    assert machine.submit(ask("small", "b")) == []
+    assert machine.running == {"1": 3}
+
+
 def test_who_runs_and_wants_more_blocks_nobody_in_a_strict_queue():
     machine = Machine(cpus(4) | {"gpu": 1})
     machine.queue("a", spec(strategy="strictFIFO"))
@@ -855,6 +865,16 @@ def test_nothing_is_remembered_of_a_queue_without_jobs():
     machine.tick(100 * 3600)
 
     assert machine.policy.queues() == []
+
+
+def test_nothing_is_remembered_of_a_cohort_without_queues():
+    machine = Machine(cpus(2))
+    machine.submit(ask("1"))
+    for n in range(100):
+        machine.queue("a", spec(1, cohort=f"c{n}"))
+    policy = machine.policy
+
+    assert len(policy._running | policy._wanting | policy._heads | policy._raises) <= 2
 
 
 def test_a_suspended_job_gives_its_places_back_and_waits_for_none():

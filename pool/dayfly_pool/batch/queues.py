@@ -145,6 +145,9 @@ class Admission:
         if not queue.is_idle():
             self._wanting.setdefault(queue.cohort.name, {})[name] = queue
         self._quotas.reckon()
+        for by_name in (self._running, self._wanting, self._heads, self._raises, self._tops):
+            for gone in by_name.keys() - self._quotas.cohorts.keys():
+                del by_name[gone]
         commands = self._refit(now)
         self._forget(queue)
         return commands
@@ -316,10 +319,10 @@ class Admission:
     def _offer(self, heap: list[Any], queue: Queue, due: Job | None, failed: set[Line]) -> None:
         """Let the queue's first that may have what it wants take part."""
         for line in queue.lines():
-            if line in failed or not queue.could_hold(line.request, line.step):
+            if not queue.could_hold(line.request, line.step):
                 continue
-            if self._may_have(line.first, due):
-                job = line.first
+            job = line.first
+            if line not in failed and self._may_have(job, due):
                 share = queue.share(line.request, line.step)
                 rank = (share, -job.priority, job.submitted_at, job.number)
                 heappush(heap, (*rank, line, failed))
