@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import ValidationError, convert
 
+from dayfly_pool.batch import preemption, queues
 from dayfly_pool.batch.queues import (
     Admission,
     Ask,
@@ -616,6 +617,26 @@ def test_a_queue_stays_within_its_limit_while_its_own_jobs_leave():
     assert machine.end("low") == [Grant("high", 1)]
 
 
+def test_who_has_just_lost_places_does_not_take_them_back(monkeypatch: pytest.MonkeyPatch):
+    """Here what is left over is filled up, and makes those rich again who have just given."""
+    taken: list[str] = []
+
+    def give_way(job: Any, running: Any) -> Any:
+        cuts = preemption.give_way(job, running)
+        taken.extend([job.id] * bool(cuts))
+        return cuts
+
+    monkeypatch.setattr(queues, "give_way", give_way)
+    machine = Machine({"cpu": 20_000, "gpu": 3})
+    machine.submit(ask("1", "c", count=8, priority=1, request={"cpu": 4000, "gpu": 1}), tasks=99)
+    machine.submit(ask("2", "b", priority=1, request=cpus(3)))
+    machine.submit(ask("3", "c", count=3, request=cpus(3)), tasks=99)
+    machine.submit(ask("4", "a", count=2, priority=1, request=cpus(3)), tasks=99)
+    machine.submit(ask("5", "a", request=cpus(5)))
+
+    assert len(taken) < 10
+
+
 def test_the_lowest_priority_gives_first_and_then_the_latest():
     machine = Machine(cpus(3))
     for id_, priority in (("old", 1), ("new", 1), ("low", 0)):
@@ -986,11 +1007,11 @@ def settle(machine: Machine) -> int:
 @settings(max_examples=150, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_no_limit_is_ever_passed_whatever_happens(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """The machine's, a quota with what it may borrow, a cohort's, what may be lent, a gang's."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
 
@@ -998,11 +1019,11 @@ def test_no_limit_is_ever_passed_whatever_happens(
 @settings(max_examples=100, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_nobody_takes_places_from_each_other_in_a_circle(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """When nothing more happens, it is still before long."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
 
@@ -1012,11 +1033,11 @@ def test_nobody_takes_places_from_each_other_in_a_circle(
 @settings(max_examples=100, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_every_job_that_can_ends_when_no_more_come(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """There is always one that runs, until only those are left for which there is no room."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
     machine.reserve({"cpu": 0, "gpu": 0})
@@ -1037,13 +1058,13 @@ def test_every_job_that_can_ends_when_no_more_come(
 
 @settings(max_examples=60, deadline=None)
 @given(st.permutations("abcde"), st.integers(5, 23), st.integers(2, 5))
-def test_where_all_want_everything_shares_become_equal(order: list[str], number: int, queues: int):
+def test_where_all_want_everything_shares_become_equal(order: list[str], number: int, many: int):
     """To one place, in whatever order they come."""
     machine = Machine(cpus(number))
-    for name in order[:queues]:
+    for name in order[:many]:
         machine.submit(ask(name, name, count=100), tasks=1000)
         settle(machine)
-    shares = [machine.running[name] for name in order[:queues]]
+    shares = [machine.running[name] for name in order[:many]]
 
     assert sum(shares) == number
     assert max(shares) - min(shares) <= 1
