@@ -621,8 +621,8 @@ def test_who_has_just_lost_places_does_not_take_them_back(monkeypatch: pytest.Mo
     """Here what is left over is filled up, and makes those rich again who have just given."""
     taken: list[str] = []
 
-    def give_way(job: Any, running: Any) -> Any:
-        cuts = preemption.give_way(job, running)
+    def give_way(job: Any, step: int, running: Any) -> Any:
+        cuts = preemption.give_way(job, step, running)
         taken.extend([job.id] * bool(cuts))
         return cuts
 

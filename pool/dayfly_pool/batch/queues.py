@@ -352,17 +352,28 @@ class Admission:
         if number >= step:
             queue.move(request, number, PROMISED)
         else:
-            cuts = give_way(job, self._running.get(queue.cohort.name, {}).values())
-            if not cuts:
+            number, how = self._have_given(job, step, most), GAVE
+            if not number:
                 self._refused.add(queue)
                 return 0
-            self._take(cuts, f"its places went to job {job.id} of queue {queue.name}")
-            number, how = step, GAVE
         self._touched.setdefault(job, job.level)
         job.level += number
         queue.charge(job.owner, self._entry * self._quotas.dominant(request) * number)
         self._line_up(job)
         return how
+
+    def _have_given(self, job: Job, step: int, most: int) -> int:
+        """How many places others have given to *job*: *most*, or a half of it, and so on."""
+        queue = job.queue
+        running = self._running.get(queue.cohort.name, {}).values()
+        could = min(queue.most(r) // amount for r, amount in job.request.items())
+        number = max(step, min(most, could))
+        while not (cuts := give_way(job, number, running)):
+            if number == step:
+                return 0
+            number = max(step, number // 2)
+        self._take(cuts, f"its places went to job {job.id} of queue {queue.name}")
+        return number
 
     def _leaves_room(self, due: Job, job: Job, step: int) -> bool:
         """Whether *due* can still have what it waits for, or *job* stays within its quota."""
