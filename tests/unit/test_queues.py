@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import ValidationError, convert
 
+from dayfly_pool.batch import preemption, queues
 from dayfly_pool.batch.queues import (
     Admission,
     Ask,
@@ -264,6 +265,24 @@ def test_a_strict_queue_lets_nothing_go_before_its_first():
     assert machine.end("first") == [Grant("large", 1)]
 
 
+def test_the_first_of_a_strict_queue_blocks_also_if_others_refuse_it_what_it_could_take():
+    machine = Machine(cpus(10))
+    machine.queue("b", spec(strategy="strictFIFO"))
+    machine.submit(ask("1", "a", count=3, request=cpus(3)), tasks=99)
+    machine.submit(gang("first", 6, "b"))
+
+    assert machine.submit(ask("small", "b")) == []
+    assert machine.running == {"1": 3}
+
+
+def test_who_runs_and_wants_more_blocks_nobody_in_a_strict_queue():
+    machine = Machine(cpus(4) | {"gpu": 1})
+    machine.queue("a", spec(strategy="strictFIFO"))
+    machine.submit(ask("1", count=2, request={"gpu": 1}))
+
+    assert machine.submit(ask("2")) == [Grant("2", 1)]
+
+
 def test_what_can_never_fit_blocks_nobody():
     """Also in a strict queue, or one mistake would be the end of it."""
     machine = Machine(cpus(2))
@@ -312,6 +331,29 @@ def test_a_burst_does_not_win_before_the_next_sample():
         machine.submit(ask(f"theirs{n}", owner="theirs", submitted_at=10 + n))
 
     assert set(granted(machine.finish("block"))) == {"mine0", "mine1", "theirs0", "theirs1"}
+
+
+def test_what_a_single_owner_has_used_does_not_matter():
+    """Also if there was another just now."""
+    machine = Machine(cpus(4))
+    machine.submit(ask("block", owner="me", count=4))
+    machine.submit(ask("old", owner="me", submitted_at=1, request=cpus(2)))
+    machine.submit(ask("theirs", owner="you", submitted_at=2))
+    machine.finish("theirs")
+    machine.submit(ask("new", owner="me", submitted_at=3, request=cpus(3)))
+
+    assert machine.finish("block") == [Grant("old", 1)]
+
+
+def test_a_job_that_changes_its_mind_all_the_time_leaves_nothing_behind():
+    machine = Machine(cpus(1))
+    for id_ in ("running", "first", "other"):
+        machine.submit(ask(id_))
+    for n in range(1000):
+        machine.policy.change("other", NOW, priority=-n)
+    (line,) = (line for queue in machine.policy._queues.values() for line in queue.lines())
+
+    assert len(line.heap) < 50
 
 
 # ---- quotas and borrowing -----------------------------------------------------------------------
@@ -454,6 +496,30 @@ def test_growing_never_swings_a_share_past_the_others():
     assert (machine.may["1"], machine.policy.why("2").split(":")[0]) == (3, "machine")
 
 
+def test_growing_never_leaves_the_others_less():
+    """3 of 6 would be less than 4, but 2 is what the other would be left with."""
+    machine = Machine(cpus(6))
+    machine.submit(ask("1", "a", count=2, request=cpus(2)))
+    machine.submit(ask("2", "b", count=2))
+
+    assert machine.policy.change("2", NOW, count=4) == []
+
+
+def test_who_is_no_richer_than_the_taker_gives_nothing_more():
+    machine = Machine(cpus(6))
+    machine.submit(ask("1", "a", count=3, request=cpus(2)), tasks=99)
+
+    assert machine.submit(ask("2", "b", request=cpus(4))) == []
+
+
+def test_the_richest_give_until_they_are_level():
+    machine = Machine(cpus(20))
+    for name in "ab":
+        machine.submit(ask(name, name, count=10), tasks=99)
+
+    assert machine.submit(gang("gang", 4, "c")) == [Shrink("a", 8), Shrink("b", 8)]
+
+
 def test_a_job_that_has_nothing_may_take_from_a_share_that_is_larger_as_it_is():
     """Rule b: 2 of 5 is less than 3, though the other is left none."""
     machine = Machine(cpus(4))
@@ -514,6 +580,63 @@ def test_a_queue_may_say_that_its_jobs_leave_each_other_alone():
     assert machine.submit(ask("high", priority=1)) == []
 
 
+def test_nobody_takes_from_an_equal_priority():
+    machine = Machine(cpus(4))
+    machine.submit(ask("equal", priority=1, request=cpus(3)))
+    machine.submit(ask("low"))
+
+    assert machine.submit(ask("high", priority=1, request=cpus(2))) == []
+
+
+def test_a_gang_gives_after_the_others_of_its_priority():
+    """What is taken from it may be more than is needed."""
+    machine = Machine(cpus(4))
+    machine.submit(ask("1"))
+    machine.submit(gang("gang", 3))
+
+    assert machine.submit(ask("high", priority=1)) == [Shrink("1", 0)]
+
+
+def test_what_others_gave_beyond_the_need_is_for_the_next():
+    machine = Machine(cpus(4), grace_s=30)
+    machine.queue("b", spec(preemption={"reclaimWithinCohort": "never"}))
+    machine.submit(ask("large", request=cpus(4)))
+    machine.submit(ask("small", "b"))
+    machine.submit(ask("high", priority=1, request=cpus(3)))
+
+    assert granted(machine.tick(30)) == {"high": 1, "small": 1}
+
+
+def test_a_queue_stays_within_its_limit_while_its_own_jobs_leave():
+    """Though the machine has room."""
+    machine = Machine(cpus(4))
+    machine.queue("a", spec(1, borrowingLimit={"cpu": 1}))
+    machine.submit(ask("low", count=2), tasks=9)
+
+    assert machine.submit(ask("high", priority=1)) == [Shrink("low", 1)]
+    assert machine.end("low") == [Grant("high", 1)]
+
+
+def test_who_has_just_lost_places_does_not_take_them_back(monkeypatch: pytest.MonkeyPatch):
+    """Here what is left over is filled up, and makes those rich again who have just given."""
+    taken: list[str] = []
+
+    def give_way(job: Any, step: int, running: Any) -> Any:
+        cuts = preemption.give_way(job, step, running)
+        taken.extend([job.id] * bool(cuts))
+        return cuts
+
+    monkeypatch.setattr(queues, "give_way", give_way)
+    machine = Machine({"cpu": 20_000, "gpu": 3})
+    machine.submit(ask("1", "c", count=8, priority=1, request={"cpu": 4000, "gpu": 1}), tasks=99)
+    machine.submit(ask("2", "b", priority=1, request=cpus(3)))
+    machine.submit(ask("3", "c", count=3, request=cpus(3)), tasks=99)
+    machine.submit(ask("4", "a", count=2, priority=1, request=cpus(3)), tasks=99)
+    machine.submit(ask("5", "a", request=cpus(5)))
+
+    assert len(taken) < 10
+
+
 def test_the_lowest_priority_gives_first_and_then_the_latest():
     machine = Machine(cpus(3))
     for id_, priority in (("old", 1), ("new", 1), ("low", 0)):
@@ -524,12 +647,28 @@ def test_the_lowest_priority_gives_first_and_then_the_latest():
 
 
 def test_nobody_gives_what_turns_out_not_to_be_needed():
-    """The small one was asked first; with the large one's places it may keep its own."""
+    """The small one was asked first; with the large one's places it may keep its own.
+
+    Nor goes that to another, who was there before but has nothing.
+    """
     machine = Machine(cpus(4))
-    machine.submit(ask("large", request=cpus(3)))
-    machine.submit(ask("small", request=cpus(1)))
+    machine.submit(ask("large", request=cpus(3), submitted_at=1))
+    machine.submit(ask("small", submitted_at=2))
+    machine.submit(ask("waiting", submitted_at=0))
 
     assert machine.submit(ask("high", priority=1, request=cpus(3))) == [Shrink("large", 0)]
+    machine.finish("large")
+    machine.finish("high")
+    assert machine.running == {"small": 1, "waiting": 1, "large": 0, "high": 0}
+
+
+def test_functions_take_no_more_than_they_need():
+    machine = Machine(cpus(4))
+    machine.submit(ask("large", request=cpus(3), submitted_at=1))
+    machine.submit(ask("small", submitted_at=2))
+    machine.submit(ask("waiting", submitted_at=0))
+
+    assert machine.reserve(cpus(3)) == [Shrink("large", 0)]
 
 
 def test_a_gang_gives_what_it_can_spare_or_all():
@@ -630,13 +769,27 @@ def test_a_gang_grows_beyond_its_fewest_one_by_one():
 
 
 def test_a_gang_that_was_evicted_comes_back_when_the_last_of_it_is_gone():
+    """Though there would be room beside what is left of it."""
+    machine = Machine(cpus(4), is_slow=True)
+    machine.submit(gang("1", 2))
+    machine.submit(ask("2", priority=1, request=cpus(3)))
+
+    assert machine.finish("2") == []
+    assert machine.policy.released("1", 1, NOW) == []
+    assert machine.policy.released("1", 1, NOW) == [Grant("1", 2)]
+
+
+def test_a_gang_with_few_tasks_left_is_a_small_gang():
     machine = Machine(cpus(4), is_slow=True)
     machine.submit(gang("1", 4))
-    machine.submit(ask("2", priority=1))
-    machine.finish("2")
+    machine.policy.change("1", NOW, count=2)
+    machine.policy.released("1", 2, NOW)
 
-    assert machine.policy.released("1", 3, NOW) == []
-    assert machine.policy.released("1", 1, NOW) == [Grant("1", 4)]
+    assert machine.policy.submit(ask("2", priority=1, request=cpus(3)), NOW) == [
+        Evict("1", 2, "its places went to job 2 of queue a")
+    ]
+    assert machine.policy.released("1", 2, NOW) == [Grant("2", 1)]
+    assert machine.policy.finished("2", NOW) == [Grant("1", 2)]
 
 
 def test_a_stream_of_small_jobs_does_not_starve_a_gang():
@@ -733,6 +886,16 @@ def test_nothing_is_remembered_of_a_queue_without_jobs():
     machine.tick(100 * 3600)
 
     assert machine.policy.queues() == []
+
+
+def test_nothing_is_remembered_of_a_cohort_without_queues():
+    machine = Machine(cpus(2))
+    machine.submit(ask("1"))
+    for n in range(100):
+        machine.queue("a", spec(1, cohort=f"c{n}"))
+    policy = machine.policy
+
+    assert len(policy._running | policy._wanting | policy._heads | policy._raises) <= 2
 
 
 def test_a_suspended_job_gives_its_places_back_and_waits_for_none():
@@ -844,11 +1007,11 @@ def settle(machine: Machine) -> int:
 @settings(max_examples=150, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_no_limit_is_ever_passed_whatever_happens(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """The machine's, a quota with what it may borrow, a cohort's, what may be lent, a gang's."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
 
@@ -856,11 +1019,11 @@ def test_no_limit_is_ever_passed_whatever_happens(
 @settings(max_examples=100, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_nobody_takes_places_from_each_other_in_a_circle(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """When nothing more happens, it is still before long."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
 
@@ -870,11 +1033,11 @@ def test_nobody_takes_places_from_each_other_in_a_circle(
 @settings(max_examples=100, deadline=None)
 @given(QUEUES, STEPS, st.booleans(), st.sampled_from((0, 2, 64)))
 def test_every_job_that_can_ends_when_no_more_come(
-    queues: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
+    specs: dict[str, QueueSpec], steps: list[tuple[str, Any]], is_slow: bool, passed_max: int
 ):
     """There is always one that runs, until only those are left for which there is no room."""
     machine = Machine(cpus(8) | {"gpu": 2}, is_slow=is_slow, passed_max=passed_max)
-    for name, each in queues.items():
+    for name, each in specs.items():
         machine.queue(name, each)
     play(machine, steps)
     machine.reserve({"cpu": 0, "gpu": 0})
@@ -895,13 +1058,13 @@ def test_every_job_that_can_ends_when_no_more_come(
 
 @settings(max_examples=60, deadline=None)
 @given(st.permutations("abcde"), st.integers(5, 23), st.integers(2, 5))
-def test_where_all_want_everything_shares_become_equal(order: list[str], number: int, queues: int):
+def test_where_all_want_everything_shares_become_equal(order: list[str], number: int, many: int):
     """To one place, in whatever order they come."""
     machine = Machine(cpus(number))
-    for name in order[:queues]:
+    for name in order[:many]:
         machine.submit(ask(name, name, count=100), tasks=1000)
         settle(machine)
-    shares = [machine.running[name] for name in order[:queues]]
+    shares = [machine.running[name] for name in order[:many]]
 
     assert sum(shares) == number
     assert max(shares) - min(shares) <= 1

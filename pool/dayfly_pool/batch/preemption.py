@@ -25,13 +25,13 @@ CANDIDATES_MAX: Final = 100_000
 """Lots of places that are looked at, at most, for one job."""
 
 
-def give_way(job: Job, running: Iterable[Queue]) -> Cuts:
-    """Have others give what *job* lacks, of the queues of its cohort that have something.
+def give_way(job: Job, step: int, running: Iterable[Queue]) -> Cuts:
+    """Have others give what *job* lacks for *step* more, of the cohort's queues that run some.
 
-    What it wants is promised to it then. If they may not give enough, nothing has changed and the
+    That is promised to its queue then. If they may not give enough, nothing has changed and the
     answer is empty. Nobody gives what is not needed: they have it back in reverse order.
     """
-    queue, request, step = job.queue, job.request, job.wants
+    queue, request = job.queue, job.request
     mine = queue.share(request, step)
     lower = _lower(job)
     others = [q for q in running if q is not queue and q.share() > mine]

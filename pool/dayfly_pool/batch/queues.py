@@ -145,6 +145,9 @@ class Admission:
         if not queue.is_idle():
             self._wanting.setdefault(queue.cohort.name, {})[name] = queue
         self._quotas.reckon()
+        for by_name in (self._running, self._wanting, self._heads, self._raises, self._tops):
+            for gone in by_name.keys() - self._quotas.cohorts.keys():
+                del by_name[gone]
         commands = self._refit(now)
         self._forget(queue)
         return commands
@@ -316,10 +319,10 @@ class Admission:
     def _offer(self, heap: list[Any], queue: Queue, due: Job | None, failed: set[Line]) -> None:
         """Let the queue's first that may have what it wants take part."""
         for line in queue.lines():
-            if line in failed or not queue.could_hold(line.request, line.step):
+            if not queue.could_hold(line.request, line.step):
                 continue
-            if self._may_have(line.first, due):
-                job = line.first
+            job = line.first
+            if line not in failed and self._may_have(job, due):
                 share = queue.share(line.request, line.step)
                 rank = (share, -job.priority, job.submitted_at, job.number)
                 heappush(heap, (*rank, line, failed))
@@ -336,8 +339,7 @@ class Admission:
             return False
         if queue.room(request, step, PROMISED) == step:
             return True
-        is_free = due is None or not queue.is_borrowing(request, step)
-        return is_free and self._may_take(job, step)
+        return self._may_take(job, step)
 
     def _promise(self, job: Job, due: Job | None, is_alone: bool) -> int:
         """Promise *job* what it wants next: whether it FITS, others GAVE, or 0 for neither."""
@@ -350,17 +352,28 @@ class Admission:
         if number >= step:
             queue.move(request, number, PROMISED)
         else:
-            cuts = give_way(job, self._running.get(queue.cohort.name, {}).values())
-            if not cuts:
+            number, how = self._have_given(job, step, most), GAVE
+            if not number:
                 self._refused.add(queue)
                 return 0
-            self._take(cuts, f"its places went to job {job.id} of queue {queue.name}")
-            number, how = step, GAVE
         self._touched.setdefault(job, job.level)
         job.level += number
         queue.charge(job.owner, self._entry * self._quotas.dominant(request) * number)
         self._line_up(job)
         return how
+
+    def _have_given(self, job: Job, step: int, most: int) -> int:
+        """How many places others have given to *job*: *most*, or a half of it, and so on."""
+        queue = job.queue
+        running = self._running.get(queue.cohort.name, {}).values()
+        could = min(queue.most(r) // amount for r, amount in job.request.items())
+        number = max(step, min(most, could))
+        while not (cuts := give_way(job, number, running)):
+            if number == step:
+                return 0
+            number = max(step, number // 2)
+        self._take(cuts, f"its places went to job {job.id} of queue {queue.name}")
+        return number
 
     def _leaves_room(self, due: Job, job: Job, step: int) -> bool:
         """Whether *due* can still have what it waits for, or *job* stays within its quota."""
