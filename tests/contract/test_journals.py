@@ -575,7 +575,22 @@ async def test_a_connection_that_is_cut_is_made_again(shared: PostgresJournals, 
     assert await bodies(shared) == [b"x"]
 
 
-async def test_a_name_with_a_nul_is_refused_or_kept_as_it_is(shared: PostgresJournals):
+async def test_what_a_damaged_database_gives_is_told(shared: PostgresJournals):
+    await ours(shared, J1)
+    await ours(shared, J2)
+    await shared.append([append(await again(shared, J1), b"a", b"b")])
+    with psycopg.connect(shared._postgres.dsn, autocommit=True) as connection:
+        connection.execute("UPDATE dayfly.journal_entries SET body = 'x' WHERE number = 1")
+        connection.execute("UPDATE dayfly.journals SET spec = 'x' WHERE row = 1")
+        connection.execute("UPDATE dayfly.journals SET head = 'x' WHERE row = 2")
+    damaged, well = await shared.entries(J1)
+
+    assert (damaged.body, bool(damaged.damage), well.body, well.damage) == (b"", True, b"b", "")
+    assert (await again(shared, J1)).damage.startswith("its spec")
+    assert [each.damage[:8] for each in await shared.page("job")] == ["its head", ""]
+
+
+async def test_a_name_that_postgresql_cannot_keep_is_refused(shared: PostgresJournals):
     """PostgreSQL keeps none: whoever asks is told, and the next one is served."""
     with pytest.raises(StoreFailed):
         await shared.create(journal(name="a\0b"))
@@ -664,16 +679,20 @@ async def play(store: Store, steps: Sequence[tuple[str, int]]) -> list[object]:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=STEPS)
 def test_the_fake_and_the_real_ones_agree(
     steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory, dsn: str
 ):
+    with psycopg.connect(dsn, autocommit=True) as connection:  # quicker than a new database
+        connection.execute("DROP SCHEMA IF EXISTS dayfly CASCADE")
+    folder = tmp_path_factory.mktemp("journals")
+    sqlite = make("sqlite", folder, dsn)
+
     async def all_of_them() -> None:
         seen = []
-        for kind in KINDS:
-            store = make(kind, tmp_path_factory.mktemp("journals"), dsn)
+        for store in (MemoryJournals(), sqlite, PostgresJournals(dsn)):
             await store.open("us")
             try:
                 seen.append(await play(store, steps))

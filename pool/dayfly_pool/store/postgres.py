@@ -61,15 +61,28 @@ class Postgres:
 
         Raises `StoreFailed` for what goes wrong in the block: then nobody knows what was written.
         """
+        async with (
+            self._written_to() as connection,
+            connection.transaction(),
+            connection.cursor() as cursor,
+        ):
+            yield cursor
+
+    async def write(self, statement: str, values: Sequence[Any]) -> list[Any]:
+        """A transaction of one statement, in one way there and back; the rows that it returns."""
+        async with self._written_to() as connection, connection.cursor() as cursor:
+            await cursor.execute(statement.encode(), values)
+            return await cursor.fetchall()
+
+    @asynccontextmanager
+    async def _written_to(self) -> AsyncIterator[AsyncConnection[Any]]:
         async with self._writing, _renamed():
             if self._write_connection is None or self._write_connection.closed:
                 self._write_connection = await self._connect()
+                await self._write_connection.set_autocommit(True)
                 await self._write_connection.execute("SET synchronous_commit = on")
-                await self._write_connection.commit()
-            connection = self._write_connection
             try:
-                async with connection.transaction(), connection.cursor() as cursor:
-                    yield cursor
+                yield self._write_connection
             except BaseException:
                 await self._drop()
                 raise

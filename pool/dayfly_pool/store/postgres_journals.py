@@ -5,7 +5,7 @@ where PostgreSQL itself puts long ones apart. Who sets a journal free or wishes 
 those whom it may concern (NOTIFY, with the owner's name, or none).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from msgspec import structs
@@ -88,6 +88,7 @@ CREATE: Final = """
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
     ON CONFLICT DO NOTHING RETURNING row
 """
+# %b: bodies go as they are; as text they would be twice as long
 APPEND: Final = """
     WITH written AS (
         UPDATE dayfly.journals AS j SET last = greatest(j.last, a.last),
@@ -95,7 +96,7 @@ APPEND: Final = """
             head_checksum = coalesce(a.head_checksum, j.head_checksum),
             ended_at = coalesce(a.ended_at, j.ended_at),
             owner = CASE WHEN a.ended_at IS NULL THEN owner ELSE '' END
-        FROM unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bytea[],
+        FROM unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %b::bytea[],
             %s::bigint[], %s::float8[])
             AS a (id, fence, after, last, head, head_checksum, ended_at)
         WHERE j.id = a.id AND j.fence = a.fence AND j.last >= a.after
@@ -104,7 +105,7 @@ APPEND: Final = """
         INSERT INTO dayfly.journal_entries
         SELECT row, number, part, low, high, checksum, body
         FROM unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[],
-            %s::bigint[], %s::bytea[])
+            %s::bigint[], %b::bytea[])
             AS e (id, number, part, low, high, checksum, body) JOIN written USING (id)
         ON CONFLICT (journal, number) DO NOTHING
     )
@@ -213,28 +214,13 @@ class PostgresJournals:
     async def append(self, appends: Sequence[Append]) -> set[JournalId]:
         """All of them; returns those that came too late."""
         assert len({append.id for append in appends}) == len(appends), "a journal twice"
-        async with self._postgres.transaction() as cursor:
-            await cursor.execute(APPEND, _columns(appends))
-            found = dict(await cursor.fetchall())
-            written = [append for append in appends if append.id in found]
-            if replaced := [(found[a.id], number) for a in written for number in a.replaces]:
-                await cursor.execute(
-                    "DELETE FROM dayfly.journal_entries WHERE (journal, number) IN"
-                    " (SELECT * FROM unnest(%s::bigint[], %s::bigint[]))",
-                    [list(column) for column in zip(*replaced, strict=True)],
-                )
-            if heard := [
-                (found[a.id], a.heard, a.ended_at is not None)
-                for a in written
-                if a.heard or a.ended_at is not None
-            ]:
-                await cursor.execute(
-                    "DELETE FROM dayfly.journal_wishes AS w"
-                    " USING unnest(%s::bigint[], %s::bigint[], %s::bool[])"
-                    " AS h (journal, heard, is_over)"
-                    " WHERE w.journal = h.journal AND (w.number <= h.heard OR h.is_over)",
-                    [list(column) for column in zip(*heard, strict=True)],
-                )
+        if not any(a.replaces or a.heard or a.ended_at is not None for a in appends):
+            found = dict(await self._postgres.write(APPEND, _columns(appends)))
+        else:
+            async with self._postgres.transaction() as cursor:
+                await cursor.execute(APPEND, _columns(appends))
+                found = dict(await cursor.fetchall())
+                await _clear(cursor, found, [a for a in appends if a.id in found])
         return {append.id for append in appends} - found.keys()
 
     async def claim(self, kind: Kind, most: int) -> list[Journal]:
@@ -433,6 +419,28 @@ class PostgresJournals:
 
 async def _tell(cursor: Cursor, owner: str) -> None:
     await cursor.execute("SELECT pg_notify(%s, %s)", (CHANNEL, owner))
+
+
+async def _clear(cursor: Cursor, found: Mapping[JournalId, int], written: list[Append]) -> None:
+    """Remove what was replaced, and the wishes that were heard."""
+    if replaced := [(found[a.id], number) for a in written for number in a.replaces]:
+        await cursor.execute(
+            "DELETE FROM dayfly.journal_entries WHERE (journal, number) IN"
+            " (SELECT * FROM unnest(%s::bigint[], %s::bigint[]))",
+            [list(column) for column in zip(*replaced, strict=True)],
+        )
+    if heard := [
+        (found[a.id], a.heard, a.ended_at is not None)
+        for a in written
+        if a.heard or a.ended_at is not None
+    ]:
+        await cursor.execute(
+            "DELETE FROM dayfly.journal_wishes AS w"
+            " USING unnest(%s::bigint[], %s::bigint[], %s::bool[])"
+            " AS h (journal, heard, is_over)"
+            " WHERE w.journal = h.journal AND (w.number <= h.heard OR h.is_over)",
+            [list(column) for column in zip(*heard, strict=True)],
+        )
 
 
 async def _forget(cursor: Cursor, test: str, *values: object) -> int:
