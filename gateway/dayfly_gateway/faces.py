@@ -93,7 +93,7 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
             raise BadInput(f"{file}: workflow {made['name']!r}: {error}") from None
         if not spec.source and any(s.handler for s in (*spec.steps, *spec.finally_)):
             spec = msgspec.structs.replace(spec, source=file.name)
-        flows.append(Flow(metadata, spec))
+        flows.append(Flow(metadata, _ordered(spec)))
     workflows = {flow.metadata.name: flow.spec for flow in flows}
     for flow in flows:
         try:
@@ -101,6 +101,11 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
         except BadDefinition as error:
             raise BadInput(f"{file}: workflow {flow.metadata.name!r}: {error}") from None
     return flows
+
+
+def _ordered(spec: WorkflowSpec) -> WorkflowSpec:
+    """The same, with each step behind those that it names, as Python has to have it."""
+    return msgspec.structs.replace(spec, steps=tuple(in_order(spec)))
 
 
 def _check(
@@ -170,7 +175,7 @@ def from_yaml(text: str, file: str, namespace: str = "default") -> list[Flow]:
     for document in read(text, file, KINDS):
         spec, metadata = spec_of(document), metadata_of(document, namespace)
         if isinstance(spec, WorkflowSpec):
-            documents.append((document, Flow(metadata, spec)))
+            documents.append((document, Flow(metadata, _ordered(spec))))
             continue
         try:
             check_task(spec)
@@ -501,6 +506,8 @@ class _Written:
             return None
         if reference.root == "params":
             found = self.parameter_handle(reference)
+        elif reference.root == "steps" and not reference.name:
+            found = f"{self.word('status')}()"
         elif reference.root == "steps" and reference.name in self.names:
             found = self.step_handle(reference, self.steps[reference.name])
         else:

@@ -7,6 +7,7 @@ text, arithmetic) is refused with what to use instead: a graph cannot see hidden
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from dayfly.steps import OUTPUT, File, Folder, GraphError, Step, Workflow, open_graphs
 from dayfly.steps import Workspace as WorkspaceAnnotation
@@ -133,7 +134,9 @@ class Handle:
         """As `$(...)`."""
         node = self._node
         pieces = self._pieces
-        if node is None:
+        if node is None and self._field == "status":
+            start = "steps.status"
+        elif node is None:
             start, pieces = f"params.{pieces[0]}", pieces[1:]
         elif self._field == "status":
             start = f"steps.{node.name}.status"
@@ -145,7 +148,7 @@ class Handle:
     def _named_piece(self, node: Node) -> tuple[str, tuple[Any, ...]]:
         if self._pieces:
             return self._pieces[0], self._pieces[1:]
-        if node.is_named or (node.results and RESULT not in node.results):
+        if node.is_named:
             some = ", ".join(node.results) or "none that are known here"
             raise GraphError(
                 f"step {node.name!r} has several results ({some}): take one: h['NAME']"
@@ -154,6 +157,8 @@ class Handle:
 
     def _cel(self) -> str:
         node = self._node
+        if node is None and self._field == "status":
+            raise GraphError("status() is not compared with > or <, & or |: use ==, != or in_()")
         if node is None:
             return "params" + "".join(map(_quoted, self._pieces))
         start = f"steps[{_json(node.name)}].{self._field}"
@@ -271,7 +276,11 @@ class Text:
             raise GraphError(f"text({form!r}) has {len(parts) - 1} {{}} for {len(handles)} handles")
         self.parts: list[Any] = [parts[0]]
         for handle, part in zip(handles, parts[1:], strict=False):
-            self.parts += [handle, part]
+            if not isinstance(handle, (Handle, Text, str, int, float)):
+                raise GraphError(f"text() takes handles, and {handle!r} is none")
+            self.parts += handle.parts if isinstance(handle, Text) else [handle]
+            self.parts.append(part)
+        self.parts = [p if isinstance(p, Handle) else str(p) for p in self.parts]
 
     def __str__(self) -> str:
         raise GraphError("a text() is given to a step as it is: it has no value yet")
@@ -372,7 +381,7 @@ def _cel(value: Any) -> str:
         return value._cel()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_cel, value))}]"
-    return _json(value)
+    return _json(value).replace("$(", "\\u0024(")  # a text, and no reference
 
 
 def cel(expression: str) -> Condition:
@@ -498,6 +507,7 @@ class Graph:
         self.flow = flow
         self.nodes: list[Node] = []
         self.names: set[str] = set()
+        self.numbers: dict[str, int] = {}
         self.workspaces: dict[str, Workspace] = {}
         self.params: dict[str, Handle] = {}
         self.nested: list[Workflow] = []
@@ -513,10 +523,10 @@ class Graph:
 
     def add(self, node: Node) -> Handle:
         """Take *node* in, under a name of its own."""
-        name, number = node.name, 1
+        name = node.name
         while node.name in self.names:
-            number += 1
-            node.name = f"{name[:57]}-{number}"
+            self.numbers[name] = self.numbers.get(name, 1) + 1
+            node.name = f"{name[:56]}-{self.numbers[name]}"
         self.names.add(node.name)
         self.nodes.append(node)
         for value in (node.params, node.inputs, node.matrix):
@@ -706,6 +716,7 @@ def _unreferenced(value: Any) -> Any:
     return [_unreferenced(item) for item in value] if isinstance(value, list) else value
 
 
+@lru_cache(maxsize=1024)
 def parameters(func: Callable[..., Any], whose: str) -> tuple[dict[str, Parameter], Parameter]:
     """(a function's parameters by name, what it returns). Raises `GraphError`."""
     import inspect
@@ -748,9 +759,11 @@ def call_mapped(step: Step, rows: Any, axes: Mapping[str, Any]) -> Handle:
 
     known, _ = parameters(step.func, f"step {step.__name__!r}")
     over = {}
+    has_each = any(isinstance(value, Each) for value in axes.values())
     for name, value in axes.items():
         is_list = name in known and known[name].type in ("array", "artifacts")
-        if isinstance(value, Each) or (_kind_of(value) in ("array", "artifacts") and not is_list):
+        is_whole = is_list or (has_each and isinstance(value, Handle))
+        if isinstance(value, Each) or (_kind_of(value) in ("array", "artifacts") and not is_whole):
             over[name] = value
     fixed = {name: value for name, value in axes.items() if name not in over}
     rows = list(rows or ())
@@ -951,9 +964,9 @@ def finally_(*handles: Handle) -> None:
         graph.own(handle)._its_step("finally_").is_final = True
 
 
-def status() -> Any:
+def status() -> Handle:
     """What has become of all steps: Succeeded, Failed, Completed. For what runs finally."""
-    return Text("$(steps.status)", ())
+    return Handle(_graph("status()"), None, "status", (), "string")
 
 
 def param(name: str) -> Handle:

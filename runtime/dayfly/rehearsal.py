@@ -161,8 +161,6 @@ class _Rehearsal:
 
     def _text(self, value: Text) -> Any:
         written = "".join([part for part in value.parts if isinstance(part, str)])
-        if written == "$(steps.status)":
-            return "Failed" if self.failed else "Succeeded"
         if re.search(graphs.REFERENCE, written):
             raise GraphError(f"text({written!r}): references in text need a server: give handles")
         resolved = [self.resolve(part) for part in value.parts]
@@ -170,6 +168,8 @@ class _Rehearsal:
 
     def _resolved(self, handle: Handle) -> Any:
         node, pieces = handle._node, handle._pieces
+        if node is None and handle._field == "status":
+            return "Failed" if self.failed else "Succeeded"
         if node is None:
             value, pieces = self.params[pieces[0]], pieces[1:]
         elif handle._field == "status":

@@ -104,9 +104,9 @@ class Step:
     def map(self, rows: Any = None, /, **axes: Any) -> Any:
         """One run for each combination of the lists among *axes*.
 
-        A handle is run over too where it is known to be a list and the parameter is none, or with
-        `each(handle)`; what is no list is the same for all. *rows* are further combinations, as
-        mappings. What it returns is the list of what the runs return.
+        A handle is run over too where it is known to be a list and the parameter is none; or with
+        `each(handle)`, and then handles without it are not. What is no list is the same for all.
+        *rows* are further combinations, as mappings. It returns the list of what the runs return.
         """
         from dayfly import graphs
 
