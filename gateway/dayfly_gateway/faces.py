@@ -175,7 +175,7 @@ def from_yaml(text: str, file: str, namespace: str = "default") -> list[Flow]:
     for document in read(text, file, KINDS):
         spec, metadata = spec_of(document), metadata_of(document, namespace)
         if isinstance(spec, WorkflowSpec):
-            documents.append((document, Flow(metadata, _ordered(spec))))
+            documents.append((document, Flow(metadata, spec)))
             continue
         try:
             check_task(spec)
@@ -190,7 +190,7 @@ def from_yaml(text: str, file: str, namespace: str = "default") -> list[Flow]:
             _check(flow, tasks, workflows)
         except BadDefinition as error:
             raise refused(document, error) from None
-    return [flow for _, flow in documents]
+    return [Flow(flow.metadata, _ordered(flow.spec)) for _, flow in documents]
 
 
 def spec_of(document: Document) -> WorkflowSpec | TaskSpec:
@@ -235,7 +235,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _put_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = "|" if "\n" in text and not re.search(r"[^\n -~\u00a1-\ud7ff]| \n", text) else None
+    style = None
+    if re.search(r"[^\n -~\u00a1-\u2027\u202a-\ud7ff]", text):
+        style = '"'  # what PyYAML would take for the end of a line, and what cannot be seen
+    elif "\n" in text and not re.search(r" \n", text):
+        style = "|"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -273,7 +273,7 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         [step("a", params={"x": "$(steps.a)"})],
         {},
         "steps[0].params.x: step 'a': $(steps.a) is no reference: write $(steps.NAME.results.RESULT),"
-        " $(steps.NAME.outputs.OUTPUT) or $(steps.NAME.status)",
+        " $(steps.NAME.outputs.OUTPUT) or $(steps.NAME.status); or $$( for the text",
     ),
     (
         "a key of a text",

@@ -732,11 +732,15 @@ def _nested(
 def in_order(spec: WorkflowSpec) -> list[Step]:
     """The steps so that each comes after those that it names; else as they are written.
 
-    Nothing is checked: names that are not there, and cycles, are passed over.
+    Nothing is checked: names that are not there or there twice, and cycles, are passed over.
     """
     index = {step.name: step for step in spec.steps}
+    if len(index) < len(spec.steps):
+        return list(spec.steps)
     done: dict[str, None] = {}
     for step in spec.steps:
+        if step.name in done:
+            continue
         todo = [(step, iter(named_in(step)))]
         begun = {step.name}
         while todo:
