@@ -293,7 +293,7 @@ _TAKEN: Final = frozenset(
     [*_OPTIONS, "name", "on_error", "params", "inputs", "matrix", "include", "parallelism",
      "results", "outputs", "after", "when", "is_named"]
 )  # fmt: skip
-"""What builders of `dayfly.graphs` take besides parameters of these names."""
+"""What builders of `dayfly.calls` take besides parameters of these names."""
 
 
 def to_python(flows: Sequence[Flow]) -> str:

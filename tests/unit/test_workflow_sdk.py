@@ -35,6 +35,9 @@ from dayfly import (
     workspace,
 )
 from dayfly import steps as sdk
+from dayfly.invoker import Function, call, call_async
+from dayfly.loader import load
+from dayfly.protocol import Invoke
 from dayfly_pool.workflow.graph import check
 from dayfly_pool.workflow.model import plain
 from dayfly_pool.workflow.shapes import workflow_of
@@ -555,6 +558,7 @@ def test_workflows_that_run_themselves_are_refused():
         (lambda: step(retry=3)(len), "@step has no 'retry'"),
         (lambda: workflow(schedule="x")(pipeline.func), "@workflow has no 'schedule'"),
         (lambda: step(len), "@step is for functions"),
+        (lambda: step(outputs={"a": "b"})(fetch.func), "outputs are names"),
         (lambda: script("true"), "is called in a workflow's function"),
         (lambda: workflow.compile(lambda: 1), "put @workflow before the function"),
         (lambda: workflow.compile(workflow(lambda: None)), "calls no step"),
@@ -630,16 +634,44 @@ def test_a_file_from_elsewhere_is_moved_to_its_output(sandbox: Path):
     assert (sandbox / "out/output/a").read_text() == "a"
 
 
+def test_a_step_is_loaded_and_called_as_any_handler(sandbox: Path):
+    """What runs in a sandbox knows nothing of workflows."""
+    (sandbox / "flow_of_two.py").write_text(
+        "from dayfly import step, workflow\n@step\ndef f(n: int): return n + 1\n"
+        "@step\nasync def g(n: int): return n + 2\n@workflow\ndef w(n: int): return g(f(n))\n"
+    )
+    request = Invoke(id="i1", http=None, remaining_s=9.0, trace="")
+    answers = []
+    for name in ("f", "g"):
+        found = Function(
+            name=name, namespace="default", version="1", memory_mb=64, code=str(sandbox),
+            handler=load(str(sandbox), f"flow_of_two:{name}"),
+        )  # fmt: skip
+        if found.is_async:
+            answers.append(asyncio.run(call_async(found, request, b'{"n": 3}')))
+        else:
+            answers.append(call(found, request, b'{"n": 3}'))
+
+    assert [body for _, body in answers] == [b"4", b"5"]
+
+
+RUNTIME = str(Path(sdk.__file__).parents[1])
+LATER = {"dayfly.steps", "dayfly.graphs", "dayfly.calls", "typing", "inspect", "pathlib"}
+
+
 def test_a_plain_function_pays_nothing_for_workflows():
     """Its sandbox imports `dayfly`, and may import a step; what makes graphs is not for it."""
-    code = "import dayfly, sys; assert not {'dayfly.steps', 'dayfly.graphs'} & set(sys.modules)\n"
-    code += "from dayfly import File, step, workflow\n@step\ndef f(x: File) -> int: return 1\n"
-    code += "@workflow\ndef g(): f()\n"
-    code += "print({'dayfly.graphs', 'typing', 'inspect', 'pathlib'} & set(sys.modules))"
-    runtime = str(Path(sdk.__file__).parents[1])
-    program = f"import sys; sys.path.insert(0, {runtime!r})\n{code}"
+    program = f"""import sys; sys.path.insert(0, {RUNTIME!r})
+import dayfly
+plain = sorted({LATER!r} & set(sys.modules))
+from dayfly import File, step, workflow
+@step
+def f(x: File) -> int: return 1
+@workflow
+def g(): f()
+print(plain, sorted({LATER!r} & set(sys.modules)))"""
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, check=True, timeout=60
     )
 
-    assert done.stdout.decode().strip() == "set()"
+    assert done.stdout.decode().strip() == "[] ['dayfly.steps']"
