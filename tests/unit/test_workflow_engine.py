@@ -654,6 +654,16 @@ def test_a_nested_workflow_that_is_tried_again_keeps_what_succeeded():
     assert talk.ended("a/z", attempt=2) == ["Succeeded"]
 
 
+def test_what_runs_finally_may_fail_before_it_runs_and_be_tried_again():
+    """Its node is gone while its instances' ends are still looked at."""
+    task = TaskSpec(params=(Param(name="n", type="integer", enum=(7,)),), command=("x",))
+    final = step("z", task="t", matrix=Matrix(params={"n": [1, 2]}))
+    inner = WorkflowSpec(steps=(step("x"),), finally_=(final,))
+    talk = Talk(step("a", workflow="inner", retries=3), nested={"inner": inner}, tasks={"t": task})
+
+    assert talk.ended("a/x") == ["Failed"]
+
+
 def test_a_matrix_of_nested_workflows_is_several():
     talk = Talk(
         step("a", workflow="inner", matrix=Matrix(params={"n": [1, 2]})),

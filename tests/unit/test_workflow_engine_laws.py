@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from dayfly_pool.workflow.engine import Run
 from dayfly_pool.workflow.facts import (
@@ -81,6 +82,8 @@ def steps(draw: st.DrawFn, *, most: int, is_calm: bool, nested: tuple[str, ...])
             fields["matrix"] = Matrix(
                 params={"m": values}, parallelism=draw(st.sampled_from([0, 1, 2]))
             )
+        if "matrix" in fields and not is_calm and draw(st.integers(0, 3)) == 0:
+            fields["params"] |= {"no": "$(item.m.nope)"}  # fails before it runs
         match kind:
             case "handler":
                 fields["handler"] = "work:do"
@@ -98,6 +101,17 @@ def steps(draw: st.DrawFn, *, most: int, is_calm: bool, nested: tuple[str, ...])
     return made
 
 
+def as_final(step: Step, last: str) -> Step:
+    """It comes after nothing but all, and asks how that went."""
+    matrix = step.matrix if step.matrix and isinstance(step.matrix.params["m"], list) else None
+    params = {"s": "$(steps.status)", "r": f"$(steps.{last}.results.result)"}
+    if matrix and "no" in step.params:
+        params["no"] = step.params["no"]
+    return structs.replace(
+        step, name=f"f{step.name}", run_after=(), params=params, when=(), matrix=matrix
+    )
+
+
 @st.composite
 def definitions(draw: st.DrawFn, *, is_calm: bool = False) -> Definition:
     def workflow(most: int, nested: tuple[str, ...]) -> WorkflowSpec:
@@ -106,13 +120,7 @@ def definitions(draw: st.DrawFn, *, is_calm: bool = False) -> Definition:
         last = made[-1].name
         return WorkflowSpec(
             steps=tuple(made),
-            finally_=tuple(
-                Step(**{f: getattr(s, f) for f in s.__struct_fields__} | {"name": f"f{s.name}"
-                     , "run_after": (), "params": {"s": "$(steps.status)",
-                                                   "r": f"$(steps.{last}.results.result)"},
-                     "when": (), "matrix": None})
-                for s in finals
-            ),
+            finally_=tuple(as_final(step, last) for step in finals),
             workspaces=("w",),
             params=(Param(name="m", type="any", default=0),),
             results={"result": f"$(steps.{last}.results.result)", "all": "$(steps.s0.status)"},
