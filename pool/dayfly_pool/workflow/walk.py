@@ -258,9 +258,8 @@ class Walk:
 
     def succeeded(self, node: Node) -> None:
         """It has left its results, and versions of its workspaces."""
-        step = self.words.step_of(node)
-        if node.flow is None and node.fan is None and step.workspaces:
-            workspaces = self.words.left_by(node)
+        workspaces = self.words.left_by(node)
+        if workspaces:
             node.mark = self._state.marks.leave(node.base, node.key, workspaces)
         node.failure = ("", "")
         self.over(node, Phase.SUCCEEDED)
@@ -426,7 +425,7 @@ class Walk:
     def _begin_finally(self, owner: Node, flow: Flow, plan: Plan) -> None:
         flow.stage, flow.is_closed, flow.is_stopped = Stage.FINALLY, False, False
         flow.base = self._mark_after(owner, plan)
-        if flow.has_failed or flow.stop == "timed out":
+        if flow.has_failed:
             flow.steps_status = "Failed"
         elif flow.stop == "cancelled":
             flow.steps_status = "None"
@@ -575,9 +574,7 @@ class Walk:
     def _reopen(self, node: Node) -> None:
         """A matrix or a workflow goes on; what has succeeded in it stays."""
         node.move(Phase.OPEN)
-        node.ended_at = 0.0
-        node.results, node.failure, node.mark = {}, ("", ""), node.base
-        self.words.forget(node.key)
+        node.ended_at, node.failure = 0.0, ("", "")
         if node.flow is not None:
             self._reopen_flow(node, node.flow)
         elif node.fan is not None:
