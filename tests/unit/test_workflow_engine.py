@@ -8,6 +8,7 @@ import pytest
 
 from dayfly_pool.errors import BadInput
 from dayfly_pool.workflow import engine as engine_module
+from dayfly_pool.workflow import walk as walk_module
 from dayfly_pool.workflow.engine import Run
 from dayfly_pool.workflow.facts import (
     FACT_BYTES_MAX,
@@ -387,6 +388,7 @@ def test_pauses_between_attempts_double_up_to_their_most():
     pauses = []
     for attempt in range(1, 5):
         assert talk.failed("a", attempt) == []
+        assert talk.run.outstanding() == []
         pauses.append(talk.wakes_in())
         assert talk.passed(pauses[-1] - 1) == []
         assert talk.passed(1) == [f"a again ({attempt + 1})"]
@@ -474,10 +476,15 @@ def test_a_failure_of_what_runs_finally_is_the_runs():
 
 
 def test_what_runs_finally_is_skipped_if_it_needs_what_is_not_there():
-    talk = Talk(step("a"), finally_=(step("f", params={"x": result("a")}), step("g")))
+    finals = (
+        step("f", params={"x": result("a")}),
+        step("h", script=f"echo {result('a')}"),
+        step("g", script="echo $(steps.a.status)"),
+    )
+    talk = Talk(step("a"), finally_=finals)
 
     assert talk.failed("a") == ["g"]
-    assert talk.reason("f") == ("result missing", "")
+    assert talk.reason("f") == talk.reason("h") == ("result missing", "")
     assert talk.ended("g") == ["Failed"]
 
 
@@ -510,6 +517,13 @@ def test_a_matrix_over_what_is_no_list_fails():
 
     assert talk.ended("a", "pqr") == ["Failed"]
     assert "'x'" in talk.finish().message
+
+
+def test_what_all_instances_lack_fails_the_step_before_it_has_any():
+    talk = Talk(step("a"), step("b", matrix=Matrix(params={"x": [0]}), params={"y": result("a")}))
+
+    assert talk.ended("a", results={}) == ["Failed"]
+    assert talk.states() == {"a": "succeeded", "b": "failed"}
 
 
 def test_include_adds_to_the_combinations_that_agree_with_it():
@@ -654,6 +668,16 @@ def test_a_nested_workflow_that_is_tried_again_keeps_what_succeeded():
     assert talk.ended("a/z", attempt=2) == ["Succeeded"]
 
 
+def test_what_runs_finally_may_fail_before_it_runs_and_be_tried_again():
+    """Its node is gone while its instances' ends are still looked at."""
+    task = TaskSpec(params=(Param(name="n", type="integer", enum=(7,)),), command=("x",))
+    final = step("z", task="t", matrix=Matrix(params={"n": [1, 2]}))
+    inner = WorkflowSpec(steps=(step("x"),), finally_=(final,))
+    talk = Talk(step("a", workflow="inner", retries=3), nested={"inner": inner}, tasks={"t": task})
+
+    assert talk.ended("a/x") == ["Failed"]
+
+
 def test_a_matrix_of_nested_workflows_is_several():
     talk = Talk(
         step("a", workflow="inner", matrix=Matrix(params={"n": [1, 2]})),
@@ -744,6 +768,15 @@ def test_steps_that_take_too_long_are_stopped_and_what_runs_finally_runs():
     assert talk.ended("f") == ["TimedOut"]
 
 
+def test_a_run_that_had_failed_when_its_time_was_up_has_failed():
+    talk = Talk(step("a"), step("b"), timeouts=Timeouts(steps=10))
+    talk.failed("a")
+    talk.passed(10)
+
+    assert talk.stopped("b") == ["Failed"]
+    assert talk.finish().kind == "Raised"
+
+
 def test_what_runs_finally_keeps_its_part_of_the_time():
     talk = Talk(step("a"), finally_=(step("f"),), timeouts=Timeouts(workflow=60, finally_=20))
 
@@ -832,7 +865,7 @@ def test_a_hard_cancellation_ends_the_run_at_once():
     assert said == ["cancel a", "cancel b[0]", "cancel b[1]", "Cancelled"]
     assert talk.ended("a") == []
     assert talk.run.wake_at is None
-    assert talk.run.outstanding() == [talk.finish()] if talk.commands else True
+    assert words(talk.run.outstanding()) == ["Cancelled"]
 
 
 def test_what_runs_finally_is_ended_by_a_hard_cancellation_only():
@@ -841,6 +874,14 @@ def test_what_runs_finally_is_ended_by_a_hard_cancellation_only():
 
     assert talk.tell(CancelAsked(at=START)) == []
     assert talk.tell(CancelAsked(at=START, is_hard=True)) == ["cancel f", "Cancelled"]
+
+
+def test_what_a_nested_workflow_runs_finally_is_let_end_and_then_it_is_not_tried_again():
+    talk = Talk(step("a", workflow="inner", params={"n": 1}, retries=5), nested={"inner": INNER})
+    talk.failed("a/x")
+
+    assert talk.tell(CancelAsked(at=START)) == []
+    assert talk.ended("a/z") == ["Cancelled"]
 
 
 def test_a_matrix_that_is_cancelled_starts_no_further_instances():
@@ -913,6 +954,58 @@ def test_a_cancelled_run_can_go_on():
 
     assert talk.tell(RetryAsked(at=START)) == ["b again (2)"]
     assert talk.ended("b", attempt=2) == ["Succeeded"]
+
+
+def test_what_runs_finally_runs_again_whole(monkeypatch: pytest.MonkeyPatch):
+    """Its instances too; and what is forgotten is not counted twice."""
+    monkeypatch.setattr(walk_module, "INSTANCES_MAX", 4)
+    talk = Talk(step("a"), finally_=(step("f", matrix=Matrix(params={"x": [0, 1, 2]})),))
+    talk.failed("a")
+    for index in range(3):
+        talk.ended(f"f[{index}]")
+    talk.tell(RetryAsked(at=START))
+
+    assert talk.ended("a", attempt=2) == [f"f[{index}] again (2)" for index in range(3)]
+
+
+def test_what_was_skipped_before_a_retry_is_not_held_against_the_run():
+    talk = Talk(step("a"), finally_=(step("f", params={"x": result("a")}),))
+    assert talk.failed("a") == ["Failed"]
+    talk.tell(RetryAsked(at=START))
+    assert talk.reason("") == ("", "")
+    talk.ended("a", attempt=2)
+
+    assert talk.ended("f") == ["Succeeded"]
+
+
+def test_what_is_retried_starts_from_the_versions_that_it_started_from():
+    talk = Talk(
+        with_workspace("a"),
+        with_workspace("b"),
+        finally_=(with_workspace("f"),),
+        workspaces=("w",),
+    )
+    talk.ended("a")
+    talk.failed("b")
+    talk.ended("f")
+    talk.tell(RetryAsked(at=START))
+
+    assert versions(talk) == {"b": ()}
+
+
+def test_results_of_a_matrix_that_was_retried_are_all_there():
+    talk = Talk(
+        step("a", matrix=Matrix(params={"x": [0, 1]})),
+        finally_=(step("f", params={"all": result("a")}),),
+    )
+    talk.failed("a[0]")
+    talk.ended("a[1]", 1)
+    assert talk.invoked().params == {"all": [None, 1]}
+    talk.ended("f")
+    talk.tell(RetryAsked(at=START))
+    talk.ended("a[0]", 0, attempt=2)
+
+    assert talk.invoked().params == {"all": [0, 1]}
 
 
 def test_a_run_that_is_under_way_or_has_succeeded_is_not_retried():
@@ -1040,6 +1133,7 @@ def test_the_newest_of_many_versions_are_found_however_long_their_history():
     other = marks.leave(first, "other", ["w"])
 
     assert marks.sets[marks.join([first, mark, other])] == {"w": ("v4999", "other")}
+    assert marks.sets[marks.join([first, other])] == {"w": ("other",)}
     assert len(marks.versions["w"].heads) == 2
 
 
@@ -1074,6 +1168,14 @@ def test_what_was_under_way_when_all_was_lost_is_told_again():
     assert words(again.outstanding()) == ["b", "expect approval c"]
     assert again.wake_at == START + 9
     assert again.outstanding() == talk.run.outstanding()
+
+
+def test_a_start_that_is_told_twice_is_news_once_and_another_is_news():
+    talk = Talk(step("a"))
+    for at, taken in ((START, 2), (START, 2), (START + 1, 3)):
+        talk.tell(Started(at=at, key="a", attempt=1))
+
+        assert talk.run.taken == taken
 
 
 def test_a_start_that_was_lost_makes_no_difference():

@@ -235,7 +235,6 @@ class Run:
         is_news = False
         while (due := self.wake_at) is not None and due <= now:
             self._walk.fall_due()
-            self._walk.work()  # before the next: what is done now may undo it
             is_news = True
         return is_news
 

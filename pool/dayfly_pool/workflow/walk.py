@@ -112,10 +112,12 @@ class Walk:
         todo = self._todo
         while todo:
             key, place = todo.popleft()
-            if place == MORE:
-                self._start_instances(self._nodes[key])
-            else:
-                self._take_turn(self._nodes[key], place)
+            node = self._nodes.get(key)
+            if place != MORE:
+                assert node is not None
+                self._take_turn(node, place)
+            elif node is not None and node.fan is not None and node.phase is Phase.OPEN:
+                self._start_instances(node, node.fan)  # else it is over by now, or even forgotten
 
     def _open(self, node: Node, plan: Plan, flow: Flow) -> None:
         """A workflow begins."""
@@ -227,6 +229,7 @@ class Walk:
         self.commands.append(self.expect(node))
 
     def expect(self, node: Node) -> Expect:
+        """What a wait waits for."""
         wait = self.words.step_of(node).wait
         assert wait is not None
         kind: Literal["callback", "approval"] = "callback" if wait.callback else "approval"
@@ -254,9 +257,9 @@ class Walk:
         heappush(self._timers, (at, node.key))
 
     def succeeded(self, node: Node) -> None:
-        step = self.words.step_of(node)
-        if node.flow is None and node.fan is None and step.workspaces:
-            workspaces = self.words.left_by(node)
+        """It has left its results, and versions of its workspaces."""
+        workspaces = self.words.left_by(node)
+        if workspaces:
             node.mark = self._state.marks.leave(node.base, node.key, workspaces)
         node.failure = ("", "")
         self.over(node, Phase.SUCCEEDED)
@@ -350,17 +353,14 @@ class Walk:
         node.began_at = self.now
         self._todo.append((node.key, MORE))
 
-    def _start_instances(self, node: Node) -> None:
+    def _start_instances(self, node: Node, fan: Fan) -> None:
         """As many as there is room for; if none is under way then, the step is over."""
-        fan, owner = node.fan, self._nodes[node.owner]
-        assert fan is not None
-        assert owner.flow is not None
-        if node.phase is not Phase.OPEN:
-            return
+        flow = self._nodes[node.owner].flow
+        assert flow is not None
         matrix = self.words.step_of(node).matrix
         room = (matrix.parallelism if matrix else 0) or fan.total
         while fan.next < fan.total and fan.under_way < room:
-            if fan.is_closed or owner.flow.is_closed:
+            if fan.is_closed or flow.is_closed:
                 break
             index, fan.next = fan.next, fan.next + 1
             self._start_instance(node, fan, index)
@@ -402,6 +402,7 @@ class Walk:
             keys = (f"{node.key}[{index}]" for index in range(fan.next))
             marks = [self._nodes[key].mark for key in keys if key in self._nodes]
             node.mark = self._state.marks.join(marks)
+        self.words.forget(node.key)
         if fan.failed:
             kind, message = fan.failure
             self.fail(node, kind, f"{fan.failed} of {fan.total} instances failed; {message}")
@@ -424,7 +425,7 @@ class Walk:
     def _begin_finally(self, owner: Node, flow: Flow, plan: Plan) -> None:
         flow.stage, flow.is_closed, flow.is_stopped = Stage.FINALLY, False, False
         flow.base = self._mark_after(owner, plan)
-        if flow.has_failed or flow.stop == "timed out":
+        if flow.has_failed:
             flow.steps_status = "Failed"
         elif flow.stop == "cancelled":
             flow.steps_status = "None"
@@ -480,6 +481,7 @@ class Walk:
 
     @staticmethod
     def finish_of(root: Node) -> Finish:
+        """How the run ended."""
         assert root.flow is not None
         assert root.flow.status is not None
         return Finish(root.flow.status, root.results, *root.failure)
@@ -552,7 +554,7 @@ class Walk:
         for node in self._nodes.values():
             node.due = None
             if node.key and not node.phase.is_over:
-                node.phase, node.ended_at = Phase.CANCELLED, self.now
+                node.phase, node.ended_at = Phase.CANCELLED, self.now  # from whatever it was
             if node.flow is not None and node.flow.stage is not Stage.OVER:
                 node.flow.stage, node.flow.under_way = Stage.OVER, 0
                 node.flow.status = "Cancelled"
@@ -572,9 +574,7 @@ class Walk:
     def _reopen(self, node: Node) -> None:
         """A matrix or a workflow goes on; what has succeeded in it stays."""
         node.move(Phase.OPEN)
-        node.ended_at = 0.0
-        node.results, node.failure, node.mark = {}, ("", ""), node.base
-        self.words.forget(node.key)
+        node.ended_at, node.failure = 0.0, ("", "")
         if node.flow is not None:
             self._reopen_flow(node, node.flow)
         elif node.fan is not None:
