@@ -5,7 +5,6 @@ down, and what is not run again.
 import asyncio
 import itertools
 import json
-import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -22,6 +21,7 @@ from dayfly_pool import journal as journal_module
 from dayfly_pool.batch import job as job_module
 from dayfly_pool.batch import jobs as module
 from dayfly_pool.batch.job import (
+    ITEMS,
     LOG,
     RESULTS,
     Cancel,
@@ -161,6 +161,12 @@ async def over(jobs: Jobs, name: str = "sums") -> View:
 
 async def ask(jobs: Jobs, wanted: Any, name: str = "sums") -> View:
     return await jobs.ask("default", name, wanted)
+
+
+def live(jobs: Jobs) -> Job:
+    """The one that runs."""
+    (found,) = jobs._live.values()
+    return found
 
 
 async def results(jobs: Jobs, name: str = "sums") -> dict[int, Any]:
@@ -424,7 +430,7 @@ async def test_a_softly_cancelled_job_lets_its_tasks_end_and_keeps_what_they_did
         await create(jobs)
         await until(lambda: work.now == 4)
         asked = asyncio.create_task(ask(jobs, Cancel(hard=False)))
-        await until(lambda: next(iter(jobs._live.values())).tasks.verdict)
+        await until(lambda: live(jobs).status.ending)
         work.gate.set()
         await asked
         view = await over(jobs)
@@ -442,7 +448,7 @@ async def test_a_softly_cancelled_job_can_be_cancelled_hard():
         await create(jobs)
         await until(lambda: work.now == 4)
         asked = asyncio.create_task(ask(jobs, Cancel(hard=False)))
-        await until(lambda: next(iter(jobs._live.values())).tasks.verdict)
+        await until(lambda: live(jobs).status.ending)
         await ask(jobs, Cancel())
         await asked
 
@@ -569,6 +575,31 @@ async def test_many_segments_become_a_snapshot_that_says_the_same(
     assert kept.keys() == {*range(300)} - fails.keys()
 
 
+@pytest.mark.parametrize("hard", [True, False])
+async def test_what_was_decided_holds_whenever_the_server_dies(hard: bool):
+    """A cancelled job that was still stopping is not begun again."""
+    store, work = MemoryJournals(), Work()
+    work.gate.clear()
+    async with running(work, store) as jobs:
+        view = await create(jobs)
+        await until(lambda: work.now == 4)
+        written = store.writes
+        asked = asyncio.create_task(ask(jobs, Cancel(hard)))
+        await until(lambda: store.writes > written)
+        row = store._rows[view.journal.id]
+        before = row.journal, dict(row.entries)
+        with suppress(StoreFailed):
+            await asked
+        await until(lambda: hard is False or row.journal.is_over)
+    row.journal, row.entries = structs.replace(before[0], owner="", ended_at=0.0), before[1]
+    ran = work.ran.total()
+    work.gate.set()
+    async with running(work, store) as jobs:
+        view = await over(jobs)
+
+    assert (view.status.state, work.ran.total()) == ("Cancelled", ran)
+
+
 async def test_what_was_wanted_while_nobody_ran_it_is_heard_by_who_runs_it_next():
     store, work = MemoryJournals(), Work()
     work.gate.clear()
@@ -675,16 +706,11 @@ async def test_a_job_that_somebody_else_has_is_stopped_here():
     async with running(work, store) as jobs:
         view = await create(jobs)
         await until(lambda: work.now == 4)
-        await store.open("another")
-        await store.fence(store._rows[view.journal.id].journal.owner)
-        await store.claim("job", 1)
-        await ask(jobs, SetParallelism(3))  # to be written, and that is too late
-        jobs._live and next(iter(jobs._live.values()))._news.set()
-        live = next(iter(jobs._live.values()))
-        live._changed = True
-        live._news.set()
-        await until(lambda: not jobs._live)
-        await until(lambda: work.now == 0)
+        row = store._rows[view.journal.id]
+        row.change(owner="another", fence=row.journal.fence + 1)
+        live(jobs)._changed = True
+        live(jobs)._news.set()
+        await until(lambda: not jobs._live and work.now == 0)
 
         assert not (await jobs.get("default", "sums")).journal.is_over
     assert not work.ended
@@ -715,6 +741,25 @@ async def test_a_damaged_journal_is_not_run_and_harms_no_other():
 
         assert not (await jobs.get("default", "sums")).journal.is_over
     assert work.ran.total() == ran + 3
+
+
+async def test_a_damaged_item_fails_its_task():
+    """And is not tried for ever, as what failed on our side otherwise is."""
+
+    class Damaged(MemoryJournals):
+        async def entries(self, id_: Any, **which: Any) -> list[Entry]:
+            found = await super().entries(id_, **which)
+            if which.get("part") != ITEMS:
+                return found
+            return [structs.replace(entry, body=b"", damage="bits fell") for entry in found]
+
+    async with running(Work(), Damaged()) as jobs:
+        await create(jobs, size=None, items=(1, 2), backoff_limit=1)
+        view = await over(jobs)
+        told = (await jobs.details(view)).told
+
+    assert view.status.reason == "BackoffLimitExceeded"
+    assert {each.kind for each in told} == {"ItemDamaged"}
 
 
 async def test_damaged_results_are_an_error_that_says_so():
