@@ -54,6 +54,7 @@ def _run(event: dict[str, Any], place: str) -> None:
     command = list(event["command"] or _script(event["script"], place))
     if "/" not in command[0]:
         command[0] = _found(command[0], environment["PATH"])
+    _keep_ours()
     actions = [(os.POSIX_SPAWN_OPEN, 0, given, os.O_RDONLY, 0)]
     try:
         child = os.posix_spawn(command[0], command, environment, file_actions=actions, setpgroup=0)
@@ -70,6 +71,16 @@ def _run(event: dict[str, Any], place: str) -> None:
         raise Exit(128 - code, f"killed by signal {-code}")
     if code:
         raise Exit(code, f"exit code {code}")
+
+
+def _keep_ours() -> None:
+    """No process of the task's has what we have open: our way to the pool is among it."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                pass  # that of the folder itself
 
 
 def _environment(place: str) -> dict[str, str]:
