@@ -186,6 +186,12 @@ class ZygoteUnfit(SandboxStartFailed):
     """
 
 
+class ItemDamaged(PlatformError):
+    """An item of a job is not what was sent."""
+
+    status = 500
+
+
 class PackageDamaged(PlatformError):
     """The stored package is not what its digest says.
 

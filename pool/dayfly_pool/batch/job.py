@@ -20,7 +20,7 @@ from dayfly_pool.batch.indices import IndexSet, parse, up_to
 from dayfly_pool.batch.model import COMMAND_TIMEOUT_S, JobSpec
 from dayfly_pool.batch.tasks import Segment, Snapshot, Task, TaskFailed, Tasks, Verdict
 from dayfly_pool.clock import Clock
-from dayfly_pool.errors import BodyTooLarge, PlatformError, StoreFailed
+from dayfly_pool.errors import BodyTooLarge, ItemDamaged, PlatformError, StoreFailed
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
     Failure,
@@ -54,6 +54,9 @@ NOTHING: Final = b"null"
 QUEUE_S_MAX: Final = 3600.0
 """A task may wait this long for a sandbox: others come first."""
 
+LAST_COMMIT_S: Final = 5.0
+"""A server that goes down waits this long for what has ended to be written."""
+
 CHUNKS_KEPT: Final = 16
 JobState = Literal["Pending", "Running", "Suspended", "Complete", "Failed", "Cancelled"]
 
@@ -81,6 +84,9 @@ class Status(Struct, kw_only=True, rename="camel"):
     failures: int = 0
     parallelism: int = 0
     suspended: bool = False
+    ending: bool = False
+    """It was cancelled softly: it is over when nothing of it runs any more."""
+
     started_at: float = 0.0
     ended_at: float = 0.0
     reason: str = ""
@@ -107,6 +113,7 @@ class Cancel(Struct, frozen=True, tag=True):
     hard: bool = True
 
 
+CANCELLED: Final = Verdict("Cancelled", "Cancelled", "somebody cancelled it")
 Asked = SetSuspended | SetParallelism | Cancel
 _ENTRY: Final = msgspec.msgpack.Decoder(tuple[bool, msgspec.Raw])
 _RESULTS: Final = msgspec.msgpack.Decoder(list[tuple[int, bytes]])
@@ -127,9 +134,15 @@ def indices_of(spec: JobSpec, total: int) -> IndexSet:
 
 
 def results_in(entries: Sequence[Entry]) -> list[tuple[int, bytes]]:
-    """(index, JSON) of all results in *entries* of the part `RESULTS`."""
+    """(index, JSON) of all results in *entries* of the part `RESULTS`.
+
+    Raises `StoreFailed` when one is damaged.
+    """
     found: list[tuple[int, bytes]] = []
     for entry in entries:
+        if entry.damage:
+            what = f"results {entry.low} to {entry.high}"
+            raise StoreFailed(f"{what}, entry {entry.number}: {entry.damage}")
         found += _RESULTS.decode(zlib.decompress(entry.body))
     return found
 
@@ -317,12 +330,19 @@ class Job:
                 try:
                     await self._feed(group)
                 finally:
+                    self.stop_running("the job is not run here any more")
                     self._is_fed = True
                     self._news.set()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from several
         except asyncio.CancelledError:
-            await self._commit()  # what has ended need not run again
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_COMMIT_S):
+                    await self._commit()  # what has ended need not run again
             raise
-        if self.tasks.verdict is not None:
+        if self.tasks.verdict is None:
+            await self._commit()
+        else:
             await self._commit(ended_at=self._clock.now())
             extra = {"job": self.name, "state": self.status.state, "reason": self.status.reason}
             log.info("job over", extra=extra)
@@ -333,14 +353,14 @@ class Job:
         self._wake.set()
 
     def look(self) -> Status:
-        """How far it is now."""
-        self._sum_up(None)
-        return msgspec.structs.replace(self.status)
+        """How far it is now; it is over when that is on the disk."""
+        return self.status if self._is_over else self._summary(None)
 
-    async def settled(self) -> None:
-        """Until what it has heard is written down, and what is to stop has stopped."""
+    async def settled(self, number: int) -> None:
+        """Until wish *number* was heard and that is written down, and what is to stop has."""
         while not self._is_over and (
-            self._changed
+            self._heard < number
+            or self._changed
             or self.tasks.verdict is not None
             or (self.status.suspended and self._workers)
         ):
@@ -354,8 +374,10 @@ class Job:
             now = self._clock.now()
             self._look_at_deadline(now)
             self._look_at_wanted()
+            if self.status.ending and not self._workers:
+                self.tasks.end(CANCELLED)
             if self.tasks.verdict is not None:
-                self._stop_running("the job has ended")
+                self.stop_running("the job has ended")
             while self._may_begin() and (task := self.tasks.take(now)) is not None:
                 self._workers += 1
                 group.create_task(self._work(task))
@@ -394,7 +416,7 @@ class Job:
     @property
     def wanted(self) -> int:
         """How many tasks it has for this moment, up to its parallelism."""
-        if self.tasks.verdict is not None or self.status.suspended or self._is_held:
+        if self.tasks.verdict is not None or self._is_stopped:
             return 0
         left = self.tasks.total - len(self.tasks.succeeded) - len(self.tasks.failed)
         most = self.status.parallelism or self.stored.spec.parallelism or self._processors
@@ -423,10 +445,16 @@ class Job:
         return max(0, free)
 
     def _may_begin(self) -> bool:
-        is_stopped = self.status.suspended or self._is_held
-        return not is_stopped and self._workers < self.allowed and self.tasks.has_news < NEWS_MAX
+        is_full = self._workers >= self.allowed or self.tasks.has_news >= NEWS_MAX
+        return not (is_full or self._is_stopped)
 
-    def _stop_running(self, why: str) -> None:
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether nothing more is to be begun now."""
+        return self.status.suspended or self.status.ending or self._is_held
+
+    def stop_running(self, why: str) -> None:
+        """Stop its tasks: they run again, and nothing is counted."""
         self._stopped.update(self._invocations)
         for invocation in list(self._invocations.values()):
             self._pool.stop(invocation, why)
@@ -464,7 +492,7 @@ class Job:
             )
             self._note(index, await self._pool.invoke(invocation))
         except PlatformError as error:
-            is_ours = not isinstance(error, BodyTooLarge)
+            is_ours = not isinstance(error, BodyTooLarge | ItemDamaged)
             self._failed(index, TaskFailed(type(error).__name__, str(error), is_ours=is_ours))
         finally:
             del self._invocations[index]
@@ -516,7 +544,7 @@ class Job:
                 return msgspec.Raw(lines[index - low])
         (entry,) = await self._journals.store.entries(self.id, part=ITEMS, covering=index, limit=1)
         if entry.damage:
-            raise StoreFailed(f"item {index} of job {self.name}: {entry.damage}")
+            raise ItemDamaged(f"item {index}: {entry.damage}")
         lines = zlib.decompress(entry.body).split(b"\n")
         self._chunks[entry.number] = entry.low, lines
         if len(self._chunks) > CHUNKS_KEPT:
@@ -536,9 +564,10 @@ class Job:
             case SetParallelism(parallelism=parallelism):
                 self.status.parallelism = parallelism
             case Cancel(hard=hard):
-                self.tasks.end(Verdict("Cancelled", "Cancelled", "somebody cancelled it"))
+                self.status.ending = True
                 if hard:
-                    self._stop_running("the job was cancelled")
+                    self.tasks.end(CANCELLED)
+                    self.stop_running("the job was cancelled")
         self._changed = True
         self._news.set()
         self._wake.set()
@@ -549,7 +578,7 @@ class Job:
         self.status.suspended = suspended
         self.status.started_at = 0.0 if suspended or not self.allowed else self._clock.now()
         if suspended:
-            self._stop_running("the job was suspended")
+            self.stop_running("the job was suspended")
 
     # ---- the journal --------------------------------------------------------------------------
 
@@ -565,17 +594,19 @@ class Job:
 
     async def _commit(self, ended_at: float | None = None) -> None:
         self._changed = False
-        self._sum_up(ended_at)
+        status = self._summary(ended_at)
         entries, replaced = self._written()
         self._last += len(entries)
         await self._journals.append(
             self.id,
             entries,
-            head=msgspec.json.encode(self.status),
+            head=msgspec.json.encode(status),
             ended_at=ended_at,
             replaces=replaced,
             heard=self._heard,
         )
+        if ended_at is not None:
+            self.status = status
         self._moved.set()
 
     def _written(self) -> tuple[list[NewEntry], tuple[int, ...]]:
@@ -593,19 +624,20 @@ class Job:
         results, merged = self._results.drain(self._last + 1 + len(entries))
         return [*entries, *results], (*replaced, *merged)
 
-    def _sum_up(self, ended_at: float | None) -> None:
-        status, tasks = self.status, self.tasks
-        status.succeeded, status.failed = len(tasks.succeeded), len(tasks.failed)
-        status.failures, status.running = tasks.failures, len(tasks.running)
+    def _summary(self, ended_at: float | None) -> Status:
+        """How far it is; with *ended_at* it is over."""
+        tasks = self.tasks
         is_running = self.allowed or self._workers
-        status.state = "Running" if is_running else "Pending"
-        if status.suspended:
-            status.state = "Suspended"
+        now = msgspec.structs.replace(
+            self.status,
+            state="Suspended" if self.status.suspended else "Running" if is_running else "Pending",
+            succeeded=len(tasks.succeeded),
+            failed=len(tasks.failed),
+            failures=tasks.failures,
+            running=len(tasks.running),
+        )
         if tasks.verdict is not None and ended_at is not None:
             verdict = tasks.verdict
-            status.state, status.reason, status.message = (
-                verdict.state,
-                verdict.reason,
-                verdict.message,
-            )
-            status.ended_at, status.running = ended_at, 0
+            now.state, now.reason, now.message = verdict.state, verdict.reason, verdict.message
+            now.ended_at, now.running = ended_at, 0
+        return now

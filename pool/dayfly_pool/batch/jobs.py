@@ -21,7 +21,7 @@ from dayfly_pool.batch.model import INDICES_MAX, JobManifest
 from dayfly_pool.batch.queues import Admission, QueueUse
 from dayfly_pool.batch.quota import Amounts, QueueSpec, amounts
 from dayfly_pool.config import Config
-from dayfly_pool.errors import BadInput, JobNotFound, Late, PlatformError
+from dayfly_pool.errors import BadInput, JobNotFound, Late, NameTaken, PlatformError
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import Function, FunctionId, FunctionSpec
@@ -125,6 +125,7 @@ class Jobs:
 
         *items* are lines of JSON, one for each task, besides none in the spec. Raises `BadInput`,
         `NameTaken`, `StoreFailed`.
+        A job that is there and was declared alike is that one, if it has no items.
         """
         spec, metadata = manifest.spec, manifest.metadata
         inline = spec.items
@@ -147,7 +148,15 @@ class Jobs:
             is_draft=items is not None,
         )
         entries = _chunked([msgspec.json.encode(item) for item in inline or ()], 0)
-        journal = await self._journals.create(journal, entries)
+        try:
+            journal = await self._journals.create(journal, entries)
+        except NameTaken:
+            there = await self._journals.store.find("job", journal.namespace, journal.name)
+            if there is None or there.is_draft or has_items:
+                raise
+            if (view := self._view(there)).stored != stored:
+                raise
+            return view
         if items is not None:
             journal, status = await self._fill(journal, stored, items)
         return View(journal, stored, status)
@@ -193,7 +202,7 @@ class Jobs:
         return View(journal, stored, self._status(journal))
 
     def _status(self, journal: Journal) -> Status:
-        if (job := self._live.get(journal.id)) is not None:
+        if not journal.is_over and (job := self._live.get(journal.id)) is not None:
             return job.look()
         return msgspec.json.decode(journal.head, type=Status)
 
@@ -205,11 +214,11 @@ class Jobs:
         view = await self.get(namespace, name)
         if view.journal.is_over:
             raise BadInput(f"job {name!r} is over: {view.status.state}")
-        await self._journals.wish(view.journal.id, msgspec.json.encode(asked))
+        number = await self._journals.wish(view.journal.id, msgspec.json.encode(asked))
         if (job := self._live.get(view.journal.id)) is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STOPPED_S_MAX):
-                    await job.settled()
+                    await job.settled(number)
         return await self.get(namespace, name)
 
     async def delete(self, namespace: str, name: str) -> None:
@@ -242,13 +251,16 @@ class Jobs:
         With *index*, that one's alone. A task that returned nothing has none.
         """
         view = await self.get(namespace, name)
-        entries = await self._journals.store.entries(
+        while entries := await self._journals.store.entries(
             view.journal.id, part=running.RESULTS, after=after, limit=8, covering=index
-        )
-        found = running.results_in(entries)
-        if index is not None:
-            found = [each for each in found if each[0] == index]
-        return found, entries[-1].number if entries else 0
+        ):
+            after = entries[-1].number
+            found = running.results_in(entries)
+            if index is None:
+                return found, after
+            if its := [each for each in found if each[0] == index]:
+                return its, 0
+        return [], 0
 
     async def details(self, view: View) -> tasks.Tasks:
         """Which of its indices have succeeded and failed, and how."""
@@ -281,7 +293,9 @@ class Jobs:
             self._wishes.setdefault(id_, []).append(wish)
 
     def lost(self, id_: JournalId) -> None:
-        """Somebody else has it."""
+        """Somebody else has it, and begins what ran here again."""
+        if (job := self._live.get(id_)) is not None:
+            job.stop_running("another server has the job")
         if (task := self._running.pop(id_, None)) is not None:
             task.cancel()
 

@@ -78,6 +78,7 @@ class Segment(Struct, array_like=True):
     """The counted failures of indices that are to be tried again."""
 
     told: list[Told] = []
+    verdict: Verdict | None = None
 
 
 class Snapshot(Struct, array_like=True):
@@ -88,6 +89,7 @@ class Snapshot(Struct, array_like=True):
     failures: int
     tries: dict[int, int]
     told: list[Told]
+    verdict: Verdict | None = None
 
 
 class _Counts:
@@ -172,7 +174,7 @@ class Tasks:
         _extend(self._new.succeeded, index)
         self._over(index)
         if any([rule.add(index) for rule in self._success]):
-            self.verdict = Verdict("Complete", "SuccessPolicy", "enough of its indices succeeded")
+            self.end(Verdict("Complete", "SuccessPolicy", "enough of its indices succeeded"))
         else:
             self._judge()
 
@@ -194,7 +196,7 @@ class Tasks:
         if action == "FailJob":
             self._count(index, tries)
             what = f"index {index}: {why.kind}: {why.message}"[:MESSAGE_CHARACTERS_MAX]
-            self.verdict = Verdict("Failed", "FailurePolicy", what)
+            self.end(Verdict("Failed", "FailurePolicy", what))
         elif action == "FailIndex":
             self._count(index, tries)
             self._fail_index(index)
@@ -209,7 +211,7 @@ class Tasks:
         """Kubernetes' order: first the job's limit, then the index's."""
         if self.failures > self._spec.failures_max:
             what = f"{self.failures} failures, backoffLimit {self._spec.failures_max}"
-            self.verdict = Verdict("Failed", "BackoffLimitExceeded", what)
+            self.end(Verdict("Failed", "BackoffLimitExceeded", what))
             return
         per_index = self._spec.backoff_limit_per_index
         if per_index is not None and tries > per_index:
@@ -227,7 +229,7 @@ class Tasks:
     def end(self, verdict: Verdict) -> None:
         """Whatever still runs, this is how the job has ended."""
         if self.verdict is None:
-            self.verdict = verdict
+            self.verdict = self._new.verdict = verdict
 
     def _action(self, why: TaskFailed) -> Action:
         policy = self._spec.failure_policy
@@ -248,7 +250,7 @@ class Tasks:
         most = self._spec.max_failed_indexes
         if most is not None and len(self.failed) > most:
             what = f"{len(self.failed)} indices failed, maxFailedIndexes {most}"
-            self.verdict = Verdict("Failed", "MaxFailedIndexesExceeded", what)
+            self.end(Verdict("Failed", "MaxFailedIndexesExceeded", what))
         else:
             self._judge()
 
@@ -262,9 +264,9 @@ class Tasks:
             return
         if self.failed:
             what = f"{len(self.failed)} of {self.total} indices failed"
-            self.verdict = Verdict("Failed", "FailedIndexes", what)
+            self.end(Verdict("Failed", "FailedIndexes", what))
         else:
-            self.verdict = Verdict("Complete", "CompletionsReached")
+            self.end(Verdict("Complete", "CompletionsReached"))
 
     def _try_again(self, index: int, at: float) -> None:
         self._waits.add(index)
@@ -284,7 +286,8 @@ class Tasks:
     def has_news(self) -> int:
         """Of how many indices something is to be written down, about."""
         new = self._new
-        return len(new.succeeded) + len(new.failed) + len(new.tries) + len(new.told)
+        lists = len(new.succeeded) + len(new.failed) + len(new.tries) + len(new.told)
+        return lists + (new.verdict is not None)
 
     def drain(self) -> Segment:
         """What has happened since this was asked last."""
@@ -296,7 +299,7 @@ class Tasks:
         """All that was drained; nothing else may be under way to the journal."""
         tries = {i: n for i, n in self._tries.items() if n}
         packed = self.succeeded.packed(), self.failed.packed()
-        return Snapshot(*packed, self.failures, tries, list(self.told))
+        return Snapshot(*packed, self.failures, tries, list(self.told), self.verdict)
 
     def replay(self, snapshot: Snapshot | None, segments: Iterable[Segment], now: float) -> None:
         """Be what the journal says. Raises `ValueError` when that is not of this job."""
@@ -304,7 +307,7 @@ class Tasks:
             self.succeeded.unpack(snapshot.succeeded)
             self.failed.unpack(snapshot.failed)
             self.failures, self._tries = snapshot.failures, dict(snapshot.tries)
-            self.told = list(snapshot.told)
+            self.told, self.verdict = list(snapshot.told), snapshot.verdict
         for segment in segments:
             for low, high in segment.succeeded:
                 self._check(high)
@@ -315,6 +318,7 @@ class Tasks:
             self.failures += segment.failures
             self._tries |= segment.tries
             self.told += segment.told
+            self.verdict = self.verdict or segment.verdict
         over = [i for i in self._tries if i in self.succeeded or i in self.failed]
         for index in over:
             del self._tries[index]
@@ -335,7 +339,7 @@ class Tasks:
         for index in self.succeeded:
             if any([rule.add(index) for rule in self._success]):
                 what = "enough of its indices succeeded"
-                self.verdict = Verdict("Complete", "SuccessPolicy", what)
+                self.end(Verdict("Complete", "SuccessPolicy", what))
                 return
 
 

@@ -17,7 +17,8 @@ TIMEOUT_S: Final = 3600.0
 """Of a step that says nothing (Tekton's)."""
 
 KEEP_ALIVE_S: Final = 30.0
-RESULTS_AT: Final = "/tmp/.dayfly-results"
+RESULTS_AT: Final = "/tmp/.dayfly-PLACE/results"
+"""As `dayfly.command` has it."""
 
 
 class Body(Struct, frozen=True):
@@ -111,4 +112,4 @@ def _command(does: Step | TaskSpec, given: dict[str, Any], scope: Scope | None) 
     scope = structs.replace(scope, results=paths)
     command = list(arguments(does.command, scope)) if does.command is not None else None
     script = substitute_text(does.script, scope) if does.script is not None else None
-    return {"command": command, "script": script, "item": given or None, "results": paths}
+    return {"command": command, "script": script, "item": given or None, "results": list(paths)}
