@@ -21,7 +21,7 @@ class Ours:
 
     *go_on* is to bring one journal to its end; when it fails, it is tried again with what the
     journal has become. *heard* is told what is wished of one that goes on; False if it does not yet
-    (then *wishes* has it).
+    (then *wishes* has it). *lost* stops what runs of one that somebody else goes on with.
     """
 
     def __init__(
@@ -31,9 +31,10 @@ class Ours:
         most: int,
         go_on: Callable[[Journal], Awaitable[None]],
         heard: Callable[[JournalId, Wish], bool],
+        lost: Callable[[JournalId], None],
     ) -> None:
         self._journals, self._kind, self._most = journals, kind, most
-        self._go_on, self._heard = go_on, heard
+        self._go_on, self._heard, self._lost = go_on, heard, lost
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[JournalId, asyncio.Task[None]] = {}
         self._wishes: dict[JournalId, list[Wish]] = {}
@@ -76,6 +77,7 @@ class Ours:
 
     def lost(self, id_: JournalId) -> None:
         """Somebody else has it."""
+        self._lost(id_)
         if (task := self._tasks.pop(id_, None)) is not None:
             task.cancel()
 

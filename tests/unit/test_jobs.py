@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from dayfly.protocol import Failed, Invoke
-from dayfly_pool import autoscale
+from dayfly_pool import autoscale, ours
 from dayfly_pool import journal as journal_module
 from dayfly_pool.batch import job as job_module
 from dayfly_pool.batch import jobs as module
@@ -63,7 +63,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoscale, "BACKOFF_FIRST_S", 0.01)
     monkeypatch.setattr(job_module, "COMMIT_S", 0.001)
     monkeypatch.setattr(journal_module, "REPAIR_S", 0.01)
-    monkeypatch.setattr(module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(ours, "AGAIN_S", 0.01)
     monkeypatch.setattr(module, "SWEEP_S", 0.01)
 
 

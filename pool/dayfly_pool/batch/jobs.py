@@ -1,7 +1,6 @@
 """Jobs: those that are declared, and those that this server runs."""
 
 import asyncio
-import functools
 import logging
 import math
 import os
@@ -21,10 +20,11 @@ from dayfly_pool.batch.model import INDICES_MAX, JobManifest
 from dayfly_pool.batch.queues import Admission, QueueUse
 from dayfly_pool.batch.quota import Amounts, QueueSpec, amounts
 from dayfly_pool.config import Config
-from dayfly_pool.errors import BadInput, JobNotFound, Late, NameTaken, PlatformError
+from dayfly_pool.errors import BadInput, JobNotFound, NameTaken, PlatformError
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import Function, FunctionId, FunctionSpec
+from dayfly_pool.ours import Ours
 from dayfly_pool.pool import Pool
 from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
 
@@ -48,7 +48,6 @@ DEFAULT_QUEUE: Final = "default"
 HEADROOM: Final = 0.1
 """Of all sandboxes, those that jobs never have."""
 
-AGAIN_S: Final = 5.0
 PAGE: Final = 500
 STOPPED_S_MAX: Final = 5.0
 Prepare = Callable[[FunctionId, Stored, FunctionSpec], Function]
@@ -71,13 +70,7 @@ class Jobs:
         self._pool, self._journals, self._prepare = pool, journals, prepare
         self._clock = journals.clock
         self._processors = os.cpu_count() or 1
-        journals.keep("job", self)
         self._live: dict[JournalId, Job] = {}
-        self._tasks: asyncio.TaskGroup
-        self._running: dict[JournalId, asyncio.Task[None]] = {}
-        self._wishes: dict[JournalId, list[Wish]] = {}
-        """For those that are ours and do not run yet."""
-
         self._is_held = False
         self._tasks_ended: Counter[str] = Counter()
         """Of jobs that do not run any more."""
@@ -86,24 +79,22 @@ class Jobs:
         """Jobs that have ended here, by how."""
 
         self._logs: deque[FunctionId] = deque()
+        self._ours = Ours(journals, "job", JOBS_MAX, self._go_on, self._heard, self._lost)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Jobs"]:
         """Run jobs while the block runs. Those that are not over then go on later."""
         async with asyncio.TaskGroup() as group:
-            self._tasks = group
-            self._journals.look()
             keeping = [
                 group.create_task(self._sweep(), name="jobs-sweep"),
                 group.create_task(self._tick(), name="jobs-tick"),
             ]
             try:
-                yield self
+                async with self._ours.running():
+                    yield self
             finally:
                 self.hold()
                 for task in keeping:
-                    task.cancel()
-                for task in list(self._running.values()):
                     task.cancel()
 
     def hold(self) -> None:
@@ -274,65 +265,25 @@ class Jobs:
 
     # ---- for the journals ---------------------------------------------------------------------
 
-    def room(self) -> int:
-        """How many more can be ours."""
-        is_running = hasattr(self, "_tasks") and not self._is_held
-        return JOBS_MAX - len(self._running) if is_running else 0
-
-    def adopt(self, journal: Journal) -> None:
-        """It is ours to run."""
-        task = self._tasks.create_task(self._run(journal), name=f"job {journal.name}")
-        self._running[journal.id] = task
-        task.add_done_callback(functools.partial(self._left, journal.id))
-
-    def wished(self, id_: JournalId, wish: Wish) -> None:
-        """Somebody wants something of it."""
-        if (job := self._live.get(id_)) is not None:
-            job.hear(wish)
-        else:
-            self._wishes.setdefault(id_, []).append(wish)
-
-    def lost(self, id_: JournalId) -> None:
-        """Somebody else has it, and begins what ran here again."""
+    def _lost(self, id_: JournalId) -> None:
+        """Another server has it, and begins what ran here again."""
         if (job := self._live.get(id_)) is not None:
             job.stop_running("another server has the job")
-        if (task := self._running.pop(id_, None)) is not None:
-            task.cancel()
 
-    def _left(self, id_: JournalId, task: asyncio.Task[None]) -> None:
-        if self._running.get(id_) is task:
-            del self._running[id_]
-        self._wishes.pop(id_, None)
-        self._journals.look()
+    def _heard(self, id_: JournalId, wish: Wish) -> bool:
+        if (job := self._live.get(id_)) is None:
+            return False
+        job.hear(wish)
+        return True
 
-    async def _run(self, journal: Journal) -> None:
-        """Run one to its end. A defect of ours must not end the others."""
-        while True:
-            try:
-                await self._run_once(journal)
-                return
-            except Late:
-                log.warning("another server has the job", extra={"job": journal.name})
-                return
-            except PlatformError as error:
-                extra = {"job": journal.name, "why": str(error)}
-                log.warning("a job cannot be run now", extra=extra)
-            except Exception:
-                log.exception("a job is not run for a defect of ours", extra={"job": journal.name})
-            await asyncio.sleep(AGAIN_S)
-            again = await self._journals.store.get(journal.id)
-            if again is None or again.fence != journal.fence:
-                return
-            journal = again
-
-    async def _run_once(self, journal: Journal) -> None:
+    async def _go_on(self, journal: Journal) -> None:
         job = Job(
             journal, self._pool, self._journals, self._clock, self._processors, self._job_changed
         )
         function = self._prepare(job.function_id, job.stored, job.function)
         self._live[journal.id] = job
         self._carry_out(self._admission.submit(_ask(journal, job.stored), self._clock.now()))
-        for wish in self._wishes.pop(journal.id, ()):
+        for wish in self._ours.wishes(journal.id):
             job.hear(wish)
         if self._is_held:
             job.hold()
