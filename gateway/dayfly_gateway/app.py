@@ -17,7 +17,7 @@ from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.hooks import Hooks
 from dayfly_gateway.routing import MethodNotAllowed, Routes
 from dayfly_pool.errors import BodyTooLarge, PlatformError
-from dayfly_pool.events import in_order
+from dayfly_pool.ids import in_order
 from dayfly_pool.models import Invocation, InvocationId, Outcome, Success
 from dayfly_pool.service import Service
 

@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from dayfly_gateway import cli_events, cli_workflows, show
+from dayfly_gateway import cli_events, cli_jobs, cli_runs, cli_workflows, show
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -25,6 +25,7 @@ from dayfly_gateway.session import (
     connection,
     options,
     secret,
+    variables,
 )
 
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -94,6 +95,13 @@ def _data_folder() -> Path:
 @click.option("--generic-min", type=int, show_default="4", help="Generic sandboxes kept ready.")
 @click.option("--generic-max", type=int, show_default="32", help="...and at most, when busy.")
 @click.option("--sandboxes-max", type=int, show_default="512", help="Sandboxes at most.")
+@click.option(
+    "--resource",
+    "resources",
+    metavar="NAME=N",
+    multiple=True,
+    help="What else jobs may ask for, like gpu=2. Repeatable.",
+)
 @click.option(
     "--memory-reserve-mb",
     type=int,
@@ -274,32 +282,15 @@ def _declared(
     """The spec's fields that flags give."""
     limits = {key: given.pop(key) for key in ("memoryMb", "cpu")}
     spec = {key: value for key, value in given.items() if value is not None}
-    variables = _env(env_file.read_text("utf-8").splitlines()) if env_file is not None else {}
-    variables |= _env(env)
-    if variables:
-        spec["env"] = variables
+    found = variables(env_file.read_text("utf-8").splitlines()) if env_file is not None else {}
+    found |= variables(env)
+    if found:
+        spec["env"] = found
     if any(value is not None for value in limits.values()):
         spec["limits"] = {key: value for key, value in limits.items() if value is not None}
     if route:
         spec["routes"] = [_route(text) for text in route]
     return spec
-
-
-def _env(lines: Iterable[str]) -> dict[str, str]:
-    """`K=V` lines; `K` alone takes the value that it has here; comments are left out."""
-    found = {}
-    for line in (line.strip().removeprefix("export ") for line in lines):
-        if not line or line.startswith("#"):
-            continue
-        name, has_value, value = line.partition("=")
-        if not has_value:
-            if name not in os.environ:
-                raise Misused(f"--env {name}: it is not set here either: give {name}=VALUE")
-            value = os.environ[name]
-        elif len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-            value = value[1:-1]
-        found[name.strip()] = value
-    return found
 
 
 def _route(text: str) -> dict[str, str]:
@@ -348,12 +339,20 @@ def _manifests(file: str, namespace: str) -> list[Any]:
 
 def _show_applied(views: Sequence[dict[str, Any]]) -> None:
     for view in views:
-        metadata, status = view["metadata"], view["status"]
+        metadata, status = view["metadata"], view.get("status", {})
         match view["kind"]:
             case "Function":
                 what = f"version {status['version']}"
             case "Environment":
                 what = status["digest"][:12]
+            case "Queue":
+                what = f"weight {view['spec']['weight']:g}"
+            case "Workflow":
+                what = f"{status['steps']} steps"
+            case "Task":
+                what = ""
+            case "Job":
+                what = f"{status['total']} tasks"
             case _:
                 what = status.get("next") or show.listens_to(view)
         click.echo(f"{view['kind']} {metadata['namespace']}/{metadata['name']} {what}")
@@ -580,7 +579,10 @@ def top(session: Session) -> None:
 cli.add_command(cli_events.events)
 cli.add_command(cli_events.trigger)
 cli.add_command(cli_events.secret)
+cli.add_command(cli_jobs.job)
+cli.add_command(cli_jobs.queue)
 cli.add_command(cli_workflows.workflow)
+cli.add_command(cli_runs.run)
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
 """`dayfly workflow`: what workflows are, before they run."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from dayfly_gateway import show
 from dayfly_gateway.client import Misused
+from dayfly_gateway.session import Session, client_command
 
 
 @click.group()
@@ -48,3 +52,87 @@ def compile_(source: str, to: str | None) -> None:
             raise Misused(f"{file} has no workflow {name!r}")
     to = to or ("yaml" if file.suffix == ".py" else "python")
     click.echo(faces.to_yaml(flows) if to == "yaml" else faces.to_python(flows), nl=False)
+
+
+@workflow.command()
+@click.argument("source", metavar="FILE[:NAME]")
+@client_command
+def deploy(session: Session, source: str) -> None:
+    """Declare the workflows of a Python file, with the code of its folder.
+
+    Those in YAML are applied: dayfly apply -f FILE.
+
+    \b
+      dayfly workflow deploy pipeline.py
+      dayfly workflow deploy flows/pipeline.py:nightly
+    """
+    import msgspec
+
+    from dayfly_gateway import deploy as deployment
+    from dayfly_gateway import faces
+    from dayfly_gateway.manifests import FlowPlan
+    from dayfly_pool.workflow.model import WorkflowManifest
+
+    path, colon, name = source.rpartition(":")
+    if not colon or Path(source).exists():
+        path, name = source, ""
+    file = Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        raise Misused(f"{file} is no Python file: apply YAML with `dayfly apply -f`")
+    views = []
+    with show.progress() as progress:
+        for flow in faces.from_python(file, name):
+            metadata = msgspec.structs.replace(flow.metadata, namespace=session.namespace)
+            manifest = WorkflowManifest(metadata=metadata, spec=flow.spec)
+            code = file.parent / flow.spec.source if flow.spec.source else None
+            views.append(deployment.declare(session.client, FlowPlan(manifest, code), progress))
+    session.show(views, _show_deployed)
+
+
+def _show_deployed(views: Sequence[Mapping[str, Any]]) -> None:
+    for view in views:
+        click.echo(f"{view['metadata']['name']}: {view['status']['steps']} steps")
+    click.echo(f"  dayfly run start {views[-1]['metadata']['name']}")
+
+
+@workflow.command("list")
+@client_command
+def list_(session: Session) -> None:
+    """List workflows.
+
+    \b
+      dayfly workflow list
+    """
+    found = session.client.workflows()
+    if session.is_namespace_given:
+        found = [view for view in found if view["metadata"]["namespace"] == session.namespace]
+    if not found and not session.is_json:
+        click.echo("no workflows: `dayfly workflow deploy FILE` declares some", err=True)
+        return
+    session.show(found, _table)
+
+
+def _table(views: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            view["metadata"]["namespace"],
+            view["metadata"]["name"],
+            str(view["status"]["steps"]),
+            ", ".join(view["status"]["params"]),
+        )
+        for view in views
+    ]
+    show.table(("NAMESPACE", "NAME", "STEPS", "PARAMETERS"), rows)
+
+
+@workflow.command()
+@click.argument("name")
+@client_command
+def delete(session: Session, name: str) -> None:
+    """Forget a workflow; its runs go on.
+
+    \b
+      dayfly workflow delete pipeline
+    """
+    session.client.delete(session.namespace, "workflows", name)
+    session.show({"deleted": name}, lambda _: click.echo(f"deleted {name}"))

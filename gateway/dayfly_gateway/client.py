@@ -194,17 +194,99 @@ class Client:
         path = _path(namespace, "functions", name) + "/redrive"
         return int(self._document("POST", path, body).get("redriven", 0))
 
-    def logs(self, namespace: str, name: str, tail: int) -> list[dict[str, Any]]:
+    def logs(
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+    ) -> list[dict[str, Any]]:
         """Its last lines, the oldest first."""
-        return self._listed(f"{_path(namespace, 'functions', name)}/logs?tail={tail}")
+        return self._listed(f"{_path(namespace, kind, name)}/logs?tail={tail}")
 
-    def follow(self, namespace: str, name: str, tail: int) -> Iterator[dict[str, Any]]:
+    def follow(
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+    ) -> Iterator[dict[str, Any]]:
         """Its last lines, then every new one."""
-        path = f"{_path(namespace, 'functions', name)}/logs?tail={tail}&follow=1"
+        path = f"{_path(namespace, kind, name)}/logs?tail={tail}&follow=1"
         with self.stream("GET", path) as lines:
             for line in lines:
                 if line.startswith(b"data: "):
                     yield _mapping(json.loads(line[6:]))
+
+    def workflows(self) -> list[dict[str, Any]]:
+        """Every workflow."""
+        return self._listed("/workflows")
+
+    def put_spec(
+        self, namespace: str, kind: str, name: str, spec: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Declare something that has nothing but a spec; *kind* is in the plural."""
+        return self._document("PUT", _path(namespace, kind, name), json.dumps(spec).encode())
+
+    def start_run(self, namespace: str, workflow: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin a run."""
+        path = _path(namespace, "workflows", workflow) + "/runs"
+        return self._document("POST", path, json.dumps(wanted).encode())
+
+    def runs(self, **which: str) -> list[dict[str, Any]]:
+        """A page of runs, the newest first."""
+        return self._listed(f"/runs?{urlencode(which)}")
+
+    def run(self, namespace: str, name: str, *, is_brief: bool = False) -> dict[str, Any]:
+        """One run; if *is_brief*, without its steps."""
+        path = _path(namespace, "runs", name)
+        return self._document("GET", f"{path}?brief=1" if is_brief else path)
+
+    def cancel_run(self, namespace: str, name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """End a run."""
+        path = _path(namespace, "runs", name) + "/cancel"
+        return self._document("POST", path, json.dumps(wanted).encode())
+
+    def retry_run(self, namespace: str, name: str) -> dict[str, Any]:
+        """Begin another one, with what succeeded in this."""
+        return self._document("POST", _path(namespace, "runs", name) + "/retry")
+
+    def decide(self, namespace: str, name: str, decision: Mapping[str, Any]) -> None:
+        """Approve or refuse."""
+        path = _path(namespace, "runs", name) + "/decisions"
+        self.call("POST", path, json.dumps(decision).encode())
+
+    def queues(self) -> list[dict[str, Any]]:
+        """Every queue."""
+        return self._listed("/queues")
+
+    def put_queue(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a queue; returns it as the API shows it."""
+        return self._document("PUT", _path(namespace, "queues", name), json.dumps(spec).encode())
+
+    def jobs(self, **which: str) -> list[dict[str, Any]]:
+        """A page of jobs, the newest first."""
+        return self._listed(f"/jobs?{urlencode(which)}")
+
+    def job(self, namespace: str, name: str, *, is_brief: bool = False) -> dict[str, Any]:
+        """One job; if *is_brief*, without what each of its tasks has come to."""
+        path = _path(namespace, "jobs", name)
+        return self._document("GET", f"{path}?brief=1" if is_brief else path)
+
+    def put_job(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a job run."""
+        return self._document("PUT", _path(namespace, "jobs", name), json.dumps(spec).encode())
+
+    def put_job_items(self, namespace: str, name: str, lines: Iterable[bytes]) -> dict[str, Any]:
+        """Have a job run: of *lines* the first is its spec, each other one an item."""
+        headers = {"Content-Type": "application/x-ndjson"}
+        return self._document("PUT", _path(namespace, "jobs", name), lines, headers, None)
+
+    def change_job(self, namespace: str, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Suspend, resume, cancel or scale a job."""
+        return self._document("PATCH", _path(namespace, "jobs", name), json.dumps(change).encode())
+
+    def job_results(self, namespace: str, name: str, index: int | None) -> Iterator[str]:
+        """What its tasks returned, a line of JSON each."""
+        which = "" if index is None else f"&index={index}"
+        after = "0"
+        while after:
+            path = f"{_path(namespace, 'jobs', name)}/results?after={after}{which}"
+            reply = self.call("GET", path)
+            yield from reply.body.decode().splitlines()
+            after = reply.headers.get("Dayfly-After", "")
 
     # ---- the wire -------------------------------------------------------------------------------
 

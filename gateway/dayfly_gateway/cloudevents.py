@@ -18,7 +18,8 @@ from cloudevents.core.formats.json import JSONFormat
 
 from dayfly_gateway.triggers.source import Delivery
 from dayfly_pool.errors import BadInput
-from dayfly_pool.events import HOPS, new_id, rfc3339
+from dayfly_pool.events import HOPS, rfc3339
+from dayfly_pool.ids import new_id
 
 STRUCTURED: Final = "application/cloudevents+json"
 _PREFIXES: Final = ("ce_", "cloudevents:", "cloudevents_")

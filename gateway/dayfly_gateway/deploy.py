@@ -5,9 +5,11 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from dayfly_gateway.client import Client
-from dayfly_gateway.manifests import Applied, Plan
+from dayfly_gateway.manifests import Applied, FlowPlan, JobPlan, Plan, job_spec
+from dayfly_pool.batch.model import QueueManifest
 from dayfly_pool.models import EnvironmentManifest, TriggerManifest
 from dayfly_pool.packages import pack
+from dayfly_pool.workflow.model import WorkflowManifest, plain
 
 
 class Progress(Protocol):
@@ -22,7 +24,9 @@ class Progress(Protocol):
 
 def order(item: Applied) -> int:
     """What is applied first: what others need."""
-    return (EnvironmentManifest, Plan, TriggerManifest).index(type(item))
+    return (EnvironmentManifest, Plan, TriggerManifest, QueueManifest, FlowPlan, JobPlan).index(
+        type(item)
+    )
 
 
 def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
@@ -35,6 +39,13 @@ def apply(client: Client, item: Applied, progress: Progress) -> dict[str, Any]:
         case TriggerManifest(metadata=metadata, spec=spec):
             builtins = msgspec.to_builtins(spec)
             return client.put_trigger(metadata.namespace, metadata.name, builtins)
+        case QueueManifest(metadata=metadata, spec=queue):
+            builtins = msgspec.to_builtins(queue)
+            return client.put_queue(metadata.namespace, metadata.name, builtins)
+        case FlowPlan():
+            return declare(client, item, progress)
+        case JobPlan():
+            return run(client, item, progress)
         case _:
             assert_never(item)
 
@@ -53,6 +64,24 @@ def deploy(client: Client, plan: Plan, progress: Progress) -> dict[str, Any]:
     if archive is not None:
         spec["package"] = client.put_package(archive, progress.uploaded)
     return client.put_function(manifest.metadata.namespace, manifest.metadata.name, spec)
+
+
+def declare(client: Client, plan: FlowPlan, progress: Progress) -> dict[str, Any]:
+    """Declare a workflow or task; returns it as the API shows it."""
+    metadata, spec = plan.manifest.metadata, plain(plan.manifest.spec)
+    spec.pop("source", None)
+    if plan.source is not None:
+        spec["package"] = client.put_package(pack(plan.source), progress.uploaded)
+    kind = "workflows" if isinstance(plan.manifest, WorkflowManifest) else "tasks"
+    return client.put_spec(metadata.namespace, kind, metadata.name, spec)
+
+
+def run(client: Client, plan: JobPlan, progress: Progress) -> dict[str, Any]:
+    """Have a job run; returns it as the API shows it."""
+    metadata, spec = plan.manifest.metadata, job_spec(plan.manifest)
+    if plan.source is not None:
+        spec["package"] = client.put_package(pack(plan.source), progress.uploaded)
+    return client.put_job(metadata.namespace, metadata.name, spec)
 
 
 def build(client: Client, manifest: EnvironmentManifest, progress: Progress) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
             raise BadInput(f"{file}: workflow {made['name']!r}: {error}") from None
         if not spec.source and any(s.handler for s in (*spec.steps, *spec.finally_)):
             spec = msgspec.structs.replace(spec, source=file.name)
-        flows.append(Flow(metadata, spec))
+        flows.append(Flow(metadata, _ordered(spec)))
     workflows = {flow.metadata.name: flow.spec for flow in flows}
     for flow in flows:
         try:
@@ -101,6 +101,11 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
         except BadDefinition as error:
             raise BadInput(f"{file}: workflow {flow.metadata.name!r}: {error}") from None
     return flows
+
+
+def _ordered(spec: WorkflowSpec) -> WorkflowSpec:
+    """The same, with each step behind those that it names, as Python has to have it."""
+    return msgspec.structs.replace(spec, steps=tuple(in_order(spec)))
 
 
 def _check(
@@ -185,7 +190,7 @@ def from_yaml(text: str, file: str, namespace: str = "default") -> list[Flow]:
             _check(flow, tasks, workflows)
         except BadDefinition as error:
             raise refused(document, error) from None
-    return [flow for _, flow in documents]
+    return [Flow(flow.metadata, _ordered(flow.spec)) for _, flow in documents]
 
 
 def spec_of(document: Document) -> WorkflowSpec | TaskSpec:
@@ -230,7 +235,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _put_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = "|" if "\n" in text and not re.search(r"[^\n -~\u00a1-\ud7ff]| \n", text) else None
+    style = None
+    if re.search(r"[^\n -~\u00a1-\u2027\u202a-\ud7ff]", text):
+        style = '"'  # what PyYAML would take for the end of a line, and what cannot be seen
+    elif "\n" in text and not re.search(r" \n", text):
+        style = "|"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -284,7 +293,7 @@ _TAKEN: Final = frozenset(
     [*_OPTIONS, "name", "on_error", "params", "inputs", "matrix", "include", "parallelism",
      "results", "outputs", "after", "when", "is_named"]
 )  # fmt: skip
-"""What builders of `dayfly.graphs` take besides parameters of these names."""
+"""What builders of `dayfly.calls` take besides parameters of these names."""
 
 
 def to_python(flows: Sequence[Flow]) -> str:
@@ -501,6 +510,8 @@ class _Written:
             return None
         if reference.root == "params":
             found = self.parameter_handle(reference)
+        elif reference.root == "steps" and not reference.name:
+            found = f"{self.word('status')}()"
         elif reference.root == "steps" and reference.name in self.names:
             found = self.step_handle(reference, self.steps[reference.name])
         else:

@@ -23,7 +23,8 @@ from dayfly_gateway.triggers.filters import Filter, FilterFailed
 from dayfly_gateway.triggers.pump import Counts
 from dayfly_pool.brokers import WebhookSource
 from dayfly_pool.errors import BadInput, BodyTooLarge, PlatformError, TriggerNotFound
-from dayfly_pool.events import HOPS, new_id, payload, rfc3339
+from dayfly_pool.events import HOPS, payload, rfc3339
+from dayfly_pool.ids import new_id
 from dayfly_pool.models import Invocation, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger

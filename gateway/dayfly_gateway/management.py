@@ -13,12 +13,16 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 import dayfly
-from dayfly_gateway import auth, events, later, openapi, routing
+from dayfly_gateway import answers, auth, events, later, openapi, routing
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
+from dayfly_gateway.jobs import JobsPlane
+from dayfly_gateway.queues import QueuesPlane
+from dayfly_gateway.runs import RunsPlane
 from dayfly_gateway.triggers.triggers import Triggers
+from dayfly_pool.batch.job import function_of
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
-from dayfly_pool.events import in_order
+from dayfly_pool.ids import in_order
 from dayfly_pool.models import (
     EnvironmentManifest,
     EnvironmentSpec,
@@ -29,7 +33,6 @@ from dayfly_pool.models import (
     Invocation,
     InvocationId,
     LogLine,
-    Metadata,
     Outcome,
     SandboxId,
     TriggerManifest,
@@ -37,7 +40,6 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.service import Service
-from dayfly_pool.store.events import PAGE_MAX
 from dayfly_pool.store.secrets import BYTES_MAX as SECRET_BYTES_MAX
 from dayfly_pool.store.sqlite import StoredEnvironment, StoredFunction
 
@@ -85,6 +87,10 @@ class Management:
                 web.delete(function, self._delete),
                 web.post(f"{function}/invocations", self._invoke),
                 web.get(f"{function}/logs", self._logs),
+                web.get("/namespaces/{namespace}/jobs/{name}/logs", self._job_logs),
+                *JobsPlane(self._service, self._config).routes(),
+                *QueuesPlane(self._service, self._config).routes(),
+                *RunsPlane(self._service, self._config).routes(),
                 web.post(f"{function}/redrive", self._redrive),
                 web.get("/events", self._events),
                 web.get("/events/{id}", self._event),
@@ -116,11 +122,11 @@ class Management:
 
     async def _live(self, request: web.Request) -> web.Response:
         about = {"version": dayfly.__version__, "http": str(self._config.http)}
-        return _json({"status": "alive"} | about)
+        return answers.json({"status": "alive"} | about)
 
     async def _ready(self, request: web.Request) -> web.Response:
         ready = self._is_ready()
-        return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+        return answers.json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         await self._service.event_metrics.look()
@@ -128,35 +134,35 @@ class Management:
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return _json(openapi.document())
+        return answers.json(openapi.document())
 
     async def _pool(self, request: web.Request) -> web.Response:
         pool = self._service.pool
         ids = [*pool.state.sandboxes, *pool.state.zygotes]
         # a file of the kernel's for each of them: thousands would hold up every invocation
         used = await asyncio.to_thread(lambda: {id_: pool.memory_bytes(id_) for id_ in ids})
-        return _json(pool_view(self._service, used))
+        return answers.json(pool_view(self._service, used))
 
     # ---- functions ----------------------------------------------------------------------------
 
     async def _put_package(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, self._config.package_bytes_max)
-        return _json({"digest": await self._service.put_package(data)}, 201)
+        return answers.json({"digest": await self._service.put_package(data)}, 201)
 
     async def _functions(self, request: web.Request) -> web.Response:
         stored = sorted(self._service.functions.values(), key=lambda s: s.id)
-        return _json([function_view(s, self._service) for s in stored])
+        return answers.json([function_view(s, self._service) for s in stored])
 
     async def _function(self, request: web.Request) -> web.Response:
-        return _json(function_view(self._stored(request), self._service))
+        return answers.json(function_view(self._stored(request), self._service))
 
     async def _deploy(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         spec = msgspec.json.decode(data, type=FunctionSpec)
         routing.checked(spec.routes)
-        manifest = FunctionManifest(metadata=_metadata(request), spec=spec)
+        manifest = FunctionManifest(metadata=answers.metadata(request), spec=spec)
         stored = await self._service.deploy(manifest)
-        return _json(function_view(stored, self._service))
+        return answers.json(function_view(stored, self._service))
 
     async def _delete(self, request: web.Request) -> web.Response:
         await self._service.delete(self._stored(request).id)
@@ -178,13 +184,20 @@ class Management:
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         """The last lines as JSON; with `follow` as server-sent events until the client goes."""
-        id_ = self._stored(request).id
+        return await self._logs_of(request, self._stored(request).id)
+
+    async def _job_logs(self, request: web.Request) -> web.StreamResponse:
+        info = request.match_info
+        view = await self._service.jobs.get(info["namespace"], info["name"])
+        return await self._logs_of(request, function_of(view.journal))
+
+    async def _logs_of(self, request: web.Request, id_: FunctionId) -> web.StreamResponse:
         tail = request.query.get("tail", "100")
         if not tail.isdigit():
             raise BadInput("tail is not a number")
         logs = self._service.pool.logs
         if "follow" not in request.query:
-            return _json(logs.tail(id_, int(tail)))
+            return answers.json(logs.tail(id_, int(tail)))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         async with contextlib.aclosing(logs.follow(id_, int(tail))) as lines:
@@ -222,30 +235,27 @@ class Management:
         state = query.get("state", "")
         if state and state not in later.STATES:
             raise BadInput(f"state is one of {', '.join(later.STATES)}")
-        limit = query.get("limit", "100")
-        if not (limit.isdigit() and 0 < int(limit) <= PAGE_MAX):
-            raise BadInput(f"limit is a number from 1 to {PAGE_MAX}")
         page = await self._service.events.queue.page(
             FunctionId(query["function"]) if "function" in query else None,
             later.STATES[state] if state else None,
-            int(limit),
+            answers.limit(request),
             InvocationId(query["before"]) if "before" in query else None,
         )
-        return _json([later.view(shown) for shown in page])
+        return answers.json([later.view(shown) for shown in page])
 
     async def _event(self, request: web.Request) -> web.Response:
         shown = await self._service.events.queue.get(InvocationId(request.match_info["id"]))
         if shown is None:
             raise later.InvocationNotFound
         payload = {"event": later.body_view(shown.body)} if shown.body else {}
-        return _json(later.view(shown) | payload)  # what has succeeded is not kept
+        return answers.json(later.view(shown) | payload)  # what has succeeded is not kept
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """As it was before: what is over cannot be cancelled any more."""
         before = await self._service.events.queue.cancel(InvocationId(request.match_info["id"]))
         if before is None:
             raise later.InvocationNotFound
-        return _json(later.view(before) | {"cancelled": not before.state.is_over})
+        return answers.json(later.view(before) | {"cancelled": not before.state.is_over})
 
     async def _redrive(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
@@ -254,19 +264,19 @@ class Management:
         if self._service.events.work_of(id_) is None:
             raise FunctionNotFound(f"no function {id_!r}")
         number = await self._service.events.queue.redrive(id_, which.ids)
-        return _json({"redriven": number})
+        return answers.json({"redriven": number})
 
     # ---- triggers -----------------------------------------------------------------------------
 
     async def _triggers(self, request: web.Request) -> web.Response:
         triggers = [trigger for _, trigger in sorted(self._service.triggers.items())]
-        return _json([self._declared.view(trigger) for trigger in triggers])
+        return answers.json([self._declared.view(trigger) for trigger in triggers])
 
     async def _set_trigger(self, request: web.Request) -> web.Response:
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         spec = msgspec.json.decode(data, type=TriggerSpec)
-        manifest = TriggerManifest(metadata=_metadata(request), spec=spec)
-        return _json(self._declared.view(await self._declared.declare(manifest)))
+        manifest = TriggerManifest(metadata=answers.metadata(request), spec=spec)
+        return answers.json(self._declared.view(await self._declared.declare(manifest)))
 
     async def _delete_trigger(self, request: web.Request) -> web.Response:
         info = request.match_info
@@ -278,30 +288,32 @@ class Management:
     async def _secrets(self, request: web.Request) -> web.Response:
         """Their names; no way leads to a secret's text."""
         names = await asyncio.to_thread(self._service.secrets.names)
-        return _json([{"namespace": namespace, "name": name} for namespace, name in names])
+        return answers.json([{"namespace": namespace, "name": name} for namespace, name in names])
 
     async def _put_secret(self, request: web.Request) -> web.Response:
         text = await read_body(request, self._config, SECRET_BYTES_MAX + 2)
-        named = _metadata(request)
+        named = answers.metadata(request)
         put = self._service.secrets.put
         await asyncio.to_thread(put, named.namespace, named.name, text)
         return web.Response(status=204)
 
     async def _delete_secret(self, request: web.Request) -> web.Response:
-        named = _metadata(request)
+        named = answers.metadata(request)
         await asyncio.to_thread(self._service.secrets.delete, named.namespace, named.name)
         return web.Response(status=204)
 
     # ---- environments -------------------------------------------------------------------------
 
     async def _environments(self, request: web.Request) -> web.Response:
-        return _json([environment_view(e) for _, e in sorted(self._service.environments.items())])
+        return answers.json(
+            [environment_view(e) for _, e in sorted(self._service.environments.items())]
+        )
 
     async def _build(self, request: web.Request) -> web.StreamResponse:
         """Build it; progress as JSON lines, the last of which has the result or the error."""
         data = await read_body(request, self._config, SPEC_BYTES_MAX)
         spec = msgspec.json.decode(data, type=EnvironmentSpec)
-        manifest = EnvironmentManifest(metadata=_metadata(request), spec=spec)
+        manifest = EnvironmentManifest(metadata=answers.metadata(request), spec=spec)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -335,24 +347,6 @@ class Redrive(msgspec.Struct, forbid_unknown_fields=True):
     """Which dead events are to be tried again; all, if it does not say."""
 
     ids: list[InvocationId] | None = None
-
-
-def _metadata(request: web.Request) -> Metadata:
-    info = {key: request.match_info[key] for key in ("namespace", "name")}
-    try:
-        return msgspec.convert(info, Metadata)
-    except msgspec.ValidationError as error:
-        raise BadInput(
-            f"{error}: names are lower-case letters, digits and dashes, at most 63"
-        ) from None
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status,
-        body=msgspec.json.encode(value),
-        headers={"Content-Type": "application/json"},
-    )
 
 
 def _invoked(id_: InvocationId, outcome: Outcome) -> web.Response:

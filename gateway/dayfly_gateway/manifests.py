@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import yaml
 
+from dayfly_pool.batch.model import JobManifest, JobSpec, QueueManifest
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import (
     BASE,
@@ -22,13 +23,16 @@ from dayfly_pool.models import (
     Metadata,
     TriggerManifest,
 )
+from dayfly_pool.workflow.model import TaskManifest, WorkflowManifest, plain
+from dayfly_pool.workflow.shapes import task_of, workflow_of
 
 MANIFEST_FILE: Final = "dayfly.yaml"
 REQUIREMENTS_FILE: Final = "requirements.txt"
 MODULES: Final = ("main", "handler", "app", "lambda_function", "function")
 """Where a folder's handler is looked for, in this order; else in its only module."""
 HANDLERS: Final = ("handler", "lambda_handler", "main")
-KINDS: Final = ("Function", "Environment", "Trigger")
+Declared = Manifest | QueueManifest | TaskManifest | WorkflowManifest | JobManifest
+KINDS: Final = ("Function", "Environment", "Trigger", "Queue", "Task", "Workflow", "Job")
 
 
 class Plan(NamedTuple):
@@ -37,6 +41,20 @@ class Plan(NamedTuple):
     manifest: FunctionManifest
     source: Path | None
     environment: EnvironmentManifest | None = None
+
+
+class FlowPlan(NamedTuple):
+    """A workflow or task to be declared: *source* is packed and uploaded first."""
+
+    manifest: WorkflowManifest | TaskManifest
+    source: Path | None
+
+
+class JobPlan(NamedTuple):
+    """A job to be run: *source* is packed and uploaded first."""
+
+    manifest: JobManifest
+    source: Path | None
 
 
 # ---- one folder or file -------------------------------------------------------------------------
@@ -220,11 +238,11 @@ class Document(NamedTuple):
             raise self.refused(f"Expected a mapping - at `$.{name}`")
         return dict(found or {})
 
-    def converted(self, value: Mapping[str, Any]) -> Manifest:
+    def converted(self, value: Mapping[str, Any]) -> Declared:
         """The manifest that *value*, made of this document, is. Raises `BadInput`."""
         whole = {key: v for key, v in self.value.items() if key not in value} | dict(value)
         try:
-            manifest: Manifest = msgspec.convert(whole, Manifest)
+            manifest: Declared = msgspec.convert(whole, Declared)
             return manifest
         except msgspec.ValidationError as error:
             raise self.refused(str(error)) from None
@@ -267,7 +285,23 @@ def read(text: str, file: str, kinds: Sequence[str] = KINDS) -> Iterator[Documen
         loader.dispose()
 
 
-Applied = Plan | EnvironmentManifest | TriggerManifest
+Applied = Plan | EnvironmentManifest | TriggerManifest | QueueManifest | FlowPlan | JobPlan
+
+
+def job_in(file: Path, namespace: str) -> tuple[str, dict[str, Any], Path | None]:
+    """(name, spec, what is to be packed) of the one job that *file* declares."""
+    found = plans(str(file), file.read_text("utf-8"), file.parent, namespace)
+    if len(found) != 1 or not isinstance(found[0], JobPlan):
+        raise BadInput(f"{file} must hold one `kind: Job`: use `dayfly apply -f` for others")
+    manifest, source = found[0]
+    return manifest.metadata.name, job_spec(manifest), source
+
+
+def job_spec(manifest: JobManifest) -> dict[str, Any]:
+    """Its spec as it is sent."""
+    spec: dict[str, Any] = msgspec.to_builtins(manifest.spec)
+    defaults: dict[str, Any] = msgspec.to_builtins(JobSpec(function="any"))
+    return {key: v for key, v in spec.items() if key != "source" and v != defaults.get(key)}
 
 
 def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
@@ -278,9 +312,15 @@ def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
 def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     metadata = {"namespace": namespace, **document.section("metadata")}
     spec = document.section("spec")
+    if document.kind in ("Workflow", "Task"):
+        spec = _shaped(document, spec)
     if document.kind != "Function":
         manifest = document.converted({"metadata": metadata, "spec": spec})
         assert not isinstance(manifest, FunctionManifest)
+        if isinstance(manifest, JobManifest):
+            return JobPlan(manifest, _own_source(document, spec, folder))
+        if isinstance(manifest, TaskManifest | WorkflowManifest):
+            return FlowPlan(manifest, _own_source(document, spec, folder))
         return manifest
     source = _source(document, spec, folder)
     if source is not None and "handler" not in spec:
@@ -291,6 +331,25 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     manifest = document.converted({"metadata": metadata, "spec": spec})
     assert isinstance(manifest, FunctionManifest)
     return Plan(manifest, source, own)
+
+
+def _shaped(document: Document, spec: dict[str, Any]) -> dict[str, Any]:
+    """As we write it, however it was written: Tekton's shapes are known."""
+    try:
+        found = workflow_of(spec) if document.kind == "Workflow" else task_of(spec)
+    except BadInput as error:
+        raise document.refused(f"{error.detail} - at `$.spec`") from None
+    return plain(found)
+
+
+def _own_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
+    given = spec.get("source")
+    if given is None:
+        return None
+    path = folder / str(given)
+    if not path.exists():
+        raise document.refused(f"there is no {path} - at `$.spec.source`")
+    return path
 
 
 def _source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:

@@ -6,6 +6,8 @@ from typing import Any, Final
 import msgspec
 
 import dayfly
+from dayfly_pool.batch.model import JobSpec
+from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.models import EnvironmentSpec, FunctionSpec, LogLine, TriggerSpec
 
 _NAMED: Final = [
@@ -19,7 +21,7 @@ _ID: Final = {"name": "id", "in": "path", "required": True, "schema": {"type": "
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 for the admin plane."""
     _, schemas = msgspec.json.schema_components(
-        [FunctionSpec, EnvironmentSpec, TriggerSpec, LogLine],
+        [FunctionSpec, EnvironmentSpec, TriggerSpec, JobSpec, QueueSpec, LogLine],
         ref_template="#/components/schemas/{name}",
     )
     schemas["Problem"] = {
@@ -35,7 +37,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Dayfly admin plane", "version": dayfly.__version__},
-        "paths": _paths() | _event_paths(),
+        "paths": _paths() | _event_paths() | _job_paths(),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -121,6 +123,49 @@ def _event_paths() -> dict[str, Any]:
             "parameters": _NAMED,
             "put": _operation("Keep it", _BAD, "204", body="text/plain", schema=""),
             "delete": _operation("Delete it", _MISSING, "204"),
+        },
+    }
+
+
+def _job_paths() -> dict[str, Any]:
+    job = "/namespaces/{namespace}/jobs/{name}"
+    return {
+        "/jobs": {
+            "parameters": [
+                {"name": name, "in": "query", "schema": {"type": "string"}}
+                for name in ("namespace", "limit", "before")
+            ],
+            "get": _operation("A page of jobs, the newest first", _BAD),
+        },
+        job: {
+            "parameters": _NAMED,
+            "get": _operation("One job, with what its tasks have come to", _MISSING),
+            "put": _operation(
+                "Have it run; as lines of JSON, the first is its spec, each other one an item",
+                _BAD | _MISSING | {"409": "There is another job of that name"},
+                "201",
+                schema="JobSpec",
+            ),
+            "patch": _operation("Suspend, resume, cancel or scale it", _BAD | _MISSING, schema=""),
+            "delete": _operation("Cancel and forget it", _BAD | _MISSING, "204"),
+        },
+        f"{job}/results": {
+            "parameters": _NAMED,
+            "get": _operation(
+                "What its tasks returned, as JSON lines",
+                _BAD | _MISSING,
+                content="application/x-ndjson",
+            ),
+        },
+        f"{job}/logs": {
+            "parameters": _NAMED,
+            "get": _operation("Its tasks' last lines; with follow, as events", _BAD | _MISSING),
+        },
+        "/queues": {"get": _operation("All queues, declared or in use")},
+        "/namespaces/{namespace}/queues/{name}": {
+            "parameters": _NAMED,
+            "put": _operation("Declare it", _BAD, schema="QueueSpec"),
+            "delete": _operation("Forget what was declared of it", _MISSING, "204"),
         },
     }
 

@@ -4,7 +4,7 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -102,4 +102,21 @@ def secret(file: Path | None, variable: str) -> str:
     found = file.read_text("utf-8").strip()
     if not found:
         raise Misused(f"{file} is empty: write the token into it, or set {variable}")
+    return found
+
+
+def variables(lines: Iterable[str]) -> dict[str, str]:
+    """`K=V` lines; `K` alone takes the value that it has here; comments are left out."""
+    found = {}
+    for line in (line.strip().removeprefix("export ") for line in lines):
+        if not line or line.startswith("#"):
+            continue
+        name, has_value, value = line.partition("=")
+        if not has_value:
+            if name not in os.environ:
+                raise Misused(f"--env {name}: it is not set here either: give {name}=VALUE")
+            value = os.environ[name]
+        elif len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        found[name.strip()] = value
     return found

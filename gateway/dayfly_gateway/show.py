@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -287,6 +287,79 @@ def progress() -> "Iterator[Progress]":
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         yield Drawn(bars)
+
+
+@contextmanager
+def tasks(name: str) -> "Iterator[Callable[[Mapping[str, Any]], None]]":
+    """What shows how far a job is, given its status: a bar on a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda status: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(name, total=None, told="")
+
+        def moved(status: Mapping[str, Any]) -> None:
+            told = f"{status['running']} running"
+            if status["failed"]:
+                told += f", {status['failed']} failed"
+            if status["state"] in ("Pending", "Suspended"):
+                told = status["state"].lower()
+            done = status["succeeded"] + status["failed"]
+            bars.update(bar, total=status["total"], completed=done, told=told)
+
+        yield moved
+
+
+STATE_COLOURS: Final = {
+    "Complete": "green",
+    "Completed": "green",
+    "Succeeded": "green",
+    "succeeded": "green",
+    "Failed": "red",
+    "failed": "red",
+    "TimedOut": "red",
+    "Cancelled": "yellow",
+    "cancelled": "yellow",
+    "running": "cyan",
+}
+
+
+def state(text: str) -> str:
+    """A state in its colour."""
+    return click.style(text, fg=STATE_COLOURS.get(text))
+
+
+def took(status: Mapping[str, Any]) -> str:
+    """How long something ran, or runs, in words."""
+    if not status.get("startedAt"):
+        return "-"
+    started = datetime.fromisoformat(status["startedAt"])
+    ended = status.get("endedAt")
+    end = datetime.fromisoformat(ended) if ended else datetime.now(started.tzinfo)
+    seconds = max(0.0, (end - started).total_seconds())
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 # ---- top ----------------------------------------------------------------------------------------

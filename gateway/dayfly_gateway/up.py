@@ -55,6 +55,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     zygote_minutes_max: float | None
     initialize_once_ms: float | None
     trusted_proxies: tuple[str, ...]
+    resources: tuple[str, ...] = ()
 
 
 def configs(settings: Settings) -> tuple[Config, GatewayConfig]:
@@ -83,11 +84,19 @@ def _pool_config(settings: Settings) -> Config:
         memory_reserve_mb=_given(settings.memory_reserve_mb, DEFAULTS.memory_reserve_mb),
         foreign_namespaces=settings.foreign_namespaces,
         exec_namespaces=settings.exec_namespaces,
+        resources=dict(map(_resource, settings.resources)),
         prewarm="exec" if settings.prewarm == "exec" else "fork",
         zygote_forks_max=_given(settings.zygote_forks_max, ZYGOTE_FORKS_MAX),
         zygote_s_max=_given(settings.zygote_minutes_max, ZYGOTE_MINUTES_MAX) * 60,
         initialize_once_s=_given(settings.initialize_once_ms, INITIALIZE_ONCE_MS) / 1000,
     )
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    if not (name.isidentifier() and number.isascii() and number.isdigit()):
+        raise BadInput(f"--resource {text}: give NAME=N, like gpu=2")
+    return name, float(number[:9])
 
 
 def _given(value: T | None, default: T) -> T:

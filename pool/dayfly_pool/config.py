@@ -50,6 +50,9 @@ class Config(Struct, frozen=True, kw_only=True):
     exec_namespaces: tuple[str, ...] = ()
     """Namespaces whose sandboxes are started, each by itself."""
 
+    resources: dict[str, float] = {}
+    """What else jobs may need and this machine has, as `gpu`."""
+
     events_dsn: str = ""
     """The PostgreSQL that keeps the events, as libpq has it; empty for a file of our own."""
 

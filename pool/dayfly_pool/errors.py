@@ -63,6 +63,42 @@ class TriggerNotFound(PlatformError):
     status = 404
 
 
+class JobNotFound(PlatformError):
+    """There is no such job.
+
+    `dayfly job list` shows them; `dayfly job run` makes one.
+    """
+
+    status = 404
+
+
+class WorkflowNotFound(PlatformError):
+    """There is no such workflow, or none of what it refers to.
+
+    `dayfly workflow list` shows those there are; `dayfly workflow deploy FILE` declares one.
+    """
+
+    status = 404
+
+
+class RunNotFound(PlatformError):
+    """There is no such run.
+
+    `dayfly run list` shows them; `dayfly run start WORKFLOW` begins one.
+    """
+
+    status = 404
+
+
+class QueueNotFound(PlatformError):
+    """Nothing is declared of such a queue.
+
+    `dayfly queue list` shows those there are; `dayfly apply -f FILE` declares one.
+    """
+
+    status = 404
+
+
 class SecretNotFound(PlatformError):
     """There is no such secret.
 
@@ -150,6 +186,12 @@ class ZygoteUnfit(SandboxStartFailed):
     """
 
 
+class ItemDamaged(PlatformError):
+    """An item of a job is not what was sent."""
+
+    status = 500
+
+
 class PackageDamaged(PlatformError):
     """The stored package is not what its digest says.
 
@@ -191,6 +233,37 @@ class StoreFailed(PlatformError):
     """
 
     status = 503
+    retryable = True
+    retry_after_s = 1
+
+
+class NameTaken(PlatformError):
+    """There is one of that name already.
+
+    Nothing was changed. Choose another name, or delete the one that is there.
+    """
+
+    status = 409
+
+
+class Late(PlatformError):
+    """Another server goes on with it.
+
+    What came here was not written. Ask again: the one that has it now answers.
+    """
+
+    status = 409
+    retryable = True
+    retry_after_s = 1
+
+
+class TooManyWishes(PlatformError):
+    """Too much that was asked of this job or run has not been heard yet.
+
+    Retry after the time in Retry-After.
+    """
+
+    status = 429
     retryable = True
     retry_after_s = 1
 

@@ -5,9 +5,7 @@ function on the pool, or the word to a destination outside.
 """
 
 import base64
-import os
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -16,7 +14,8 @@ from typing import Any, Final
 import msgspec
 
 from dayfly_pool.config import Config
-from dayfly_pool.errors import BadInput, FunctionNotFound, Refused, TooManyHops
+from dayfly_pool.errors import FunctionNotFound, Refused, TooManyHops
+from dayfly_pool.ids import new_id
 from dayfly_pool.models import (
     Destination,
     Failure,
@@ -30,9 +29,9 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
-from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State, Store
+from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
 from dayfly_pool.store.sqlite import StoredFunction
-from dayfly_pool.store.sqlite_events import SqliteEvents
+from dayfly_pool.stores import events_of
 
 HOPS_MAX: Final = 8
 HOPS: Final = "dayflyhops"
@@ -89,19 +88,6 @@ class Item(msgspec.Struct):
     """Of a CloudEvent, what it is told by."""
 
     id: str
-
-
-def in_order(id_: str) -> InvocationId:
-    """An id in the order of time, with 80 of the random bits of *id_*: see RFC 9562, UUIDv7.
-
-    What is added to a large table in its order costs less.
-    """
-    return InvocationId(f"{time.time_ns() // 1_000_000:012x}{id_[12:]}")
-
-
-def new_id() -> InvocationId:
-    """An id for an event, in the order of time."""
-    return in_order(os.urandom(16).hex())
 
 
 def rfc3339(at: float, timespec: str = "milliseconds") -> str:
@@ -216,7 +202,7 @@ class Events:
         self._queue_s_max = config.queue_s_max
         self._pool, self._functions, self._tell = pool, functions, tell
         self.queue = Queue(
-            _store(config),
+            events_of(config),
             self._run,
             self.work_of,
             follow=self._follow,
@@ -372,17 +358,3 @@ class Events:
                 age_s=age_s,
             ),
         )
-
-
-def _store(config: Config) -> Store:
-    if not config.events_dsn:
-        folder = config.data / "events"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return SqliteEvents(folder / "events.sqlite", folder / "bodies")
-    try:  # an extra
-        from dayfly_pool.store.postgres_events import PostgresEvents
-    except ImportError as error:
-        raise BadInput(
-            f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'"
-        ) from None
-    return PostgresEvents(config.events_dsn)

@@ -39,7 +39,9 @@ class Shelf:
     def put(self, box: SandboxRecord, record: FunctionRecord) -> None:
         """*box* has fallen idle at `box.since`."""
         box.value = self._clock + record.uses * record.specialize_s / record.memory_bytes
-        if len(record.sandboxes) <= record.function.spec.min_scale:
+        if record.function.is_batch:
+            box.value = 0.0
+        elif len(record.sandboxes) <= record.function.spec.min_scale:
             box.value = math.inf
         if record.function.id not in self._ranked:
             self._ranked.add(record.function.id)

@@ -125,6 +125,17 @@ class Destination(Model, frozen=True):
         return self.function is None
 
 
+def check_env(env: dict[str, str]) -> None:
+    """Raise ValueError for variables that no process can be given, or too many of them."""
+    wrong = [name for name in env if not _ENV_NAME.match(name)]
+    if wrong:
+        raise ValueError(f"env name {wrong[0]!r} is not letters, digits and underscores")
+    if any("\0" in value for value in env.values()):
+        raise ValueError("an env value holds a NUL character")
+    if sum(len(k) + len(v.encode()) for k, v in env.items()) > ENV_BYTES_MAX:
+        raise ValueError(f"env is over {ENV_BYTES_MAX} bytes")
+
+
 class FunctionSpec(Model, frozen=True):
     """What a user declares of a function. *package* is a digest; *source* is for the CLI only."""
 
@@ -155,13 +166,7 @@ class FunctionSpec(Model, frozen=True):
             raise ValueError("more than 100 routes")
         if not all(map(math.isfinite, (self.timeout_seconds, self.keep_alive_seconds))):
             raise ValueError("seconds must be finite")
-        wrong = [name for name in self.env if not _ENV_NAME.match(name)]
-        if wrong:
-            raise ValueError(f"env name {wrong[0]!r} is not letters, digits and underscores")
-        if any("\0" in value for value in self.env.values()):
-            raise ValueError("an env value holds a NUL character")
-        if sum(len(k) + len(v.encode()) for k, v in self.env.items()) > ENV_BYTES_MAX:
-            raise ValueError(f"env is over {ENV_BYTES_MAX} bytes")
+        check_env(self.env)
 
 
 class EnvironmentSpec(Model, frozen=True):
@@ -315,6 +320,8 @@ class Function(Struct, frozen=True):
     version: str
     spec: FunctionSpec
     mold: Mold
+    is_batch: bool = False
+    """Whether it is to have what others leave: nobody waits for any one of its invocations."""
 
     @property
     def namespace(self) -> str:
@@ -341,6 +348,8 @@ class Invocation(Struct, frozen=True):
     http: dict[str, Any] | None = None
     trace: str = ""
     queue_s_max: float = 30.0
+    env: dict[str, str] | None = None
+    """Variables for this one."""
 
 
 class Timing(Struct):
@@ -375,6 +384,9 @@ class Failure(Struct, frozen=True):
     timing: Timing = msgspec.field(default_factory=Timing)
     was_killed: bool = False
     """With SIGKILL, and not for want of memory: that may have been somebody else's doing."""
+
+    exit_code: int | None = None
+    """Of a command, or of `sys.exit`."""
 
 
 Outcome = Success | Failure

@@ -164,11 +164,12 @@ class Pool:
             self._carry_out(self.state.add_mold(function.mold, least, now, pinned=False))
         self._carry_out(self.state.deploy(function, now))
 
-    def remove(self, id_: FunctionId) -> None:
+    def remove(self, id_: FunctionId, *, keep_logs: bool = False) -> None:
         """The function is gone; running invocations end, waiting ones are refused."""
         self._carry_out(self.state.remove(id_, time.monotonic()))
         self.metrics.forget(id_)
-        self.logs.forget(id_)
+        if not keep_logs:
+            self.logs.forget(id_)
 
     # ---- invocations --------------------------------------------------------------------------
 
@@ -234,6 +235,7 @@ class Pool:
                 "remaining_s": timeout_s,
                 "http": invocation.http,
                 "trace": invocation.trace,
+                "env": invocation.env,
             }
         )
         number = box.sandbox.number + 1
@@ -269,7 +271,10 @@ class Pool:
         else:
             assert isinstance(message, Failed)  # `Sandbox` takes nothing else for an invocation
             timing.handler_s = message.handler_s
-            outcome = Failure(message.kind, message.message, message.traceback, timing)
+            code = message.exit_code if 0 <= message.exit_code <= 255 else None
+            outcome = Failure(
+                message.kind, message.message, message.traceback, timing, exit_code=code
+            )
         self._settle(call, box.sandbox.id, outcome)
         if not isinstance(message, Lost):
             now = time.monotonic()
@@ -301,12 +306,27 @@ class Pool:
         line = LogLine(time.time(), function, sandbox, invocation, "platform", clean(text))
         self.logs.write(line)
 
+    def stop(self, id_: InvocationId, why: str) -> None:
+        """End an invocation, and its sandbox if it runs; its outcome is the failure `Stopped`."""
+        call = self._calls.get(id_)
+        if call is None or call.future.done():
+            return
+        failure = Failure("Stopped", why, "", call.timing)
+        if call.assigned_at:
+            self._end(call, failure)
+        elif self.state.abandon(id_):
+            self._waiting.remove(call, call.invocation.queue_s_max)
+            call.future.set_result(failure)
+
     def _time_out(self, call: _Call) -> None:
         """The deadline: the caller is told now, the sandbox ends with all its processes."""
-        box = call.box
         limit_s = time.monotonic() - call.assigned_at
         call.timing.handler_s = limit_s
         failure = Failure("TimedOut", f"still running after {limit_s:.3g} s", "", call.timing)
+        self._end(call, failure)
+
+    def _end(self, call: _Call, failure: Failure) -> None:
+        box = call.box
         self._settle(call, box.sandbox.id, failure)
         self._boxes.pop(box.sandbox.id, None)
         self._spawn(self._stop(box))
@@ -492,7 +512,7 @@ class Pool:
         environment = self._environments[function.mold.environment]
         with self._giving_way(command.behind, command.sandbox):
             loaded = await box.sandbox.load(function, environment, self.config.init_timeout_s)
-        self._driver.give_way(command.sandbox, background=False)
+        self._driver.give_way(command.sandbox, background=function.is_batch)
         now = time.monotonic()
         if loaded is None:
             self._carry_out(self.state.died(command.sandbox, now))

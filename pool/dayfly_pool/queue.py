@@ -17,8 +17,10 @@ from typing import Final
 from msgspec import Struct, structs
 
 from dayfly_pool import retry
+from dayfly_pool.clock import Clock
 from dayfly_pool.errors import PlatformError, QueueFull, StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId, Outcome, Retry
+from dayfly_pool.silence import BEAT_S, LEASE_S, Silence
 from dayfly_pool.store.events import Accepted, Ended, Event, Lease, Shown, State, Store, Written
 
 log = logging.getLogger("dayfly.queue")
@@ -33,10 +35,6 @@ REPAIR_S: Final = 0.5
 """Between a write that failed and the next try."""
 
 SWEEP_S: Final = 0.25
-BEAT_S: Final = 2.0
-LEASE_S: Final = 10.0
-"""An owner that has said nothing for this long, by our own clock, loses its leases."""
-
 RECOUNT_S: Final = 30.0
 LOOK_S: Final = 1.0
 """Where others use the store too: how often we look at what they may have done."""
@@ -67,17 +65,6 @@ What else it raises is a defect of ours: the event is dead, and the others go on
 
 Follow = Callable[[Lease, Ended], tuple[Event, ...]]
 """What is to be accepted because an event has ended so; nothing for most."""
-
-
-class Clock:
-    """Wall time that never jumps: what the wall clock said at the start, and what passed since."""
-
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
-
-    def now(self) -> float:
-        """Unix seconds."""
-        return self._offset + time.monotonic()
 
 
 class _Accepting(Struct):
@@ -145,9 +132,7 @@ class Queue:
         """Nobody knows when the next delayed event is due: a write tells."""
 
         self._long = asyncio.Semaphore(LONG_AT_ONCE)
-        self._beats: dict[str, tuple[int, float]] = {}
-        """How often each owner has said that it lives, and when we saw that last."""
-
+        self._silence = Silence(owner)
         self._watchers: dict[InvocationId, set[asyncio.Future[None]]] = {}
         self._leases: dict[tuple[int, int], tuple[Lease, asyncio.Task[None]]] = {}
         """By row and fence: of an event whose lease was taken from us we may have the next one."""
@@ -548,7 +533,8 @@ class Queue:
         while True:
             await asyncio.sleep(BEAT_S)
             try:
-                for owner in self._silent(await self._store.beat(), time.monotonic()):
+                beats = await self._store.beat()
+                for owner in self._silence.over(beats, time.monotonic(), LEASE_S):
                     log.warning("an owner is fenced off", extra={"owner": owner})
                     self._come(await self._store.fence(owner))
             except StoreFailed as error:
@@ -586,19 +572,6 @@ class Queue:
         self.waiting.update(numbers)
         self._came.update(numbers)
         self._wake.set()
-
-    def _silent(self, beats: Mapping[str, int], now: float) -> list[str]:
-        """Who has said nothing for too long. By our own clock alone: no two of them agree."""
-        for owner in self._beats.keys() - beats.keys():
-            del self._beats[owner]
-        for owner, beat in beats.items():
-            if owner not in self._beats or self._beats[owner][0] != beat:
-                self._beats[owner] = beat, now
-        return [
-            owner
-            for owner, (_, at) in self._beats.items()
-            if owner != self._owner and now - at >= LEASE_S
-        ]
 
     async def _sweep(self) -> None:
         while True:

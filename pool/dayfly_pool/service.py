@@ -1,10 +1,12 @@
 """Everything one server does with declarations: keep them, build what they need, tell the pool."""
 
 import asyncio
+import base64
 import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
@@ -14,6 +16,11 @@ from typing import Final
 import msgspec
 
 from dayfly_pool import driver as drivers
+from dayfly_pool.batch.job import Stored
+from dayfly_pool.batch.jobs import Jobs, View, machine
+from dayfly_pool.batch.metrics import JobMetrics
+from dayfly_pool.batch.model import JobManifest
+from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.config import Config
 from dayfly_pool.environments import EnvironmentStore
 from dayfly_pool.errors import (
@@ -24,8 +31,10 @@ from dayfly_pool.errors import (
     PackageDamaged,
     PlatformError,
     TriggerNotFound,
+    WorkflowNotFound,
 )
 from dayfly_pool.events import Events, Tell, nobody
+from dayfly_pool.journal import Journals, Keep
 from dayfly_pool.metrics import EventMetrics
 from dayfly_pool.models import (
     BASE,
@@ -34,6 +43,7 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionManifest,
+    FunctionSpec,
     InvocationId,
     Isolation,
     Mold,
@@ -50,10 +60,27 @@ from dayfly_pool.store.sqlite import (
     StoredFunction,
     StoredTrigger,
 )
+from dayfly_pool.stores import journals_of
+from dayfly_pool.workflow import graph
+from dayfly_pool.workflow.bodies import Body, identity
+from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
+from dayfly_pool.workflow.runs import Runs
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
+COMMAND: Final = "dayfly.command:run"
+"""The handler of tasks that are commands or scripts."""
+
+KEPT_S: Final = 100 * 365 * 86400.0
+"""Jobs say themselves for how long they are kept."""
+
+EMPTY_PACKAGE: Final = base64.b64decode(
+    "UEsDBBQAAAAAAAAAIQDTHk7xFgAAABYAAAAGAAAAUkVBRE1FVGhpcyBmb2xkZXIgaXMgZW1wdHkuClBLAQIUAxQA"
+    "AAAAAAAAIQDTHk7xFgAAABYAAAAGAAAAAAAAAAAAAACkAQAAAABSRUFETUVQSwUGAAAAAAEAAQA0AAAAOgAAAAAA"
+)
+"""A zip with nothing but a README: for commands that bring no files."""
+
 BASE_ENVIRONMENT: Final = Environment(digest=BASE)
 
 
@@ -67,8 +94,17 @@ class Service:
 
         self.functions: dict[FunctionId, StoredFunction] = {}
         self.environments: dict[tuple[str, str], StoredEnvironment] = {}
+        self.queues: dict[tuple[str, str], QueueSpec] = {}
+        """Those of which something is declared."""
+
         self.triggers: dict[tuple[str, str], StoredTrigger] = {}
         self.pool: Pool
+        self.journals: Journals
+        self.jobs: Jobs
+        self.runs: Runs
+        self.workflows: dict[tuple[str, str], WorkflowSpec] = {}
+        self.tasks: dict[tuple[str, str], TaskSpec] = {}
+        self._empty_package = ""
         self.events: Events
         self.event_metrics: EventMetrics
         self.packages: PackageStore
@@ -93,18 +129,102 @@ class Service:
                 self.pool = Pool(config, driver)
                 self.events = Events(config, self.pool, self.functions, self.tell)
                 self.event_metrics = EventMetrics(self.events.queue, self.pool.metrics.registry)
+                self.journals = Journals(
+                    journals_of(config),
+                    owner=secrets.token_hex(8),
+                    is_alone=not config.events_dsn,
+                    keep_for=Keep(over_s=KEPT_S),
+                )
+                self.jobs = Jobs(self.pool, self.journals, self._prepare_job, machine(config))
+                self.runs = Runs(
+                    self.pool,
+                    self.journals,
+                    self._prepare_step,
+                    self.workflows,
+                    self.tasks,
+                    lambda: self._empty_package,
+                )
+                JobMetrics(self.jobs, self.pool.metrics.registry)
                 async with self.pool.running():
                     await self._restore()
-                    async with self.events.running():
-                        yield self
+                    async with self.journals.running():
+                        await self._drop_packages()
+                        async with (
+                            self.events.running(),
+                            self.jobs.running(),
+                            self.runs.running(),
+                        ):
+                            yield self
             finally:
                 await self._declarations.close()
+
+    # ---- jobs ---------------------------------------------------------------------------------
+
+    async def create_job(
+        self, manifest: JobManifest, items: AsyncIterator[bytes] | None = None
+    ) -> View:
+        """Keep a job, to be run: see `Jobs.create`. What its tasks are is what it is now."""
+        spec, namespace = manifest.spec, manifest.metadata.namespace
+        if spec.function is not None:
+            id_ = function_id(namespace, spec.function)
+            if id_ not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}: deploy it first")
+            function = self.functions[id_].spec
+        else:
+            function = FunctionSpec(
+                handler=COMMAND,
+                package=spec.package or self._empty_package,
+                environment=spec.environment,
+                env=spec.env,
+                network=spec.network,
+                limits=spec.limits,
+            )
+        await self._check_package(function.package)
+        self._environment(namespace, function.environment)
+        return await self.jobs.create(manifest, function, items)
+
+    async def set_queue(self, namespace: str, name: str, spec: QueueSpec | None) -> None:
+        """Declare what the jobs of a queue may have; None: forget what was declared."""
+        async with self._changing:
+            if spec is None:
+                await self._declarations.delete_spec("Queue", namespace, name)
+                self.queues.pop((namespace, name), None)
+            else:
+                content = msgspec.json.encode(spec)
+                await self._declarations.save_spec("Queue", namespace, name, content)
+                self.queues[namespace, name] = spec
+            self.jobs.set_queue(f"{namespace}/{name}", spec)
+
+    def _prepare_job(self, id_: FunctionId, stored: Stored, spec: FunctionSpec) -> Function:
+        """Have the pool know the function that a job's tasks are."""
+        namespace = stored.metadata.namespace
+        environment = self._environment(namespace, spec.environment)
+        self.packages.path(spec.package)
+        mold = self._mold(environment, namespace, spec.network, spec.isolation)
+        function = Function(id_, "1", spec, mold, is_batch=True)
+        self.pool.deploy(function, environment)
+        return function
+
+    async def _check_package(self, digest: str) -> None:
+        try:
+            await asyncio.to_thread(self.packages.path, digest)
+        except PackageDamaged as error:  # also: never uploaded
+            raise BadInput(f"spec.package: {error.detail}") from error
 
     async def _restore(self) -> None:
         mold = self._mold(BASE_ENVIRONMENT, DEFAULT_NAMESPACE, "none", "fork")
         self.pool.keep_generic(mold, BASE_ENVIRONMENT, self.config.generic_min)
         for environment in await self._declarations.environments():
             self.environments[environment.namespace, environment.name] = environment
+        for namespace, name, content in await self._declarations.specs("Queue"):
+            spec = self.queues[namespace, name] = msgspec.json.decode(content, type=QueueSpec)
+            self.jobs.set_queue(f"{namespace}/{name}", spec)
+        for namespace, name, content in await self._declarations.specs("Workflow"):
+            flow = msgspec.json.decode(content, type=WorkflowSpec)
+            self.workflows[namespace, name] = flow
+        for namespace, name, content in await self._declarations.specs("Task"):
+            self.tasks[namespace, name] = msgspec.json.decode(content, type=TaskSpec)
+        self._empty_package = await self.put_package(EMPTY_PACKAGE)
         for trigger in await self._declarations.triggers():
             self.triggers[trigger.namespace, trigger.name] = trigger
         for stored in await self._declarations.functions():
@@ -115,7 +235,13 @@ class Service:
                 extra = {"function": stored.id, "why": str(error)}
                 log.error("function not restored", extra=extra)
             self.functions[stored.id] = stored
+
+    async def _drop_packages(self) -> None:
+        """Remove those that no function and no job needs any more."""
         used = {stored.spec.package for stored in self.functions.values()}
+        used |= await self.jobs.packages() | await self.runs.packages()
+        used |= {spec.package for spec in self.workflows.values()}
+        used |= {spec.package for spec in self.tasks.values()}
         for digest in self.packages.digests():
             if digest not in used:
                 await asyncio.to_thread(self.packages.remove, digest)
@@ -123,6 +249,8 @@ class Service:
     async def drain(self, timeout_s: float) -> bool:
         """Let end what is under way, and start nothing more; False when some did not in time."""
         self.events.queue.hold()
+        self.jobs.hold()
+        self.runs.hold()
         return await self.pool.drain(timeout_s)
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -144,10 +272,7 @@ class Service:
         if not spec.package:
             raise BadInput("spec.package is missing: upload the code first, or use `dayfly deploy`")
         spec = msgspec.structs.replace(spec, source=None)
-        try:
-            await asyncio.to_thread(self.packages.path, spec.package)
-        except PackageDamaged as error:  # also: never uploaded
-            raise BadInput(f"spec.package: {error.detail}") from error
+        await self._check_package(spec.package)
         id_ = function_id(metadata.namespace, metadata.name)
         async with self._changing:
             environment = self._environment(metadata.namespace, spec.environment)
@@ -278,6 +403,74 @@ class Service:
             if (where, name) in self.environments:
                 return self.environments[where, name].environment
         raise EnvironmentNotFound(f"no environment {name!r} in namespace {namespace!r}")
+
+    # ---- workflows ----------------------------------------------------------------------------
+
+    async def set_workflow(self, namespace: str, name: str, spec: WorkflowSpec) -> None:
+        """Declare a workflow; runs that have begun go on as they were.
+
+        Raises `BadInput`, and then changes nothing.
+        """
+        spec = msgspec.structs.replace(spec, source=None)
+        if spec.package:
+            await self._check_package(spec.package)
+        elif any(step.handler is not None for step in (*spec.steps, *spec.finally_)):
+            raise BadInput("spec.package is missing: use `dayfly workflow deploy` for handlers")
+        async with self._changing:
+            there = {n: flow for (where, n), flow in self.workflows.items() if where == namespace}
+            tasks = {n: task for (where, n), task in self.tasks.items() if where == namespace}
+            await asyncio.to_thread(graph.check, spec, tasks, there | {name: spec}, name)
+            content = msgspec.json.encode(spec)
+            await self._declarations.save_spec("Workflow", namespace, name, content)
+            self.workflows[namespace, name] = spec
+
+    async def delete_workflow(self, namespace: str, name: str) -> None:
+        """Forget a workflow; its runs go on. Raises `WorkflowNotFound`."""
+        async with self._changing:
+            if self.workflows.pop((namespace, name), None) is None:
+                raise WorkflowNotFound(f"no workflow {namespace}/{name}")
+            await self._declarations.delete_spec("Workflow", namespace, name)
+
+    async def set_task(self, namespace: str, name: str, spec: TaskSpec) -> None:
+        """Declare a task. Raises `BadInput`, and then changes nothing."""
+        spec = msgspec.structs.replace(spec, source=None)
+        if spec.package:
+            await self._check_package(spec.package)
+        graph.check_task(spec)
+        async with self._changing:
+            await self._declarations.save_spec("Task", namespace, name, msgspec.json.encode(spec))
+            self.tasks[namespace, name] = spec
+
+    async def delete_task(self, namespace: str, name: str) -> None:
+        """Forget a task that no workflow uses. Raises `WorkflowNotFound`, `BadInput`."""
+        async with self._changing:
+            if (namespace, name) not in self.tasks:
+                raise WorkflowNotFound(f"no task {namespace}/{name}")
+            users = [
+                n
+                for (where, n), flow in self.workflows.items()
+                if where == namespace
+                and any(step.task == name for step in (*flow.steps, *flow.finally_))
+            ]
+            if users:
+                raise BadInput(f"task {name!r} is used by {', '.join(sorted(users)[:5])}")
+            await self._declarations.delete_spec("Task", namespace, name)
+            del self.tasks[namespace, name]
+
+    def _prepare_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
+        """Have the pool know the function that a step is."""
+        if body.spec is None:
+            id_ = function_id(namespace, body.function)
+            if id_ not in self.functions:
+                raise FunctionNotFound(f"no function {id_!r}: deploy it first")
+            return id_
+        environment = self._environment(namespace, body.spec.environment)
+        named = FunctionId(identity(namespace, workflow, body, environment.digest))
+        if named not in self.pool.state.functions:
+            self.packages.path(body.spec.package)
+            mold = self._mold(environment, namespace, body.spec.network, body.spec.isolation)
+            self.pool.deploy(Function(named, "1", body.spec, mold), environment)
+        return named
 
     # ---- triggers -----------------------------------------------------------------------------
 

@@ -142,6 +142,15 @@ class PoolState:
         return counts
 
     @property
+    def interactive(self) -> int:
+        """Sandboxes that work, or get ready, for what is no batch. Looks at every one."""
+        busy = (Phase.BUSY, Phase.LOADING)
+        return sum(
+            box.phase in busy and box.function is not None and not box.function.is_batch
+            for box in self.sandboxes.values()
+        )
+
+    @property
     def waiting(self) -> int:
         """Invocations that wait for a sandbox."""
         return len(self._queued)

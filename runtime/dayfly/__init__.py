@@ -10,34 +10,30 @@ TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from typing import Any
 
-    from dayfly.graphs import (
+    from dayfly.calls import (
         approval,
         callback,
-        cel,
         command,
-        each,
         finally_,
         function,
         handler,
-        in_,
         nested,
         param,
         script,
         sleep,
         status,
         task,
-        text,
         workspace,
     )
+    from dayfly.graphs import cel, each, in_, text
     from dayfly.steps import File, Folder, GraphError, Workspace, out, step, workflow
 
-_LATER = dict.fromkeys(
-    ("File", "Folder", "GraphError", "Workspace", "out", "step", "workflow"), "dayfly.steps"
-) | dict.fromkeys(
-    ("approval", "callback", "cel", "command", "each", "finally_", "function", "handler", "in_",
-     "nested", "param", "script", "sleep", "status", "task", "text", "workspace"),
-    "dayfly.graphs",
-)  # fmt: skip
+_LATER = {
+    "steps": "File Folder GraphError Workspace out step workflow",
+    "graphs": "cel each in_ text",
+    "calls": "approval callback command finally_ function handler nested param script sleep status "
+    "task workspace",
+}
 
 __all__ = [
     "Context",
@@ -73,9 +69,10 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> "Any":
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _LATER.items():
+        if name in names.split():
+            from importlib import import_module
 
-    found = globals()[name] = getattr(import_module(_LATER[name]), name)
-    return found
+            found = globals()[name] = getattr(import_module(f"dayfly.{module}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

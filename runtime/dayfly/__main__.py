@@ -258,11 +258,14 @@ class Guest:
         try:
             frame = encode(message, number, body)
         except Exception as error:  # too many headers, text that is not Unicode
-            kind, text = "BadResponse", f"the response cannot be sent: {error}"[:500]
+            kind, text, ended = "BadResponse", f"the response cannot be sent: {error}"[:500], -1
             if isinstance(message, Failed):
-                kind, text = message.kind, message.message[:500]
+                kind, text, ended = message.kind, message.message[:500], message.exit_code
             took_s = message.handler_s
-            frame = encode(Failed(kind=kind, message=text, traceback="", handler_s=took_s), number)
+            failed = Failed(
+                kind=kind, message=text, traceback="", handler_s=took_s, exit_code=ended
+            )
+            frame = encode(failed, number)
         self._channel.send(frame)
 
     async def _serve(self, running_loop: Callable[[], Any]) -> None:

@@ -9,6 +9,7 @@ class Context:
     __slots__ = (
         "aws_request_id",
         "deadline",
+        "env",
         "function_name",
         "function_version",
         "memory_limit_in_mb",
@@ -26,6 +27,7 @@ class Context:
         namespace: str,
         deadline: float,
         traceparent: str,
+        env: dict[str, str] | None = None,
     ) -> None:
         self.aws_request_id = aws_request_id
         self.function_name = function_name
@@ -35,6 +37,8 @@ class Context:
         self.deadline = deadline
         """The end of this invocation's time, in seconds of `time.monotonic()`."""
         self.traceparent = traceparent
+        self.env = env or {}
+        """Variables of this invocation: of a job's task `JOB_INDEX` and others."""
 
     def get_remaining_time_in_millis(self) -> int:
         """Milliseconds until this invocation is ended, never below 0."""

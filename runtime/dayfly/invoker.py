@@ -31,6 +31,14 @@ HEADERS_MAX, HEADER_BYTES_MAX = 100, 16 * 1024  # what the gateway passes on
 CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, without the 12 ms of importing inspect
 
 
+class Exit(SystemExit):
+    """A process of the user's did not end well; the text is the whole message."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(code)
+        self.why = why
+
+
 class Function(Record):
     """The one function that this guest has become."""
 
@@ -62,12 +70,15 @@ def context(function: Function, request: Invoke) -> Context:
         namespace=function.namespace,
         deadline=time.monotonic() + request.remaining_s,
         traceparent=request.trace,
+        env=request.env,
     )
 
 
 def call(function: Function, request: Invoke, body: bytes) -> Answer:
     """Run a plain handler to its end; every failure of user code is an answer."""
     started, owner = time.perf_counter(), os.getpid()
+    if request.env:
+        os.environ.update(request.env)
     try:
         event = make_event(request, body)
         value = function.handler(event, context(function, request))
@@ -78,10 +89,15 @@ def call(function: Function, request: Invoke, body: bytes) -> Answer:
         if os.getpid() != owner:
             os._exit(1)
         return failed(error, function.code, time.perf_counter() - started)
+    finally:
+        for name in request.env or ():
+            os.environ.pop(name, None)
 
 
 async def call_async(function: Function, request: Invoke, body: bytes) -> Answer:
-    """The same for a coroutine handler."""
+    """The same for a coroutine handler, whose variables are in its context alone: it shares the
+    process with others.
+    """
     started = time.perf_counter()
     try:
         coroutine: Coroutine[Any, Any, Any] = function.handler(
@@ -97,8 +113,30 @@ def failed(error: BaseException, code: str, handler_s: float) -> Answer:
     kind = "Exited" if isinstance(error, SystemExit) else "Raised"
     if isinstance(error, MemoryError):
         kind = "OutOfMemory"
-    message, trace = said(error), user_traceback(error, code)
-    return Failed(kind=kind, message=message, traceback=trace, handler_s=handler_s), b""
+    if isinstance(error, Exit):
+        message, trace = error.why, ""
+    else:
+        message, trace = said(error), user_traceback(error, code)
+    ended = exit_code(error)
+    return Failed.of(
+        {
+            "kind": kind,
+            "message": message,
+            "traceback": trace,
+            "handler_s": handler_s,
+            "exit_code": ended,
+        }
+    ), b""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process would end with for it, as `sys.exit` has it; -1 if it is no SystemExit."""
+    if not isinstance(error, SystemExit):
+        return -1
+    code = error.code
+    if code is None:
+        return 0
+    return code & 0xFF if type(code) is int else 1
 
 
 def _bad(message: str, handler_s: float) -> Answer:

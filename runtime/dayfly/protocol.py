@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEADER = struct.Struct("!IBBHQ")
 BODY_BYTES_MAX = 6 * 1024 * 1024
 META_BYTES_MAX = 0xFFFF
@@ -97,12 +97,16 @@ class Loaded(Record):
 
 
 class Invoke(Record):
-    """Pool to guest: call the handler. The body is the event (JSON) or the HTTP request's body."""
+    """Pool to guest: call the handler. The body is the event (JSON) or the HTTP request's body.
+
+    *env* are variables that are set for this invocation alone.
+    """
 
     id: str
     remaining_s: float
     http: dict[str, object] | None = None
     trace: str = ""
+    env: dict[str, str] | None = None
 
 
 class Result(Record):
@@ -114,12 +118,16 @@ class Result(Record):
 
 
 class Failed(Record):
-    """Guest to pool: user code failed while loading (invocation 0) or in an invocation."""
+    """Guest to pool: user code failed while loading (invocation 0) or in an invocation.
+
+    *exit_code* is what a process or `sys.exit` ended with; -1 when there was no such end.
+    """
 
     kind: str
     message: str
     traceback: str
     handler_s: float = 0.0
+    exit_code: int = -1
 
 
 class Log(Record):

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 
-from dayfly import graphs, steps
+from dayfly import calls, graphs, steps
 from dayfly.graphs import Condition, Each, Graph, Handle, Node, Text
 from dayfly.steps import OUTPUT, GraphError, Workflow
 
@@ -37,7 +37,7 @@ def run(flow: Workflow, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
     bound = inspect.signature(flow.func).bind(*args, **kwargs)
     bound.apply_defaults()
-    return _Rehearsal(graphs.graph_of(flow), bound.arguments).run()
+    return _Rehearsal(calls.graph_of(flow), bound.arguments).run()
 
 
 class _Rehearsal:
@@ -80,7 +80,7 @@ class _Rehearsal:
             waiting.remove(ready)
 
     def _needed(self, node: Node) -> set[Node]:
-        handles = [*graphs._handles([node.params, node.inputs, node.matrix])]
+        handles = [*graphs.handles([node.params, node.inputs, node.matrix])]
         handles += [handle for condition in node.when for handle in _taken(condition)]
         needed = {handle._node for handle in handles if handle._node is not None}
         return needed | {other for other in node.after if isinstance(other, Node)}
@@ -94,7 +94,7 @@ class _Rehearsal:
                 self.values[node], self.outputs[node] = self._call(node, given, "0")
                 return
             matrix = self.resolve(node.matrix)
-            runs = graphs.combinations(matrix.get("params", {}), matrix.get("include", ()))
+            runs = calls.combinations(matrix.get("params", {}), matrix.get("include", ()))
             ends = [self._call(node, {**given, **r}, str(n)) for n, r in enumerate(runs)]
             self.values[node] = [value for value, _ in ends]
             names = ends[0][1] if ends else {}
@@ -161,8 +161,6 @@ class _Rehearsal:
 
     def _text(self, value: Text) -> Any:
         written = "".join([part for part in value.parts if isinstance(part, str)])
-        if written == "$(steps.status)":
-            return "Failed" if self.failed else "Succeeded"
         if re.search(graphs.REFERENCE, written):
             raise GraphError(f"text({written!r}): references in text need a server: give handles")
         resolved = [self.resolve(part) for part in value.parts]
@@ -170,6 +168,8 @@ class _Rehearsal:
 
     def _resolved(self, handle: Handle) -> Any:
         node, pieces = handle._node, handle._pieces
+        if node is None and handle._field == "status":
+            return "Failed" if self.failed else "Succeeded"
         if node is None:
             value, pieces = self.params[pieces[0]], pieces[1:]
         elif handle._field == "status":
@@ -201,7 +201,7 @@ def _taken(condition: Any) -> Iterator[Handle]:
         yield from _taken(condition.left)
         yield from _taken(condition.right)
     else:
-        yield from graphs._handles(condition)
+        yield from graphs.handles(condition)
 
 
 async def _awaited(value: Any) -> Any:

@@ -19,7 +19,7 @@ A step may take files: a parameter that is annotated `File` or `Folder` is an ar
 gets a `pathlib.Path`; what it returns for a return annotation of these is one too, and so is what
 it writes to `out(NAME)` for each of its `outputs`.
 
-Sandboxes import this with a step's module, so it imports nothing; what makes graphs is in `graphs`.
+Sandboxes import this with a step's module, so it imports nothing; what makes graphs is in `calls`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ WORKFLOW_OPTIONS = frozenset({"name", "environment", "timeouts", "source", "pack
 open_graphs: list[Graph] = []
 """Of the workflows whose functions are running, the innermost last."""
 
+FOLDERS = {"in": "/in", "workspace": "/workspaces", "out": "/out"}
+"""Where a step in a sandbox finds them, if its context does not say otherwise (`in_folder` ...)."""
+
 _folders: dict[str, str] = {}
 """Where what runs here and now finds `in`, `workspace` and `out`."""
 
@@ -83,6 +86,10 @@ class Step:
             )
         if not callable(func) or not hasattr(func, "__code__"):
             raise GraphError(f"@step is for functions, and {func!r} is none")
+        if isinstance(options.get("outputs"), (str, dict)):
+            raise GraphError(
+                '@step\'s outputs are names: outputs=("model",), written to out("model")'
+            )
         self.func, self.options = func, options
         self.__name__, self.__qualname__ = func.__name__, func.__qualname__
         self.__module__, self.__doc__ = func.__module__, func.__doc__
@@ -96,33 +103,29 @@ class Step:
         if len(args) == 2 and isinstance(args[1], Context):
             return self._handle(args[0], args[1])
         if open_graphs:
-            from dayfly import graphs
+            from dayfly import calls
 
-            return graphs.call(self, args, kwargs)
+            return calls.call(self, args, kwargs)
         return self.func(*args, **kwargs)
 
     def map(self, rows: Any = None, /, **axes: Any) -> Any:
         """One run for each combination of the lists among *axes*.
 
-        A handle is run over too where it is known to be a list and the parameter is none, or with
-        `each(handle)`; what is no list is the same for all. *rows* are further combinations, as
-        mappings. What it returns is the list of what the runs return.
+        A handle is run over too where it is known to be a list and the parameter is none; or with
+        `each(handle)`, and then handles without it are not. What is no list is the same for all.
+        *rows* are further combinations, as mappings. It returns the list of what the runs return.
         """
-        from dayfly import graphs
+        from dayfly import calls
 
         if not open_graphs:
-            return graphs.mapped_here(self.func, rows, axes)
-        return graphs.call_mapped(self, rows, axes)
+            return calls.mapped_here(self.func, rows, axes)
+        return calls.call_mapped(self, rows, axes)
 
     def _handle(self, event: Any, context: Context) -> Any:
         if not isinstance(event, dict):
             raise TypeError(f"step {self.__name__!r} is given a mapping of its parameters")
-        _folders.update(
-            {
-                key: getattr(context, f"{key}_folder", f"/{key}")
-                for key in ("in", "workspace", "out")
-            }
-        )
+        for key, path in FOLDERS.items():
+            _folders[key] = getattr(context, f"{key}_folder", path)
         code = self.func.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         given = {name: event[name] for name in names if name in event}
@@ -206,10 +209,10 @@ class Workflow:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In another workflow's function a step that runs it; else it is run here and now."""
-        from dayfly import graphs
+        from dayfly import calls
 
         if open_graphs:
-            return graphs.call_nested(self, args, kwargs)
+            return calls.call_nested(self, args, kwargs)
         from dayfly import rehearsal
 
         return rehearsal.run(self, args, kwargs)
@@ -242,16 +245,16 @@ class _Decorator:
     @staticmethod
     def compile(flow: Workflow) -> dict[str, Any]:
         """The `spec` of a `kind: Workflow`: JSON values. Raises `GraphError`."""
-        from dayfly import graphs
+        from dayfly import calls
 
-        return graphs.graph_of(flow).rendered()
+        return calls.graph_of(flow).rendered()
 
     @staticmethod
     def nested(flow: Workflow) -> list[Workflow]:
         """The workflows that *flow* runs as steps, innermost first, and then itself."""
-        from dayfly import graphs
+        from dayfly import calls
 
-        return graphs.nested_in(flow)
+        return calls.nested_in(flow)
 
 
 workflow = _Decorator()

@@ -386,7 +386,7 @@ async def shared(tmp_path: Path, dsn: str) -> AsyncIterator[PostgresEvents]:
 
 
 async def test_who_listens_hears_of_what_others_accept(shared: PostgresEvents):
-    other = PostgresEvents(shared._dsn)
+    other = PostgresEvents(shared._postgres.dsn)
     await other.open("other")
     heard: asyncio.Queue[FunctionId] = asyncio.Queue()
     listening = asyncio.ensure_future(other.listen(heard.put_nowait))
@@ -401,7 +401,7 @@ async def test_who_listens_hears_of_what_others_accept(shared: PostgresEvents):
 
 
 async def test_two_that_lease_at_once_never_get_the_same(shared: PostgresEvents):
-    other = PostgresEvents(shared._dsn)
+    other = PostgresEvents(shared._postgres.dsn)
     await other.open("other")
     ids = [InvocationId(f"many-{n}") for n in range(200)]
     await accept(shared, *map(event, ids))

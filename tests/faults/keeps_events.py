@@ -29,8 +29,7 @@ async def main(folder: Path, number: int, synchronous: str) -> None:
     """Accept, lease and end events, several in a write."""
     store = SqliteEvents(folder / "events.sqlite", folder / "bodies")
     await store.open("us")
-    assert store._write_connection is not None
-    store._write_connection.execute(f"PRAGMA synchronous = {synchronous}")
+    store._database.into.execute(f"PRAGMA synchronous = {synchronous}")
     for at in range(0, number, 3):
         ids = [InvocationId(f"event-{n}") for n in range(at, at + 3)]
         new = [

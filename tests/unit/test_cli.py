@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
@@ -902,4 +902,5 @@ def test_a_reader_that_is_too_slow_never_stops_the_server() -> None:
 
 def test_the_manifest_kinds_are_the_models() -> None:
     """What `apply` names as known is what can be read."""
-    assert manifests.KINDS == ("Function", "Environment", "Trigger")
+    tags = [kind.__struct_config__.tag for kind in get_args(manifests.Declared)]
+    assert sorted(manifests.KINDS) == sorted(tags)

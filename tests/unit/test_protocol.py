@@ -208,7 +208,10 @@ def test_the_http_map_may_be_eight_deep(depth: int, is_fine: bool):
     for _ in range(depth):
         nested = {"a": nested}
     frame = Frame(
-        4, 1, msgpack.packb({"id": "", "remaining_s": 1, "http": nested, "trace": ""}), b""
+        4,
+        1,
+        msgpack.packb({"id": "", "remaining_s": 1, "http": nested, "trace": "", "env": None}),
+        b"",
     )
 
     if is_fine:
@@ -261,7 +264,7 @@ def test_a_field_of_another_type_is_refused(message: Message):
     for name, value in message.__dict__.items():
         for wrong in (True, b"x", object, "1", 1.5, 1, [], {}, None):
             is_number = type(value) in (int, float) and type(wrong) in (int, float)
-            may_be_none = name == "http" and (wrong is None or wrong == {})
+            may_be_none = name in ("http", "env") and (wrong is None or wrong == {})
             if wrong is object or type(wrong) is type(value) or is_number or may_be_none:
                 continue
             with pytest.raises(ProtocolError, match=name):

@@ -10,6 +10,7 @@ import pytest
 from msgspec import structs
 
 from dayfly_pool import queue as module
+from dayfly_pool.clock import Clock
 from dayfly_pool.errors import FunctionNotFound, NoCapacity, QueueFull, StoreFailed
 from dayfly_pool.models import (
     Failure,
@@ -20,7 +21,7 @@ from dayfly_pool.models import (
     Success,
     Timing,
 )
-from dayfly_pool.queue import Clock, Keep, Queue, Work
+from dayfly_pool.queue import Keep, Queue, Work
 from dayfly_pool.store.events import (
     Accepted,
     Ended,
@@ -816,16 +817,6 @@ async def test_who_shares_its_store_leaves_functions_that_it_does_not_know_to_ot
 
 def _plain(id_: InvocationId) -> Event:
     return Event(id=id_, function=GREET, meta=b"", body=b"", accepted_at=9e9, age_s=3600.0)
-
-
-async def test_who_is_silent_is_told_by_our_own_clock():
-    queue = Queue(MemoryEvents(), Runs(), work(), owner="us")
-    assert queue._silent({"us": 1, "other": 7}, 100.0) == []
-    assert queue._silent({"us": 1, "other": 8}, 109.0) == []
-    assert queue._silent({"us": 1, "other": 8}, 118.9) == []
-    assert queue._silent({"us": 1, "other": 8}, 119.0) == ["other"]
-    assert queue._silent({"us": 1}, 119.0) == []
-    assert queue._silent({"us": 1, "other": 8}, 120.0) == []
 
 
 async def test_old_events_are_forgotten(monkeypatch: pytest.MonkeyPatch):

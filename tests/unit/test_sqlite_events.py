@@ -9,7 +9,7 @@ import pytest
 
 from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
-from dayfly_pool.store import sqlite_events as module
+from dayfly_pool.store import database as module
 from dayfly_pool.store.events import ROW_BYTES_MAX, Ended, Event, Lease, State
 from dayfly_pool.store.sqlite_events import MIGRATIONS, SqliteEvents
 
@@ -126,8 +126,7 @@ async def test_a_failed_write_changes_nothing_and_the_next_one_works(store: Sqli
 
 
 async def test_a_connection_that_broke_is_opened_again(store: SqliteEvents):
-    assert store._write_connection is not None
-    store._write_connection.close()
+    store._database.into.close()
     with pytest.raises(StoreFailed):
         await store.write(100.0, accepted=[event(E1)])
 
@@ -150,7 +149,7 @@ async def test_a_defect_of_a_checkpoint_is_logged_and_not_the_last_one(
     monkeypatch.setattr(module, "DEFECT_S", 0.001)
     moved = asyncio.Event()
 
-    class Defective(SqliteEvents):
+    class Defective(module.Database):
         def _move(self) -> None:
             if not caplog.records:
                 raise ArithmeticError("what nobody thought of")
@@ -158,8 +157,8 @@ async def test_a_defect_of_a_checkpoint_is_logged_and_not_the_last_one(
             loop.call_soon_threadsafe(moved.set)
 
     loop = asyncio.get_running_loop()
-    store = Defective(tmp_path / "events.sqlite", tmp_path / "bodies")
-    await store.open("us")
+    store = Defective(tmp_path / "events.sqlite", MIGRATIONS, "events", lambda connection: None)
+    await store.open()
     try:
         async with asyncio.timeout(5):
             await moved.wait()

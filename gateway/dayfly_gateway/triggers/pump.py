@@ -26,7 +26,8 @@ from dayfly_gateway.triggers.filters import Filter, FilterFailed
 from dayfly_gateway.triggers.source import Delivery, Source, SourceFailed
 from dayfly_pool import retry
 from dayfly_pool.errors import PlatformError
-from dayfly_pool.events import Events, new_id
+from dayfly_pool.events import Events
+from dayfly_pool.ids import new_id
 from dayfly_pool.models import Invocation, InvocationId, function_id
 from dayfly_pool.store.sqlite import StoredTrigger
 

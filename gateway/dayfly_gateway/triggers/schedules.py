@@ -16,7 +16,8 @@ from msgspec import Struct
 
 from dayfly_gateway.triggers import cron
 from dayfly_pool.errors import BadInput, PlatformError
-from dayfly_pool.events import new_id, rfc3339
+from dayfly_pool.events import rfc3339
+from dayfly_pool.ids import new_id
 from dayfly_pool.models import Cron, Invocation, InvocationId, TriggerManifest, function_id
 from dayfly_pool.service import Service
 from dayfly_pool.store.sqlite import StoredTrigger

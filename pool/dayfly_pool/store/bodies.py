@@ -1,4 +1,4 @@
-"""Bodies too long for a row: files, named by their digest. Two events with the same share one.
+"""Bodies too long for a row: files, named by their digest. Who has the same shares one.
 
 Its methods wait for the disk, and raise `OSError`.
 """
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dayfly_pool.store import rows
-from dayfly_pool.store.events import ROW_BYTES_MAX
 
 
 class Bodies:
-    """The files in *folder*."""
+    """The files in *folder*: of all that is longer than *row_bytes_max*."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, row_bytes_max: int) -> None:
+        self._folder, self._row_bytes_max = folder, row_bytes_max
 
     def open(self) -> None:
         """Have the folder."""
@@ -24,7 +23,7 @@ class Bodies:
 
     def apart(self, body: bytes) -> tuple[bytes, str]:
         """(what goes into the row, the digest of the file that holds the rest), on the disk."""
-        if len(body) <= ROW_BYTES_MAX:
+        if len(body) <= self._row_bytes_max:
             return body, ""
         digest = hashlib.sha256(body).hexdigest()
         path = self._folder / digest

@@ -4,19 +4,13 @@ The rules are those of `sqlite_events`, and so are the tables, in a schema of th
 passes over what another is about to lease (SKIP LOCKED); who accepts tells the others (NOTIFY).
 """
 
-import asyncio
-import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-import psycopg
 from msgspec import structs
-from psycopg import AsyncConnection, AsyncCursor
 
-from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
 from dayfly_pool.store import rows
 from dayfly_pool.store.events import (
@@ -30,12 +24,9 @@ from dayfly_pool.store.events import (
     State,
     Written,
 )
+from dayfly_pool.store.postgres import Cursor, Postgres, text
 
 CHANNEL: Final = "dayfly_events"
-CONNECT_S_MAX: Final = 10
-MIGRATING: Final = 0x6461_7966_6C79
-"""The advisory lock of whoever brings the tables up to date."""
-
 MIGRATIONS: Final = (
     # A script that was released is never edited: append one. `dayfly.version` counts those applied.
     """
@@ -138,46 +129,33 @@ KNOWN_AS: Final = """
         fingerprint = excluded.fingerprint, until = greatest(k.until, excluded.until)
 """
 
-Cursor = AsyncCursor[Any]
-
 
 class PostgresEvents:
     """See `Store`. *dsn* is what libpq takes; it is never logged."""
 
     def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
+        self._postgres = Postgres(dsn, MIGRATIONS, "version")
         self._owner = ""
-        self._is_open = False
-        self._write_connection: AsyncConnection[Any] | None = None
-        self._read_connection: AsyncConnection[Any] | None = None
-        self._writing, self._reading = asyncio.Lock(), asyncio.Lock()
 
     def __repr__(self) -> str:
-        return f"<PostgresEvents {'open' if self._is_open else 'closed'}>"
+        return f"<PostgresEvents {self._postgres}>"
 
     async def open(self, owner: str) -> None:
         """Connect, and bring the tables up to date."""
-        assert not self._is_open, "already open"
-        self._owner, self._is_open = owner, True
+        self._owner = owner
+        await self._postgres.open()
         try:
-            async with self._transaction() as cursor:
-                await self._migrate(cursor)
-            async with self._transaction() as cursor:
+            async with self._postgres.transaction() as cursor:
                 await cursor.execute(
                     "INSERT INTO dayfly.owners VALUES (%s, 0) ON CONFLICT DO NOTHING", (owner,)
                 )
         except BaseException:
-            await self.close()
+            await self._postgres.close()
             raise
 
     async def close(self) -> None:
         """After what is under way."""
-        self._is_open = False
-        async with self._writing, self._reading:
-            for connection in (self._write_connection, self._read_connection):
-                if connection is not None:
-                    await connection.close()
-            self._write_connection = self._read_connection = None
+        await self._postgres.close()
 
     async def write(
         self,
@@ -187,7 +165,7 @@ class PostgresEvents:
         wanted: Mapping[FunctionId, int] | None = None,
     ) -> Written:
         """All of it or nothing, in this order, and on the disk when it returns."""
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             late = await self._end(cursor, ended)
             then = [event for e in ended if (e.row, e.fence) not in late for event in e.then]
             await self._accept(cursor, then)
@@ -208,7 +186,7 @@ class PostgresEvents:
         """The same with its long body, if it has one."""
         if not lease.is_long:
             return lease
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             await cursor.execute("SELECT checksum FROM dayfly.events WHERE row = %s", (lease.row,))
             (checksum,) = await cursor.fetchone() or (None,)
             whole = await _whole(cursor, lease.file)
@@ -220,7 +198,7 @@ class PostgresEvents:
 
     async def cancel(self, id_: InvocationId, now: float) -> Shown | None:
         """End it, unless it has ended; as it was before."""
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             await cursor.execute("SELECT 1 FROM dayfly.events WHERE id = %s FOR UPDATE", (id_,))
             before = await self._get(cursor, id_)
             if before is not None and not before.state.is_over:
@@ -238,7 +216,7 @@ class PostgresEvents:
             "UPDATE dayfly.events SET state = 0, attempts = 0, expires_at = %s + age_s"
             " WHERE state = 4 AND function = %s"
         )
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             if ids is None:
                 await cursor.execute(statement, (now, function))
             else:
@@ -247,7 +225,7 @@ class PostgresEvents:
 
     async def get(self, id_: InvocationId) -> Shown | None:
         """One event."""
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             return await self._get(cursor, id_)
 
     async def page(
@@ -269,7 +247,7 @@ class PostgresEvents:
         if before is not None:
             tests.append("row < (SELECT row FROM dayfly.events WHERE id = %s)")
             values.append(before)
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             await cursor.execute(
                 f"SELECT {rows.SHOWN} FROM dayfly.events WHERE {' AND '.join(tests)}"
                 " ORDER BY row DESC LIMIT %s",
@@ -280,7 +258,7 @@ class PostgresEvents:
 
     async def counts(self) -> dict[tuple[FunctionId, State], int]:
         """How many there are of each function in each state."""
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             await cursor.execute(
                 "SELECT function, state, count(*) FROM dayfly.events GROUP BY function, state"
             )
@@ -289,7 +267,7 @@ class PostgresEvents:
     async def oldest(self, functions: Iterable[FunctionId]) -> dict[FunctionId, float]:
         """When the next waiting event of each was accepted, where one waits."""
         oldest = {}
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             for function in list(functions):
                 await cursor.execute(
                     "SELECT accepted_at FROM dayfly.events WHERE state = 0 AND function = %s"
@@ -302,7 +280,7 @@ class PostgresEvents:
 
     async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
         """Which events the *keys* stand for."""
-        async with self._reader() as cursor:
+        async with self._postgres.reader() as cursor:
             await cursor.execute(
                 "SELECT key, event FROM dayfly.keys WHERE function = %s AND key = ANY(%s)",
                 (function, list(keys)),
@@ -312,7 +290,7 @@ class PostgresEvents:
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what is old."""
         gone: list[tuple[int, str, str]] = []
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             await cursor.execute("DELETE FROM dayfly.keys WHERE until <= %s", (now,))
             for state in (State.SUCCEEDED, State.DEAD, State.CANCELLED):
                 kept_s = dead_s if state is State.DEAD else over_s
@@ -336,7 +314,7 @@ class PostgresEvents:
 
     async def beat(self) -> dict[str, int]:
         """Say that our owner lives."""
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             await cursor.execute(
                 "INSERT INTO dayfly.owners AS o VALUES (%s, 1)"
                 " ON CONFLICT (id) DO UPDATE SET beat = o.beat + 1",
@@ -347,7 +325,7 @@ class PostgresEvents:
 
     async def fence(self, owner: str) -> Counter[FunctionId]:
         """Take all leases from *owner*."""
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             await cursor.execute(
                 "UPDATE dayfly.events SET state = 0, owner = '' WHERE state = 2 AND owner = %s"
                 " RETURNING function",
@@ -361,7 +339,7 @@ class PostgresEvents:
     async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
         """Give back our leases but *but*."""
         kept = [row for row, _ in but], [fence for _, fence in but]
-        async with self._transaction() as cursor:
+        async with self._postgres.transaction() as cursor:
             await cursor.execute(
                 "UPDATE dayfly.events SET state = 0, owner = '' WHERE state = 2 AND owner = %s"
                 " AND (row, fence) NOT IN (SELECT * FROM unnest(%s::bigint[], %s::int[]))"
@@ -375,71 +353,7 @@ class PostgresEvents:
 
         Raises `StoreFailed` when the connection is lost.
         """
-        async with _renamed(), await self._connect() as connection:
-            await connection.set_autocommit(True)
-            await connection.execute(f"LISTEN {CHANNEL}")
-            async for notice in connection.notifies():
-                told(FunctionId(notice.payload))
-
-    # ---- connections --------------------------------------------------------------------------
-
-    async def _connect(self) -> AsyncConnection[Any]:
-        if not self._is_open:
-            raise StoreFailed("it is closed")
-        return await AsyncConnection.connect(self._dsn, connect_timeout=CONNECT_S_MAX)
-
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[Cursor]:
-        """One transaction, on the disk of the server at its end; after a failure connect anew."""
-        async with self._writing, _renamed():
-            if self._write_connection is None or self._write_connection.closed:
-                self._write_connection = await self._connect()
-                await self._write_connection.execute("SET synchronous_commit = on")
-                await self._write_connection.commit()
-            connection = self._write_connection
-            try:
-                async with connection.transaction(), connection.cursor() as cursor:
-                    yield cursor
-            except BaseException:
-                await self._drop()
-                raise
-
-    @asynccontextmanager
-    async def _reader(self) -> AsyncIterator[Cursor]:
-        async with self._reading, _renamed():
-            if self._read_connection is None or self._read_connection.closed:
-                self._read_connection = await self._connect()
-                await self._read_connection.set_autocommit(True)
-            try:
-                async with self._read_connection.cursor() as cursor:
-                    yield cursor
-            except BaseException:
-                self._read_connection = None  # the next one has another
-                raise
-
-    async def _drop(self) -> None:
-        """Connect anew, to read as well: what is wrong with one is mostly wrong with both."""
-        connections = self._write_connection, self._read_connection
-        self._write_connection = self._read_connection = None
-        for connection in connections:
-            if connection is not None:
-                with contextlib.suppress(psycopg.Error, OSError):
-                    await connection.close()
-
-    async def _migrate(self, cursor: Cursor) -> None:
-        await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
-        await cursor.execute("CREATE SCHEMA IF NOT EXISTS dayfly")
-        await cursor.execute("CREATE TABLE IF NOT EXISTS dayfly.version (number integer NOT NULL)")
-        await cursor.execute("SELECT max(number) FROM dayfly.version")
-        (done,) = await cursor.fetchone() or (None,)
-        if (done or 0) > len(MIGRATIONS):
-            raise StoreFailed(
-                f"the database was written by a newer Dayfly (schema {done}, this one knows"
-                f" {len(MIGRATIONS)}): update Dayfly, or use another database"
-            )
-        for number, script in enumerate(MIGRATIONS[done or 0 :], start=(done or 0) + 1):
-            await cursor.execute(script.encode())
-            await cursor.execute("INSERT INTO dayfly.version VALUES (%s)", (number,))
+        await self._postgres.listen(CHANNEL, lambda function: told(FunctionId(function)))
 
     # ---- parts of a write ---------------------------------------------------------------------
 
@@ -466,8 +380,8 @@ class PostgresEvents:
                 a.started_at,
                 a.ended_at,
                 a.is_counted,
-                _text(a.kind),
-                _text(a.message),
+                text(a.kind),
+                text(a.message),
             )
             for e in ended
             if (a := e.attempt) is not None and (e.row, e.fence) in taken
@@ -540,15 +454,6 @@ class PostgresEvents:
         return rows.shown(row, body, result_body or b"", map(rows.attempt, await cursor.fetchall()))
 
 
-@asynccontextmanager
-async def _renamed() -> AsyncIterator[None]:
-    """What the database or the way to it raises gets our name, and never the password."""
-    try:
-        yield
-    except (psycopg.Error, OSError) as error:
-        raise StoreFailed(f"PostgreSQL: {' '.join(str(error).split())[:500]}") from error
-
-
 async def _apart(cursor: Cursor, body: bytes) -> tuple[bytes, str]:
     """(what goes into the row, the digest of the body that is kept apart)."""
     if len(body) <= ROW_BYTES_MAX:
@@ -566,8 +471,3 @@ async def _whole(cursor: Cursor, digest: str) -> bytes | None:
     await cursor.execute("SELECT body FROM dayfly.bodies WHERE digest = %s", (digest,))
     row = await cursor.fetchone()
     return None if row is None else bytes(row[0])
-
-
-def _text(text: str) -> str:
-    """PostgreSQL keeps no NUL in a text."""
-    return text.replace("\0", "\ufffd")

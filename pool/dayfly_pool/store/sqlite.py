@@ -59,6 +59,15 @@ MIGRATIONS: Final = (
         PRIMARY KEY (namespace, name)
     ) STRICT;
     """,
+    """
+    CREATE TABLE specs ( -- of whatever has nothing but a spec
+        kind TEXT NOT NULL,
+        namespace TEXT NOT NULL,
+        name TEXT NOT NULL,
+        spec BLOB NOT NULL,
+        PRIMARY KEY (kind, namespace, name)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 
 
@@ -186,6 +195,20 @@ class Declarations:
         statement = "UPDATE triggers SET seen = ?, last = ? WHERE namespace = ? AND name = ?"
         await self._call(lambda: self._write(statement, (seen, last, namespace, name)))
 
+    async def save_spec(self, kind: str, namespace: str, name: str, spec: bytes) -> None:
+        """Declare something of *kind*, in the place of one of that name."""
+        statement = "INSERT OR REPLACE INTO specs VALUES (?, ?, ?, ?)"
+        await self._call(lambda: self._write(statement, (kind, namespace, name, spec)))
+
+    async def delete_spec(self, kind: str, namespace: str, name: str) -> bool:
+        """Forget it. False if there was none."""
+        statement = "DELETE FROM specs WHERE kind = ? AND namespace = ? AND name = ?"
+        return await self._call(lambda: self._write(statement, (kind, namespace, name)) > 0)
+
+    async def specs(self, kind: str) -> list[tuple[str, str, bytes]]:
+        """(namespace, name, spec) of all of *kind*, in order."""
+        return await self._call(lambda: self._specs(kind))
+
     async def delete_trigger(self, namespace: str, name: str) -> bool:
         """Forget a trigger. False if there was none."""
         statement = "DELETE FROM triggers WHERE namespace = ? AND name = ?"
@@ -267,6 +290,12 @@ class Declarations:
             built = self._spec(environment, Environment, row)
             found.append(StoredEnvironment(namespace, name, declared, built, updated))
         return found
+
+    def _specs(self, kind: str) -> list[tuple[str, str, bytes]]:
+        return self._connection.execute(
+            "SELECT namespace, name, spec FROM specs WHERE kind = ? ORDER BY namespace, name",
+            (kind,),
+        ).fetchall()
 
     def _triggers(self) -> list[StoredTrigger]:
         rows = self._connection.execute(

@@ -1,30 +1,26 @@
 """Durable events in one SQLite file, and long bodies in files beside it.
 
-One thread writes, with a transaction for whatever came together; another reads. Every statement
-stands for a whole batch: the interpreter's lock is given up and taken back once for each, and on a
-busy event loop taking it back may last longer than the statement.
+One thread writes, with a transaction for whatever came together; another reads (see `database`).
 """
 
 import asyncio
 import contextlib
 import json
-import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from msgspec import structs
 
-from dayfly_pool.errors import DataFolderUnusable, StoreFailed
 from dayfly_pool.models import FunctionId, InvocationId
 from dayfly_pool.store import rows
 from dayfly_pool.store.bodies import Bodies
-from dayfly_pool.store.database import connect
+from dayfly_pool.store.database import ROWS_MAX, Database, chunks, tuples
 from dayfly_pool.store.events import (
     PAGE_MAX,
+    ROW_BYTES_MAX,
     Accepted,
     Ended,
     Event,
@@ -33,19 +29,6 @@ from dayfly_pool.store.events import (
     State,
     Written,
 )
-
-log = logging.getLogger("dayfly.events")
-T = TypeVar("T")
-ROWS_MAX: Final = 64
-"""Of one statement."""
-
-CHECKPOINT_S: Final = 0.25
-DEFECT_S: Final = 5.0
-"""Before the next checkpoint after one that failed for a defect of ours, with a traceback."""
-
-PAGE_BYTES: Final = 4096
-CHECKPOINT_PAGES: Final = 16384
-"""Where the log is as long as this, the one who writes waits for it to be moved into the file."""
 
 MIGRATIONS: Final = (
     # A script that was released is never edited: append one. `user_version` counts those applied.
@@ -108,54 +91,27 @@ class SqliteEvents:
     """See `Store`. *path* is the database; long bodies are in the folder *bodies*."""
 
     def __init__(self, path: Path, bodies: Path) -> None:
-        self._path, self._bodies = path, Bodies(bodies)
+        self._database = Database(path, MIGRATIONS, "events", self._prepare)
+        self._bodies = Bodies(bodies, ROW_BYTES_MAX)
         self._owner = ""
-        self._writer: ThreadPoolExecutor | None = None
-        self._reader: ThreadPoolExecutor | None = None
-        self._mover: ThreadPoolExecutor | None = None
-        self._moving: asyncio.Task[None] | None = None
-        self._write_connection: sqlite3.Connection | None = None
-        self._read_connection: sqlite3.Connection | None = None
-        self._move_connection: sqlite3.Connection | None = None
         self._next_due: float | None = None
-        self._is_doubtful = False
-        """Something may look written, and not be on the disk."""
 
     def __repr__(self) -> str:
-        return f"<SqliteEvents {self._path} {'open' if self._writer else 'closed'}>"
+        return f"<SqliteEvents {self._database}>"
 
     async def open(self, owner: str) -> None:
         """Open or create the file and check that it is sound."""
-        assert self._writer is None, "already open"
         self._owner = owner
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-write")
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-read")
-        self._mover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events-move")
+        await self._database.open()
         try:
-            await self._call(self._writer, self._open)
-            await self._call(self._writer, self._clear_up)
-            self._moving = asyncio.create_task(self._keep_moving(), name="events-move")
+            await self._database.write(self._clear_up)
         except BaseException:
-            await self.close()
+            await self._database.close()
             raise
 
     async def close(self) -> None:
         """Close the file, after what is under way."""
-        loop = asyncio.get_running_loop()
-        if self._moving is not None:
-            self._moving.cancel()
-            await asyncio.wait({self._moving})
-            self._moving = None
-        for thread, close in (
-            (self._mover, self._close_mover),
-            (self._reader, self._close_reader),
-            (self._writer, self._close),
-        ):
-            if thread is not None:
-                closing = loop.run_in_executor(thread, close)
-                thread.shutdown(wait=False)
-                await asyncio.shield(closing)
-        self._writer = self._reader = self._mover = None
+        await self._database.close()
 
     async def write(
         self,
@@ -166,25 +122,25 @@ class SqliteEvents:
     ) -> Written:
         """All of it or nothing, in this order, and on the disk when it returns."""
         wanted = dict(wanted or {})
-        return await self._write(lambda: self._do_write(now, ended, accepted, wanted))
+        return await self._database.write(lambda: self._do_write(now, ended, accepted, wanted))
 
     async def fetch(self, lease: Lease) -> Lease:
         """The same with its long body."""
-        return await self._read(lambda: self._fetch(lease)) if lease.is_long else lease
+        return await self._database.read(lambda: self._fetch(lease)) if lease.is_long else lease
 
     async def cancel(self, id_: InvocationId, now: float) -> Shown | None:
         """End it, unless it has ended; as it was before."""
-        return await self._write(lambda: self._cancel(id_, now))
+        return await self._database.write(lambda: self._cancel(id_, now))
 
     async def redrive(
         self, function: FunctionId, ids: Sequence[InvocationId] | None, now: float
     ) -> int:
         """Let dead events wait again."""
-        return await self._write(lambda: self._redrive(function, ids, now))
+        return await self._database.write(lambda: self._redrive(function, ids, now))
 
     async def get(self, id_: InvocationId) -> Shown | None:
         """One event."""
-        return await self._read(lambda: self._get(self._read_from, id_))
+        return await self._database.read(lambda: self._get(self._read_from, id_))
 
     async def page(
         self,
@@ -194,34 +150,34 @@ class SqliteEvents:
         before: InvocationId | None = None,
     ) -> list[Shown]:
         """The newest first; without bodies."""
-        return await self._read(lambda: self._page(function, state, limit, before))
+        return await self._database.read(lambda: self._page(function, state, limit, before))
 
     async def counts(self) -> dict[tuple[FunctionId, State], int]:
         """How many there are of each function in each state."""
-        return await self._read(self._counts)
+        return await self._database.read(self._counts)
 
     async def oldest(self, functions: Iterable[FunctionId]) -> dict[FunctionId, float]:
         """When the next waiting event of each was accepted, where one waits."""
         asked = list(functions)
-        return await self._read(lambda: self._oldest(asked))
+        return await self._database.read(lambda: self._oldest(asked))
 
     async def known(self, function: FunctionId, keys: Sequence[str]) -> dict[str, InvocationId]:
         """Which events the *keys* stand for."""
         asked = json.dumps(list(keys))
-        return await self._read(lambda: self._known(function, asked))
+        return await self._database.read(lambda: self._known(function, asked))
 
     async def sweep(self, now: float, over_s: float, dead_s: float) -> int:
         """Forget what is old."""
-        return await self._write(lambda: self._sweep(now, over_s, dead_s))
+        return await self._database.write(lambda: self._sweep(now, over_s, dead_s))
 
     async def beat(self) -> dict[str, int]:
         """Say that our owner lives."""
-        return await self._write(self._beat)
+        return await self._database.write(self._beat)
 
     async def release(self, but: Collection[tuple[int, int]]) -> Counter[FunctionId]:
         """Give back our leases but *but*."""
         kept = json.dumps(list(but))
-        return await self._write(lambda: self._release(kept))
+        return await self._database.write(lambda: self._release(kept))
 
     async def listen(self, told: Callable[[FunctionId], None]) -> None:
         """Nobody else writes to the file, and who does knows."""
@@ -229,105 +185,27 @@ class SqliteEvents:
 
     async def fence(self, owner: str) -> Counter[FunctionId]:
         """Take all leases from *owner*."""
-        return await self._write(lambda: self._fence(owner))
-
-    # ---- threads ------------------------------------------------------------------------------
-
-    async def _call(self, thread: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
-        if thread is None:
-            raise StoreFailed("it is closed")
-        try:
-            return await asyncio.get_running_loop().run_in_executor(thread, work)
-        except (sqlite3.Error, OSError) as error:
-            raise StoreFailed(f"{self._path}: {error}") from error
-        except DataFolderUnusable as error:
-            raise StoreFailed(error.detail) from error
-
-    async def _write(self, work: Callable[[], T]) -> T:
-        return await self._call(self._writer, lambda: self._transaction(work))
-
-    async def _read(self, work: Callable[[], T]) -> T:
-        return await self._call(self._reader, work)
-
-    async def _keep_moving(self) -> None:
-        """Move the log into the file, beside those who write: it takes up to 0.1 s."""
-        while True:
-            await asyncio.sleep(CHECKPOINT_S)
-            try:
-                await self._call(self._mover, self._move)
-            except StoreFailed:
-                pass  # whoever writes will see it
-            except Exception:
-                log.exception("the log of events is not moved into the file, for a defect of ours")
-                await asyncio.sleep(DEFECT_S)
-
-    def _move(self) -> None:
-        if self._move_connection is None:
-            self._move_connection = sqlite3.connect(
-                self._path, check_same_thread=False, isolation_level=None
-            )
-        self._move_connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-
-    def _close_mover(self) -> None:
-        if self._move_connection is not None:
-            self._move_connection.close()
-            self._move_connection = None
+        return await self._database.write(lambda: self._fence(owner))
 
     # Below: on the writer's thread.
 
-    def _open(self) -> None:
+    @property
+    def _into(self) -> sqlite3.Connection:
+        return self._database.into
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
         self._bodies.open()
-        connection = connect(self._path, MIGRATIONS, is_sound=self._is_doubtful)
-        try:
-            if self._is_doubtful:
-                _settle(connection)
-            connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-            connection.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_PAGES * PAGE_BYTES}")
-            connection.execute(
-                "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
-            )
-            (self._next_due,) = connection.execute(
-                "SELECT min(at) FROM events WHERE state = 1"
-            ).fetchone()
-        except BaseException:
-            connection.close()
-            raise
-        self._write_connection, self._is_doubtful = connection, False
+        connection.execute(
+            "INSERT INTO owners VALUES (?, 0) ON CONFLICT DO NOTHING", (self._owner,)
+        )
+        (self._next_due,) = connection.execute(
+            "SELECT min(at) FROM events WHERE state = 1"
+        ).fetchone()
 
     def _clear_up(self) -> None:
         """Remove the files of events that a crash kept from being accepted."""
         for digest in self._bodies.found():
             self._drop(digest)
-
-    def _close(self) -> None:
-        if self._write_connection is not None:
-            self._write_connection.close()
-            self._write_connection = None
-
-    def _transaction(self, work: Callable[[], T]) -> T:
-        """*work* in one transaction, on the disk when this returns.
-
-        After a failure the connection is opened anew, and the log is moved into the file before
-        anything else is written.
-        """
-        if self._write_connection is None:
-            self._open()
-        connection = self._into
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            result = work()
-            connection.execute("COMMIT")
-            return result
-        except BaseException:
-            self._write_connection, self._is_doubtful = None, True
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()  # rolls back
-            raise
-
-    @property
-    def _into(self) -> sqlite3.Connection:
-        assert self._write_connection is not None
-        return self._write_connection
 
     def _do_write(
         self,
@@ -346,7 +224,7 @@ class SqliteEvents:
 
     def _end(self, ended: Sequence[Ended]) -> set[tuple[int, int]]:
         taken: set[tuple[int, int]] = set()
-        for some in _chunks(ended):
+        for some in chunks(ended):
             values: list[object] = []
             for each in some:
                 body, file = self._bodies.apart(each.body)
@@ -374,7 +252,7 @@ class SqliteEvents:
             " until = max(until, excluded.until)",
             more,
         )
-        for some in _chunks(new):
+        for some in chunks(new):
             values: list[object] = []
             for event in some:
                 body, file = self._bodies.apart(event.body)
@@ -510,16 +388,7 @@ class SqliteEvents:
 
     @property
     def _read_from(self) -> sqlite3.Connection:
-        if self._read_connection is None:
-            self._read_connection = sqlite3.connect(
-                f"file:{self._path}?mode=ro", uri=True, check_same_thread=False
-            )
-        return self._read_connection
-
-    def _close_reader(self) -> None:
-        if self._read_connection is not None:
-            self._read_connection.close()
-            self._read_connection = None
+        return self._database.out_of
 
     def _fetch(self, lease: Lease) -> Lease:
         (checksum,) = self._read_from.execute(
@@ -593,34 +462,14 @@ class SqliteEvents:
         return oldest
 
 
-def _settle(connection: sqlite3.Connection) -> None:
-    """Have what is in the log written into the file.
-
-    What the system could not write once it may take for written from then on; and what comes
-    after it in the log would be lost with it.
-    """
-    (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if is_busy:
-        raise sqlite3.OperationalError("the log cannot be moved into the file")
-
-
-def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for at in range(0, len(items), ROWS_MAX):
-        yield items[at : at + ROWS_MAX]
-
-
-def _values(number: int, columns: str) -> str:
-    return ", ".join([columns] * number)
-
-
 _INSERT: Final = {
     n: "INSERT INTO events (id, function, state, priority, accepted_at, age_s, expires_at, at,"
-    f" checksum, meta, body, file) VALUES {_values(n, '(?, ?, 0, ?, ?, ?, ?, 0, ?, ?, ?, ?)')}"
+    f" checksum, meta, body, file) VALUES {tuples(n, '(?, ?, 0, ?, ?, ?, ?, 0, ?, ?, ?, ?)')}"
     for n in range(1, ROWS_MAX + 1)
 }
 _END: Final = {
     n: "WITH e (row, fence, state, at, counted, result, body, file) AS"
-    f" (VALUES {_values(n, '(?, ?, ?, ?, ?, ?, ?, ?)')})"
+    f" (VALUES {tuples(n, '(?, ?, ?, ?, ?, ?, ?, ?)')})"
     " UPDATE events SET state = e.state, at = e.at, attempts = attempts + e.counted, owner = '',"
     " result = e.result, result_body = e.body, result_file = e.file,"
     " body = CASE e.state WHEN 3 THEN x'' ELSE events.body END"

@@ -23,8 +23,11 @@ from dayfly_pool.workflow.references import (
 )
 
 _STRING: Final = (
-    r"""[rRbB]?(?:\"\"\"(?s:.*?)\"\"\"|'{3}(?s:.*?)'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+    r"""[rRbB]?(?:\"\"\"(?s:.*?)(?:\"\"\"|\Z)|'{3}(?s:.*?)(?:'{3}|\Z)"""
+    r"""|"(?:\\.|[^"\\\n])*+"?|'(?:\\.|[^'\\\n])*+'?)"""
 )
+"""A string of CEL; one that does not end is one too, so that nobody looks for its end twice."""
+
 _NAMED: Final = r"""\s*\.\s*[A-Za-z_]\w*+(?!\s*\()|\s*\[\s*(?:"[^"\\\n]*"|'[^'\\\n]*'|\d+)\s*\]"""
 _TOKENS: Final = re.compile(
     rf"(?P<string>{_STRING})|(?P<dollar>\$\([^()$\s]{{1,500}}\))"
@@ -101,23 +104,26 @@ def _of_a_path(root: str, path: str) -> Reference:
     )
 
 
-@lru_cache(maxsize=256)
-def _compiled(text: str) -> Any:
+@lru_cache(maxsize=1)
+def _environment() -> Any:
     from cel_expr_python import cel  # costs what only conditions in CEL should
 
-    if _EACH.search(text) and _PATTERN.search(text):
-        raise BadInput("when: matches() is not for each of many: leave out all() or exists()")
-    environment = cel.NewEnv(
+    return cel.NewEnv(
         config=cel.NewEnvConfigFromYaml(_SUBSET),
         variables={
             word: cel.Type.Map(cel.Type.STRING, cel.Type.DYN) for word in ("params", "steps")
         },
     )
+
+
+@lru_cache(maxsize=1024)
+def _compiled(text: str) -> Any:
+    if _EACH.search(text) and _PATTERN.search(text):
+        raise BadInput("when: matches() is not for each of many: leave out all() or exists()")
     try:
-        compiled = environment.compile(text)
+        return _environment().compile(text)
     except Exception as error:  # RuntimeError, and what the binding has for odd strings
-        raise BadInput(f"when: {str(error)[:500]}") from None
-    return compiled, cel.Type.BOOL
+        raise BadInput(f"when: {' '.join(str(error).split())[:500]}") from None
 
 
 def check_cel(cel: str) -> None:
@@ -152,15 +158,14 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _evaluated(text: str, scope: Scope) -> bool:
     expr = expression(text)
-    compiled, boolean = _compiled(expr.text)
+    compiled, seen = _compiled(expr.text), _seen(expr.references, scope)
     try:
-        value = compiled.eval(data=_seen(expr.references, scope))
-        is_bool, found = value.type() == boolean, value.value()
+        found = compiled.eval(data=seen).value()
     except Exception as error:  # likewise
         raise BadInput(f"when {text[:200]!r}: {str(error)[:500]}") from None
-    if not is_bool:
+    if not isinstance(found, bool):
         raise BadInput(f"when {text[:200]!r} is {str(found)[:200]!r}, neither true nor false")
-    return bool(found)
+    return found
 
 
 def _seen(references: Sequence[Reference], scope: Scope) -> dict[str, Mapping[str, Any]]:

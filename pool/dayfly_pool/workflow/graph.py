@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from msgspec import UNSET, Struct
 
 from dayfly_pool.errors import BadInput
-from dayfly_pool.workflow.conditions import expression
+from dayfly_pool.workflow.conditions import check_cel, expression
 from dayfly_pool.workflow.model import (
     RESULT,
     STEPS_MAX,
@@ -36,6 +36,9 @@ from dayfly_pool.workflow.values import (
 NESTED_MAX: Final = 10
 INCLUDES_MAX: Final = 1_000
 """Rows of a matrix that are matched with the combinations of its lists."""
+
+CEL_MAX: Final = 10_000
+"""Different expressions of one workflow: each costs 0.05 ms to be compiled."""
 
 SHOWN_OF_A_CYCLE: Final = 8
 
@@ -73,6 +76,7 @@ def check(
     Raises `BadDefinition`, which names the first wrong place in the order of writing.
     """
     checked = _Check(spec, tasks, workflows)
+    checked.look()
     count, depth = _nested(spec, workflows, name)
     return checked.graph(count, depth)
 
@@ -224,6 +228,7 @@ class _Check:
                     f"{self.path(number)}.name",
                 )
         self.sources: dict[int, _Source] = {}
+        self.cels: dict[str, Sequence[Reference]] = {}
         self.takes: list[dict[int, None]] = [{} for _ in self.steps]
         self.after: list[dict[int, None]] = [{} for _ in self.steps]
 
@@ -233,18 +238,19 @@ class _Check:
             return f"$.steps[{number}]"
         return f"$.finally[{number - self.finally_from}]"
 
-    def graph(self, count: int, depth: int) -> Graph:
-        """Look at each step once; then order them."""
+    def look(self) -> None:
+        """Look at each step once."""
         for number, step in enumerate(self.steps):
             try:
                 self.look_at(number, step)
             except BadDefinition as error:
-                if error.what.startswith("step "):
-                    raise
                 raise BadDefinition(f"step {step.name!r}: {error.what}", error.path) from None
         for name, value in self.spec.results.items():
             for reference, _ in self.found(value, f"$.results.{name}"):
-                self.type_of(reference, f"$.results.{name}", {}, None)
+                self.type_of(reference, f"$.results.{name}", None)
+
+    def graph(self, count: int, depth: int) -> Graph:
+        """Order the steps that were looked at."""
         needs = tuple(
             tuple(self.takes[n] | self.after[n]) if n < self.finally_from else ()
             for n in range(len(self.steps))
@@ -366,20 +372,19 @@ class _Check:
             other = self.known_step(reference.name, path)
             self.nothing_final(other, number, path)
             self.takes[number][other] = None
-        return self.type_of(reference, path, self.params, bound, number)
+        return self.type_of(reference, path, bound, number)
 
     def type_of(
         self,
         reference: Reference,
         path: str,
-        params: Mapping[str, ParamType],
         bound: Mapping[str, str] | None,
         number: int | None = None,
     ) -> ParamType:
         """The type of what a reference stands for. Raises `BadDefinition` if that is nothing."""
         match reference.root:
             case "params":
-                kind = _typed_param(params or self.params, reference, path)
+                kind = _typed_param(self.params, reference, path)
                 _check_key(self.properties.get(reference.name), reference, path)
                 return kind
             case "steps" if reference.name:
@@ -428,14 +433,14 @@ class _Check:
         if reference.field == "outputs":
             if reference.key not in source.outputs:
                 raise BadDefinition(
-                    f"step {step.name!r} has no output {reference.key!r}"
+                    f"{step.name!r} has no output {reference.key!r}"
                     f"{meant(reference.key, source.outputs)}",
                     path,
                 )
             kind: ParamType = "artifact"
         elif reference.key not in source.results:
             raise BadDefinition(
-                f"step {step.name!r} has no result {reference.key!r}"
+                f"{step.name!r} has no result {reference.key!r}"
                 f"{meant(reference.key, source.results)}",
                 path,
             )
@@ -480,11 +485,7 @@ class _Check:
         for place, condition in enumerate(step.when):
             here = f"{path}.when[{place}]"
             if condition.cel:
-                try:
-                    taken = expression(condition.cel).references
-                except BadInput as error:
-                    raise BadDefinition(error.detail, f"{here}.cel") from None
-                for reference in taken:
+                for reference in self.of_cel(condition.cel, f"{here}.cel"):
                     self.takes_of(number, reference, f"{here}.cel", None)
                 continue
             for word in ("input", "values"):
@@ -494,6 +495,18 @@ class _Check:
                     self.takes_of(number, reference, f"{here}.{word}", None)
             if isinstance(condition.values, str) and self.whole(condition.values, here) is None:
                 raise BadDefinition("values is a list, or a reference to one", f"{here}.values")
+
+    def of_cel(self, cel: str, path: str) -> Sequence[Reference]:
+        """What an expression takes, which is looked at once, however often it is there."""
+        if cel not in self.cels:
+            if len(self.cels) >= CEL_MAX:
+                raise BadDefinition(f"over {CEL_MAX} different conditions in CEL", path)
+            try:
+                check_cel(cel)
+                self.cels[cel] = expression(cel).references
+            except BadInput as error:
+                raise BadDefinition(error.detail, path) from None
+        return self.cels[cel]
 
     def matrix(self, number: int, matrix: Matrix, path: str) -> None:
         """That its lists are lists, and not too many runs."""
@@ -719,11 +732,15 @@ def _nested(
 def in_order(spec: WorkflowSpec) -> list[Step]:
     """The steps so that each comes after those that it names; else as they are written.
 
-    Nothing is checked: names that are not there, and cycles, are passed over.
+    Nothing is checked: names that are not there or there twice, and cycles, are passed over.
     """
     index = {step.name: step for step in spec.steps}
+    if len(index) < len(spec.steps):
+        return list(spec.steps)
     done: dict[str, None] = {}
     for step in spec.steps:
+        if step.name in done:
+            continue
         todo = [(step, iter(named_in(step)))]
         begun = {step.name}
         while todo:

@@ -58,7 +58,7 @@ class Uses:
 
     @cached_property
     def data(self) -> frozenset[str]:
-        """The steps whose results or outputs it needs; their status alone is no need."""
+        """The steps whose results or outputs it needs; not those whose end it asks for."""
         step = self._step
         matrix = (step.matrix.params, step.matrix.include) if step.matrix else ()
         when = [(condition.input, condition.values) for condition in step.when]

@@ -155,7 +155,9 @@ def parse(text: str) -> Reference | None:
         is_star = bool(pieces) and pieces[-1] is None
         found = _reference(root, [p for p in pieces if p is not None], is_star)
     if found is None:
-        raise Malformed(f"$({text[:200]}) is no reference: write {_FORMS[root]}")
+        raise Malformed(
+            f"$({text[:200]}) is no reference: write {_FORMS[root]}; or $$( for the text"
+        )
     return found
 
 

@@ -212,6 +212,7 @@ def _workflow(value: Any, path: str) -> dict[str, Any]:
         spec["workspaces"] = _named(spec["workspaces"], f"{path}.workspaces")
     if "results" in spec:
         spec["results"] = _pairs(spec["results"], f"{path}.results")
+        check_json(spec["results"], f"{path}.results")
     if isinstance(spec.get("timeouts"), dict):
         timeouts = _map(spec["timeouts"], f"{path}.timeouts")
         for theirs, ours in (("pipeline", "workflow"), ("tasks", "steps")):

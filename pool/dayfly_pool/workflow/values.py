@@ -11,6 +11,9 @@ from dayfly_pool.errors import BadInput
 from dayfly_pool.workflow.model import Param, ParamType
 
 DEPTH_MAX: Final = 32
+VALUES_MAX: Final = 1_000_000
+"""Values within one; YAML's aliases can make very many of little text."""
+
 VALUES_BYTES_MAX: Final = 1 << 20
 """Of what one step is given, or a run: what is larger is handed over as an output."""
 
@@ -72,8 +75,12 @@ def unfit(param: Param, value: Any) -> str:
 def check_json(value: Any, path: str) -> None:
     """Raise `BadDefinition` for what is no JSON, or nested too deeply. Nothing here recurses."""
     todo: list[tuple[Any, int]] = [(value, 1)]
+    seen = 0
     while todo:
         item, depth = todo.pop()
+        seen += 1
+        if seen + len(todo) > VALUES_MAX:
+            raise BadDefinition(f"over {VALUES_MAX} values: hand it over as an artifact", path)
         if depth > DEPTH_MAX:
             raise BadDefinition(f"values are nested at most {DEPTH_MAX} deep", path)
         if isinstance(item, str):

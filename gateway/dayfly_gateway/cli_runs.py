@@ -1,0 +1,272 @@
+"""`dayfly run`: runs of workflows, from a shell."""
+
+import getpass
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from dayfly_gateway import show
+from dayfly_gateway.client import Misused, Told, printable
+from dayfly_gateway.session import Session, client_command
+
+LOOK_S: Final = 0.2
+OVER: Final = ("Succeeded", "Completed", "Failed", "TimedOut", "Cancelled")
+WELL: Final = ("Succeeded", "Completed")
+INTERRUPTED: Final = 130
+
+
+@click.group()
+def run() -> None:
+    """Runs of workflows: start, watch, cancel, retry.
+
+    \b
+      dayfly run start pipeline -p url=https://example.com/data.csv
+      dayfly run list
+      dayfly run show pipeline-3f2a1b
+    """
+
+
+@run.command()
+@click.argument("workflow")
+@click.option("-p", "--param", "params", metavar="K=V", multiple=True, help="JSON, else text.")
+@click.option("--params", "file", metavar="FILE|-", help="All of them, as JSON.")
+@click.option("--name", default="", help="Default: made of the workflow's, and new.")
+@click.option("--detach", "-d", is_flag=True, help="Do not wait for its end.")
+@client_command
+def start(
+    session: Session,
+    workflow: str,
+    params: Sequence[str],
+    file: str | None,
+    name: str,
+    detach: bool,
+) -> None:
+    """Begin a run of WORKFLOW, and wait for its end.
+
+    Ctrl-C ends the waiting, not the run. Exits with 1 if it does not succeed.
+
+    \b
+      dayfly run start pipeline
+      dayfly run start pipeline -p rows=1000 -p 'kinds=["tree", "linear"]'
+      dayfly run start pipeline --params params.json --detach
+    """
+    given = _params(params, file)
+    wanted = {"params": given, "name": name, "by": _user()}
+    view = session.client.start_run(session.namespace, workflow, wanted)
+    _begun(session, view, detach)
+
+
+def _begun(session: Session, view: Mapping[str, Any], detach: bool) -> None:
+    name = view["metadata"]["name"]
+    if detach:
+        session.show(view, lambda _: click.echo(name))
+        return
+    try:
+        view = _watched(session, name)
+    except KeyboardInterrupt:
+        click.echo(f"\nit goes on: dayfly run show {name}", err=True)
+        sys.exit(INTERRUPTED)
+    session.show(view, _show_end)
+    if view["status"]["state"] not in WELL:
+        sys.exit(1)
+
+
+def _watched(session: Session, name: str) -> dict[str, Any]:
+    while True:
+        view = session.client.run(session.namespace, name, is_brief=True)
+        if view["status"]["state"] in OVER:
+            return session.client.run(session.namespace, name)
+        time.sleep(LOOK_S)
+
+
+def _params(params: Sequence[str], file: str | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if file is not None:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise Misused(f"--params {file}: not valid JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise Misused(f"--params {file}: a mapping of parameters is needed")
+    for text in params:
+        key, is_given, value = text.partition("=")
+        if not is_given:
+            raise Misused(f"-p {text}: give NAME=VALUE")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return given
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
+def _show_end(view: Mapping[str, Any]) -> None:
+    status, name = view["status"], view["metadata"]["name"]
+    state = show.state(status["state"])
+    click.echo(f"{show.bold(name)} {state} in {show.took(status)}")
+    if status["message"]:
+        click.echo(f"  {status['kind']}: {printable(status['message'])}")
+    for key, value in status["results"].items():
+        click.echo(f"  {key}: {printable(json.dumps(value, ensure_ascii=False))}")
+
+
+@run.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, metavar="N", help="[50]")
+@click.option("--before", metavar="ID", help="Go on after this one.")
+@client_command
+def list_(session: Session, limit: int, before: str | None) -> None:
+    """List runs, the newest first.
+
+    \b
+      dayfly run list
+      dayfly run list --json | jq '.[].status.state'
+    """
+    which = {"limit": str(limit)} | ({"before": before} if before else {})
+    if session.is_namespace_given:
+        which["namespace"] = session.namespace
+    found = session.client.runs(**which)
+    if not found and not session.is_json:
+        click.echo("no runs: `dayfly run start WORKFLOW` begins one", err=True)
+        return
+    session.show(found, _table)
+
+
+def _table(views: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for view in views:
+        status, name = view["status"], view["metadata"]["name"]
+        steps = f"{status['succeeded']} ok, {status['failed']} failed"
+        row = (name, status["workflow"], status["state"], steps, show.took(status), status["kind"])
+        rows.append(row)
+    show.table(("NAME", "WORKFLOW", "STATE", "STEPS", "TOOK", "WHY"), rows)
+
+
+@run.command("show")
+@click.argument("name")
+@client_command
+def show_(session: Session, name: str) -> None:
+    """Show a run's steps, what they wait for, and its results.
+
+    \b
+      dayfly run show pipeline-3f2a1b
+      dayfly run show pipeline-3f2a1b --json | jq .status.results
+    """
+    session.show(session.client.run(session.namespace, name), _show_run)
+
+
+def _show_run(view: Mapping[str, Any]) -> None:
+    _show_end(view)
+    for child in (view.get("tree") or {}).get("children", []):
+        _show_step(child, 1)
+    for each in view.get("expected", []):
+        if each["kind"] == "approval":
+            click.echo(f"  {each['key']} waits for approval: {printable(each['what'])}")
+        else:
+            click.echo(f"  {each['key']} waits for a callback: {each['token']}")
+
+
+def _show_step(step: Mapping[str, Any], depth: int) -> None:
+    took_s = max(0.0, step["ended_at"] - step["began_at"]) if step["ended_at"] else 0.0
+    facts = [f"{took_s * 1000:.0f} ms"] if took_s else []
+    facts += [step["start"]] if step["start"] else []
+    facts += ["cached"] if step["was_cached"] else []
+    facts += [": ".join(part for part in step["reason"] if part)] if any(step["reason"]) else []
+    told = printable(", ".join(facts))
+    click.echo(f"{'  ' * depth}{printable(step['name'])} {show.state(step['state'])} {told}")
+    for child in step["children"][:50]:
+        _show_step(child, depth + 1)
+    if len(step["children"]) > 50:
+        click.echo(f"{'  ' * (depth + 1)}and {len(step['children']) - 50} more")
+
+
+@run.command()
+@click.argument("name")
+@click.option("--hard", is_flag=True, help="At once: what runs finally does not run.")
+@client_command
+def cancel(session: Session, name: str, hard: bool) -> None:
+    """End a run; what runs finally still does.
+
+    \b
+      dayfly run cancel pipeline-3f2a1b
+    """
+    view = session.client.cancel_run(session.namespace, name, {"hard": hard, "by": _user()})
+    session.show(view, lambda _: click.echo(f"{name} is being cancelled"))
+
+
+@run.command()
+@click.argument("name")
+@click.option("--detach", "-d", is_flag=True, help="Do not wait for its end.")
+@client_command
+def retry(session: Session, name: str, detach: bool) -> None:
+    """Begin another run with what succeeded in NAME.
+
+    Only what failed, and what never ran, runs.
+
+    \b
+      dayfly run retry pipeline-3f2a1b
+    """
+    _begun(session, session.client.retry_run(session.namespace, name), detach)
+
+
+def _decided(session: Session, name: str, step: str, note: str, *, approved: bool) -> None:
+    decision = {"key": step, "approved": approved, "by": _user(), "note": note}
+    session.client.decide(session.namespace, name, decision)
+    what = "approved" if approved else "refused"
+    session.show(decision, lambda _: click.echo(f"{step} of {name} is {what}"))
+
+
+@run.command()
+@click.argument("name")
+@click.argument("step")
+@click.option("--note", default="", help="Why.")
+@client_command
+def approve(session: Session, name: str, step: str, note: str) -> None:
+    """Let a run go on that waits for approval.
+
+    \b
+      dayfly run approve release-3f2a1b sign-off --note "looks good"
+    """
+    _decided(session, name, step, note, approved=True)
+
+
+@run.command()
+@click.argument("name")
+@click.argument("step")
+@click.option("--note", default="", help="Why.")
+@client_command
+def refuse(session: Session, name: str, step: str, note: str) -> None:
+    """Have a step fail that waits for approval.
+
+    \b
+      dayfly run refuse release-3f2a1b sign-off --note "not today"
+    """
+    _decided(session, name, step, note, approved=False)
+
+
+@run.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@client_command
+def delete(session: Session, names: tuple[str, ...], yes: bool) -> None:
+    """Forget runs that are over.
+
+    \b
+      dayfly run delete pipeline-3f2a1b --yes
+    """
+    if not yes and sys.stdin.isatty() and not click.confirm(f"delete {', '.join(names)}?"):
+        raise Told("not deleted")
+    for name in names:
+        session.client.delete(session.namespace, "runs", name)
+    session.show({"deleted": list(names)}, lambda _: click.echo(f"deleted {', '.join(names)}"))

@@ -1,0 +1,498 @@
+"""One run while a server goes on with it: the engine decides, the pool runs, the journal remembers.
+
+What has happened since the last write is one entry of the run's journal, and nothing that it leads
+to is begun before it is on the disk (see `facts`). After a crash the entries are fed to the engine
+again, and what was under way is run again; a step whose end was written never is.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Final, Literal, assert_never
+
+import msgspec
+from msgspec import Struct
+
+from dayfly_pool.clock import Clock
+from dayfly_pool.errors import (
+    BadInput,
+    BodyTooLarge,
+    Draining,
+    EnvironmentNotFound,
+    FunctionNotFound,
+    PlatformError,
+    StoreFailed,
+)
+from dayfly_pool.journal import Journals
+from dayfly_pool.models import Failure, FunctionId, Invocation, InvocationId, Metadata, Success
+from dayfly_pool.pool import Pool
+from dayfly_pool.retry import KILLS_MAX
+from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
+from dayfly_pool.workflow import bodies, facts
+from dayfly_pool.workflow.bodies import Body
+from dayfly_pool.workflow.engine import Run
+from dayfly_pool.workflow.facts import (
+    Called,
+    Cancel,
+    CancelAsked,
+    Command,
+    Decided,
+    Ended,
+    Expect,
+    Fact,
+    Failed,
+    Finish,
+    Invoke,
+    Passed,
+    Report,
+    Started,
+)
+from dayfly_pool.workflow.plan import Definition
+from dayfly_pool.workflow.tree import Shown
+
+log = logging.getLogger("dayfly.runs")
+LOG: Final = 0
+"""The part of a run's journal that its facts are in."""
+
+AT_ONCE: Final = 256
+"""Steps of one run that may be at the pool at the same moment."""
+
+FACTS_AT_ONCE: Final = 512
+ENTRY_BYTES: Final = 4 << 20
+SNAPSHOT_FACTS: Final = 8192
+STARTED_S: Final = 0.5
+"""A step that runs for longer than this is told to have started."""
+
+HEAD_S: Final = 1.0
+QUEUE_S_MAX: Final = 3600.0
+HOPELESS: Final = (FunctionNotFound, BadInput, BodyTooLarge, EnvironmentNotFound)
+RunState = Literal[
+    "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
+]
+Prepare = Callable[[str, str, Body], FunctionId]
+"""Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
+
+
+class StoredRun(Struct, frozen=True, kw_only=True):
+    """What is written once. *secret* makes the tokens of callbacks."""
+
+    metadata: Metadata
+    workflow: str
+    definition: Definition
+    secret: bytes
+
+
+class RunStatus(Struct, kw_only=True, rename="camel"):
+    """How far a run is. Times are Unix seconds, 0.0 for what has not happened."""
+
+    state: RunState = "Pending"
+    workflow: str = ""
+    succeeded: int = 0
+    """Attempts of steps."""
+
+    failed: int = 0
+    cached: int = 0
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    kind: str = ""
+    message: str = ""
+    results: dict[str, Any] = {}
+
+
+class AskCancel(Struct, frozen=True, tag="cancel"):
+    """End it."""
+
+    by: str = ""
+    hard: bool = False
+
+
+class Call(Struct, frozen=True, tag="call"):
+    """What a callback brought."""
+
+    key: str
+    attempt: int
+    value: Any = None
+
+
+class Decide(Struct, frozen=True, tag="decide"):
+    """Somebody's approval, or not."""
+
+    key: str
+    attempt: int
+    is_approved: bool
+    by: str = ""
+    note: str = ""
+
+
+Asked = AskCancel | Call | Decide
+_ENTRY: Final = msgspec.msgpack.Decoder(tuple[bool, msgspec.Raw])
+_FACTS: Final = msgspec.msgpack.Decoder(list[bytes])
+
+
+def token_of(stored: StoredRun, key: str, attempt: int) -> str:
+    """What whoever is to call back must know."""
+    text = f"{key}\n{attempt}".encode()
+    return hmac.digest(stored.secret, text, "sha256").hex()[:40]
+
+
+def entry_of(new: list[Fact]) -> NewEntry:
+    """What has happened, as an entry of the journal."""
+    body = msgspec.msgpack.encode((False, [facts.encode(fact) for fact in new]))
+    return NewEntry(LOG, body=body)
+
+
+def replayed(definition: Definition, entries: list[Entry]) -> Run:
+    """The engine as the *entries* have it. Raises `StoreFailed` for a damaged one."""
+    run = Run(definition)
+    for entry in entries:
+        if entry.damage:
+            raise StoreFailed(f"entry {entry.number} of the run: {entry.damage}")
+        is_snapshot, raw = _ENTRY.decode(entry.body)
+        if is_snapshot:
+            run = Run.restore(msgspec.msgpack.decode(raw, type=bytes), definition)
+            continue
+        for encoded in _FACTS.decode(raw):
+            run.feed(facts.decode(encoded))
+    return run
+
+
+async def log_of(journals: Journals, id_: JournalId) -> list[Entry]:
+    """All entries of a run's journal."""
+    entries: list[Entry] = []
+    while found := await journals.store.entries(
+        id_, part=LOG, after=entries[-1].number if entries else 0
+    ):
+        entries += found
+    return entries
+
+
+class LiveRun:
+    """One run that is ours to go on with."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        pool: Pool,
+        journals: Journals,
+        clock: Clock,
+        prepare: Prepare,
+        empty_package: str,
+    ) -> None:
+        self.id, self.namespace = journal.id, journal.namespace
+        self.stored = msgspec.json.decode(journal.spec, type=StoredRun)
+        self.status = msgspec.json.decode(journal.head, type=RunStatus)
+        self.name = f"{journal.namespace}/{journal.name}"
+        self.functions: set[FunctionId] = set()
+        """Those of the pool that its steps have used."""
+
+        self._pool, self._journals, self._clock = pool, journals, clock
+        self._prepare, self._empty_package = prepare, empty_package
+        self.engine = Run(self.stored.definition)
+        self._facts: deque[Fact] = deque()
+        self._kept: list[Fact] = []
+        """Fed, and not written yet."""
+
+        self._pending: deque[Invoke] = deque()
+        self._running: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        """By key: the attempt, and what runs it."""
+
+        self._dropped: set[tuple[str, int]] = set()
+        """Attempts that were stopped before they began."""
+
+        self._kills: Counter[str] = Counter()
+        self.expected: dict[str, Expect] = {}
+        self._finish: Finish | None = None
+        self._last, self._heard, self._said_at = journal.last, 0, 0.0
+        self._written: list[int] = []
+        self._since_snapshot = 0
+        self._is_held = False
+        self._wake = asyncio.Event()
+        self._group: asyncio.TaskGroup
+
+    # ---- its life -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Go on with it to its end. Raises `Late`; cancelled, it goes on later."""
+        entries = await log_of(self._journals, self.id)
+        self.engine = await asyncio.to_thread(replayed, self.stored.definition, entries)
+        self._written = [entry.number for entry in entries]
+        self._since_snapshot = self.engine.taken
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._carry_out(self.engine.outstanding())
+            await self._go_on()
+        if self._finish is not None:
+            await self._end(self._finish)
+
+    def hold(self) -> None:
+        """Begin nothing more: the server goes down, and another goes on with it."""
+        self._is_held = True
+        self._wake.set()
+
+    def hear(self, wish: Wish) -> None:
+        """Somebody wants something of it."""
+        if wish.number <= self._heard:
+            return
+        self._heard = wish.number
+        now = self._clock.now()
+        match msgspec.json.decode(wish.body, type=Asked):
+            case AskCancel(by=by, hard=hard):
+                self._note(CancelAsked(at=now, by=by, is_hard=hard))
+            case Call(key=key, attempt=attempt, value=value):
+                self._note(Called(at=now, key=key, attempt=attempt, value=value))
+            case Decide(key=key, attempt=attempt, is_approved=is_approved, by=by, note=note):
+                self._note(
+                    Decided(
+                        at=now, key=key, attempt=attempt, is_approved=is_approved, by=by, note=note
+                    )
+                )
+
+    def tree(self) -> Shown | None:
+        """Its steps, as they are now."""
+        return self.engine.tree()
+
+    async def _go_on(self) -> None:
+        """Feed what happens, write it down, do what follows; until the run is over."""
+        while self._finish is None and not self._is_at_rest():
+            self._wake.clear()
+            self._begin_some()
+            if not self._facts and not self._is_due():
+                wait_s = self._wait_s()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._wake.wait()
+            commands = self._feed()
+            if self._kept:
+                await self._write()
+            self._carry_out(commands)
+        for _, task in list(self._running.values()):
+            task.cancel()
+
+    def _is_at_rest(self) -> bool:
+        """Whether it is held, and all that has happened is written."""
+        return self._is_held and not (self._running or self._facts or self._kept)
+
+    def _is_due(self) -> bool:
+        at = self.engine.wake_at
+        return at is not None and at <= self._clock.now()
+
+    def _wait_s(self) -> float | None:
+        at = self.engine.wake_at
+        return None if at is None else max(0.0, at - self._clock.now()) + 0.001
+
+    def _feed(self) -> list[Command]:
+        """What follows from what has happened; what made a difference is kept to be written."""
+        commands: list[Command] = []
+        if self._is_due():
+            self._facts.append(Passed(at=self._clock.now()))
+        for _ in range(min(FACTS_AT_ONCE, len(self._facts))):
+            fact = self._facts.popleft()
+            before = self.engine.taken
+            commands += self.engine.feed(fact)
+            if self.engine.taken > before:
+                self._kept.append(fact)
+                self._count(fact)
+        return commands
+
+    def _count(self, fact: Fact) -> None:
+        if isinstance(fact, Ended):
+            self.status.succeeded += 1
+            self.status.cached += fact.was_cached
+        elif isinstance(fact, Failed):
+            self.status.failed += 1
+
+    # ---- the journal --------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        if all(isinstance(fact, Started) for fact in self._kept) and self._running:
+            return  # for people: with the next
+        new, self._kept = self._kept, []
+        self._since_snapshot += len(new)
+        if self._since_snapshot > SNAPSHOT_FACTS:
+            snapshot = await asyncio.to_thread(self.engine.snapshot)
+            entry = NewEntry(LOG, body=msgspec.msgpack.encode((True, snapshot)))
+            replaced, self._written, self._since_snapshot = self._written, [], 0
+        else:
+            entry, replaced = entry_of(new), []
+        self._last += 1
+        self._written.append(self._last)
+        await self._journals.append(
+            self.id, [entry], head=self._head(), replaces=replaced, heard=self._heard
+        )
+
+    def _head(self) -> bytes | None:
+        """The summary, now and then."""
+        now = self._clock.now()
+        if now - self._said_at < HEAD_S:
+            return None
+        self._said_at = now
+        self.status.state = "Running"
+        return msgspec.json.encode(self.status)
+
+    async def _end(self, finish: Finish) -> None:
+        now = self._clock.now()
+        self.status.state, self.status.ended_at = finish.status, now
+        self.status.kind, self.status.message = finish.kind, finish.message
+        self.status.results = finish.results
+        head = msgspec.json.encode(self.status)
+        entries = [entry_of(self._kept)] if self._kept else []
+        await self._journals.append(self.id, entries, head=head, ended_at=now, heard=self._heard)
+        log.info("run over", extra={"run": self.name, "state": finish.status, "why": finish.kind})
+
+    # ---- commands -----------------------------------------------------------------------------
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Invoke():
+                    self._pending.append(command)
+                case Expect():
+                    self.expected[command.key] = command
+                case Cancel():
+                    self._cancel(command)
+                case Finish():
+                    self._finish = command
+                case _:
+                    assert_never(command)
+        self._begin_some()
+
+    def _begin_some(self) -> None:
+        while self._pending and len(self._running) < AT_ONCE and not self._is_held:
+            invoke = self._pending.popleft()
+            if (invoke.key, invoke.attempt) in self._dropped:
+                self._dropped.discard((invoke.key, invoke.attempt))
+                continue
+            if invoke.key in self._running:  # its last attempt is being stopped
+                self._pending.append(invoke)
+                return
+            task = self._group.create_task(self._attempt(invoke))
+            self._running[invoke.key] = invoke.attempt, task
+
+    def _cancel(self, command: Cancel) -> None:
+        if self.expected.pop(command.key, None) is not None:
+            return
+        attempt, _ = self._running.get(command.key, (-1, None))
+        if attempt == command.attempt:
+            self._pool.stop(self._invocation(command.key, command.attempt), "it was cancelled")
+            return
+        self._dropped.add((command.key, command.attempt))
+        now = self._clock.now()
+        self._note(
+            Failed(
+                at=now, key=command.key, attempt=command.attempt, kind="Stopped", is_counted=False
+            )
+        )
+
+    def _invocation(self, key: str, attempt: int) -> InvocationId:
+        return InvocationId(f"{self.id}/{key}/{attempt}")
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    async def _attempt(self, invoke: Invoke) -> None:
+        """Run one attempt of a step; its end is a fact."""
+        loop = asyncio.get_running_loop()
+        began_at = self._clock.now()
+        saying = loop.call_later(STARTED_S, self._say_started, invoke, began_at)
+        try:
+            self._note(await self._end_of(invoke))
+        except Draining:
+            pass  # it runs again when a server goes on with it
+        except Exception as error:
+            log.exception("a step fails for a defect of ours", extra={"run": self.name})
+            why = f"{type(error).__name__}: the server's log has the cause"
+            self._note(self._failed(invoke, "InternalError", why, is_hopeless=True))
+        finally:
+            saying.cancel()
+            del self._running[invoke.key]
+            self._wake.set()
+
+    def _say_started(self, invoke: Invoke, at: float) -> None:
+        self._note(Started(at=at, key=invoke.key, attempt=invoke.attempt))
+
+    async def _end_of(self, invoke: Invoke) -> Ended | Failed:
+        definition = self.stored.definition
+        workflow = definition.workflows[invoke.workflow] if invoke.workflow else definition.root
+        try:
+            body = bodies.body_of(invoke, workflow, self._empty_package)
+            name = invoke.workflow or self.stored.workflow
+            function = self._prepare(self.namespace, name, body)
+            self.functions.add(function)
+            invocation = Invocation(
+                id=self._invocation(invoke.key, invoke.attempt),
+                function=function,
+                body=body.event,
+                queue_s_max=QUEUE_S_MAX,
+                env={
+                    "DAYFLY_RUN": self.name,
+                    "DAYFLY_STEP": invoke.key,
+                    "DAYFLY_ATTEMPT": str(invoke.attempt),
+                },
+            )
+            outcome = await self._pool.invoke(invocation)
+        except Draining:
+            raise
+        except PlatformError as error:
+            is_hopeless = isinstance(error, HOPELESS)
+            return self._failed(
+                invoke,
+                type(error).__name__,
+                str(error),
+                is_counted=is_hopeless,
+                is_hopeless=is_hopeless,
+            )
+        return self._judged(invoke, outcome)
+
+    def _judged(self, invoke: Invoke, outcome: Success | Failure) -> Ended | Failed:
+        timing = outcome.timing
+        report = Report(start=timing.start, duration_s=timing.handler_s)
+        if isinstance(outcome, Failure):
+            self._kills[invoke.key] += outcome.was_killed
+            is_counted = not (outcome.was_killed and self._kills[invoke.key] <= KILLS_MAX)
+            return self._failed(
+                invoke, outcome.kind, outcome.message, is_counted=is_counted, report=report
+            )
+        try:
+            results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
+            if large := facts.to_refer(results):
+                what = f"result {large[0]!r} is over {facts.VALUE_BYTES_MAX} bytes"
+                raise BadInput(f"{what}: leave it as an output, a file in /out")
+            ended = Ended(
+                at=self._clock.now(),
+                key=invoke.key,
+                attempt=invoke.attempt,
+                results=results,
+                report=report,
+            )
+            facts.encode(ended)
+        except (BadInput, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            why = error.detail if isinstance(error, BadInput) else "what it returned is no JSON"
+            return self._failed(invoke, "BadResult", why, report=report)
+        return ended
+
+    def _failed(
+        self,
+        invoke: Invoke,
+        kind: str,
+        message: str,
+        *,
+        is_counted: bool = True,
+        is_hopeless: bool = False,
+        report: Report | None = None,
+    ) -> Failed:
+        return Failed(
+            at=self._clock.now(),
+            key=invoke.key,
+            attempt=invoke.attempt,
+            kind=kind,
+            message=message[: facts.MESSAGE_CHARACTERS_MAX],
+            is_counted=is_counted,
+            is_hopeless=is_hopeless,
+            report=report or Report(),
+        )
+
+    def _note(self, fact: Fact) -> None:
+        self._facts.append(fact)
+        self._wake.set()

@@ -1,0 +1,363 @@
+"""Workflows that are declared, and their runs: those that there are, and those that go on here."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from dayfly_pool.errors import BadInput, PlatformError, RunNotFound, WorkflowNotFound
+from dayfly_pool.ids import new_id
+from dayfly_pool.journal import Journals
+from dayfly_pool.models import FunctionId, Metadata
+from dayfly_pool.ours import Ours
+from dayfly_pool.pool import Pool
+from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
+from dayfly_pool.workflow import facts, run
+from dayfly_pool.workflow.bodies import Body
+from dayfly_pool.workflow.engine import RETRIABLE, Run
+from dayfly_pool.workflow.graph import check
+from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
+from dayfly_pool.workflow.plan import Definition
+from dayfly_pool.workflow.run import Asked, LiveRun, Prepare, RunStatus, StoredRun
+from dayfly_pool.workflow.tree import Shown
+from dayfly_pool.workflow.values import bind
+
+log = logging.getLogger("dayfly.runs")
+RUNS_MAX: Final = 1000
+"""Of one server, that are not over."""
+
+FUNCTION_IDLE_S: Final = 60.0
+SWEEP_S: Final = 10.0
+KEPT_S: Final = 7 * 86400.0
+PAGE: Final = 500
+NESTED_MAX: Final = 100
+"""Different workflows that one is made of."""
+
+
+class View(Struct, frozen=True):
+    """One run, as it is known."""
+
+    journal: Journal
+    stored: StoredRun
+    status: RunStatus
+
+
+class Runs:
+    """The runs of one server. Use it inside `async with runs.running():`.
+
+    *workflows* and *tasks* are those that are declared, by namespace and name; the service's own.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        journals: Journals,
+        prepare: Prepare,
+        workflows: Mapping[tuple[str, str], WorkflowSpec],
+        tasks: Mapping[tuple[str, str], TaskSpec],
+        empty_package: Callable[[], str],
+    ) -> None:
+        self._pool, self._journals, self._prepare = pool, journals, prepare
+        self._workflows, self._declared_tasks = workflows, tasks
+        self._empty_package = empty_package
+        self._clock = journals.clock
+        self._live: dict[JournalId, LiveRun] = {}
+        self._used: dict[FunctionId, float] = {}
+        """Functions of steps, and when a run had them last."""
+
+        self.ended: Counter[str] = Counter()
+        """Runs that have ended here, by how."""
+
+        self._is_held = False
+        self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Runs"]:
+        """Go on with runs while the block runs. Those that are not over then go on later."""
+        async with asyncio.TaskGroup() as group:
+            sweeping = group.create_task(self._sweep(), name="runs-sweep")
+            try:
+                async with self._ours.running():
+                    yield self
+            finally:
+                sweeping.cancel()
+
+    def hold(self) -> None:
+        """Begin nothing more."""
+        self._is_held = True
+        for live in self._live.values():
+            live.hold()
+
+    # ---- for callers --------------------------------------------------------------------------
+
+    def definition(self, namespace: str, name: str) -> Definition:
+        """A workflow with all that it refers to, as it is now. Raises `WorkflowNotFound`."""
+        found: dict[str, WorkflowSpec] = {}
+        tasks: dict[str, TaskSpec] = {}
+        todo = [name]
+        while todo:
+            each = todo.pop()
+            spec = self._workflows.get((namespace, each))
+            if spec is None:
+                raise WorkflowNotFound(f"no workflow {namespace}/{each}")
+            found[each] = spec
+            if len(found) > NESTED_MAX:
+                raise BadInput(f"workflow {name!r} is made of over {NESTED_MAX} others")
+            for step in (*spec.steps, *spec.finally_):
+                if step.workflow is not None and step.workflow not in found:
+                    todo.append(step.workflow)
+                if step.task is not None and (namespace, step.task) in self._declared_tasks:
+                    tasks[step.task] = self._declared_tasks[namespace, step.task]
+        return Definition(found[name], found, tasks)
+
+    async def start(
+        self, namespace: str, workflow: str, params: dict[str, Any], name: str = "", by: str = ""
+    ) -> View:
+        """Begin a run; it is on the disk, and will go on, when this returns.
+
+        Raises `WorkflowNotFound`, `BadInput`, `NameTaken`, `StoreFailed`.
+        """
+        definition = self.definition(namespace, workflow)
+        check(definition.root, definition.tasks, definition.workflows, workflow)
+        bound = bind(definition.root.params, params)
+        name = name or f"{workflow[:50]}-{secrets.token_hex(3)}"
+        metadata = _metadata(namespace, name)
+        id_ = new_id()
+        now = self._clock.now()
+        about = {"id": id_, "name": name, "namespace": namespace, "workflow": workflow}
+        began = facts.RunBegan(at=now, params=bound, run=about, by=by)
+        stored = StoredRun(
+            metadata=metadata,
+            workflow=workflow,
+            definition=definition,
+            secret=secrets.token_bytes(32),
+        )
+        return await self._create(JournalId(id_), stored, [began], now)
+
+    async def retry(self, namespace: str, name: str, by: str = "") -> View:
+        """Another run, with what succeeded in this. Raises `RunNotFound`, `BadInput`."""
+        view = await self.get(namespace, name)
+        if view.status.state not in RETRIABLE:
+            raise BadInput(f"run {name!r} is {view.status.state}: only what failed is tried again")
+        entries = await run.log_of(self._journals, view.journal.id)
+        engine = run.replayed(view.stored.definition, entries)
+        now = self._clock.now()
+        before = engine.taken
+        asked = facts.RetryAsked(at=now, by=by)
+        engine.feed(asked)
+        if engine.taken == before:
+            raise BadInput(f"run {name!r} never began: start another")
+        stem, _, number = name.rpartition("-r")
+        again = f"{stem}-r{int(number) + 1}" if stem and number.isdigit() else f"{name[:58]}-r1"
+        stored = msgspec.structs.replace(
+            view.stored, metadata=_metadata(namespace, again), secret=secrets.token_bytes(32)
+        )
+        return await self._create(JournalId(new_id()), stored, [asked], now, entries)
+
+    async def _create(
+        self,
+        id_: JournalId,
+        stored: StoredRun,
+        new: list[facts.Fact],
+        now: float,
+        before: Sequence[Any] = (),
+    ) -> View:
+        status = RunStatus(workflow=stored.workflow, started_at=now)
+        copied = [NewEntry(run.LOG, body=entry.body) for entry in before]
+        journal = await self._journals.create(
+            Journal(
+                id=id_,
+                kind="run",
+                namespace=stored.metadata.namespace,
+                name=stored.metadata.name,
+                created_at=now,
+                head=msgspec.json.encode(status),
+                spec=msgspec.json.encode(stored),
+            ),
+            [*copied, run.entry_of(new)],
+        )
+        return View(journal, stored, status)
+
+    async def get(self, namespace: str, name: str) -> View:
+        """One run. Raises `RunNotFound`."""
+        journal, status = await self.brief(namespace, name)
+        return View(journal, msgspec.json.decode(journal.spec, type=StoredRun), status)
+
+    async def brief(self, namespace: str, name: str) -> tuple[Journal, RunStatus]:
+        """How far a run is. Raises `RunNotFound`."""
+        journal = await self._journals.store.find("run", namespace, name)
+        if journal is None:
+            raise RunNotFound(f"no run {namespace}/{name}")
+        return journal, self._status(journal)
+
+    async def page(
+        self, namespace: str | None, limit: int, before: JournalId | None
+    ) -> Sequence[tuple[Journal, RunStatus]]:
+        """The newest first."""
+        found = await self._journals.store.page("run", namespace, limit, before)
+        return [(journal, self._status(journal)) for journal in found]
+
+    def _status(self, journal: Journal) -> RunStatus:
+        if (live := self._live.get(journal.id)) is not None:
+            live.status.state = "Running"
+            return live.status
+        return msgspec.json.decode(journal.head, type=RunStatus)
+
+    async def tree(self, view: View) -> Shown | None:
+        """Its steps, as they are now."""
+        return (await self.engine(view)).tree()
+
+    async def engine(self, view: View) -> Run:
+        """What its facts amount to. Not to be fed."""
+        if (live := self._live.get(view.journal.id)) is not None:
+            return live.engine
+        entries = await run.log_of(self._journals, view.journal.id)
+        return await asyncio.to_thread(run.replayed, view.stored.definition, entries)
+
+    def expected(self, view: View) -> list[facts.Expect]:
+        """What somebody outside is waited for."""
+        live = self._live.get(view.journal.id)
+        return list(live.expected.values()) if live is not None else []
+
+    def functions(self, view: View) -> list[FunctionId]:
+        """Those of the pool that have run its steps, as far as they are known."""
+        live = self._live.get(view.journal.id)
+        return sorted(live.functions if live is not None else self._used)
+
+    async def ask(self, namespace: str, name: str, asked: Asked) -> View:
+        """Want something of a run; whoever goes on with it hears of it.
+
+        Raises `RunNotFound`, `BadInput`.
+        """
+        view = await self.get(namespace, name)
+        if view.journal.is_over:
+            raise BadInput(f"run {name!r} is over: {view.status.state}")
+        await self._journals.wish(view.journal.id, msgspec.json.encode(asked))
+        return view
+
+    async def call_back(self, namespace: str, name: str, token: str, value: Any) -> None:
+        """Whoever holds the *token* of a callback has called. Raises `RunNotFound`, `BadInput`."""
+        view = await self.get(namespace, name)
+        engine = await self.engine(view)
+        for command in engine.outstanding():
+            if not isinstance(command, facts.Expect) or command.kind != "callback":
+                continue
+            expected = run.token_of(view.stored, command.key, command.attempt)
+            if secrets.compare_digest(token.encode(), expected.encode()):
+                asked = run.Call(command.key, command.attempt, value)
+                await self.ask(namespace, name, asked)
+                return
+        raise BadInput("nobody waits for this callback: it was answered, or the run is over")
+
+    async def decide(self, namespace: str, name: str, key: str, decided: run.Decide) -> None:
+        """Somebody approves or refuses. Raises `RunNotFound`, `BadInput`."""
+        view = await self.get(namespace, name)
+        for command in (await self.engine(view)).outstanding():
+            if isinstance(command, facts.Expect) and command.key == key:
+                asked = msgspec.structs.replace(decided, key=key, attempt=command.attempt)
+                await self.ask(namespace, name, asked)
+                return
+        raise BadInput(f"step {key!r} of run {name!r} waits for no approval")
+
+    async def delete(self, namespace: str, name: str) -> None:
+        """Forget a run that is over. Raises `RunNotFound`, `BadInput`."""
+        view = await self.get(namespace, name)
+        if not await self._journals.delete(view.journal.id):
+            raise BadInput(f"run {name!r} is not over: cancel it first")
+
+    async def packages(self) -> set[str]:
+        """The digests of those that runs need which are not over."""
+        found: set[str] = set()
+        before: JournalId | None = None
+        while page := await self._journals.store.page("run", None, PAGE, before, is_over=False):
+            before = page[-1].id
+            for journal in page:
+                whole = await self._journals.store.get(journal.id)
+                if whole is not None:
+                    stored = msgspec.json.decode(whole.spec, type=StoredRun)
+                    found |= packages_of(stored.definition)
+        return found
+
+    # ---- what is ours -------------------------------------------------------------------------
+
+    async def _go_on(self, journal: Journal) -> None:
+        live = LiveRun(
+            journal,
+            self._pool,
+            self._journals,
+            self._clock,
+            self._prepared,
+            self._empty_package(),
+        )
+        self._live[journal.id] = live
+        for wish in self._ours.wishes(journal.id):
+            live.hear(wish)
+        if self._is_held:
+            live.hold()
+        try:
+            await live.run()
+        finally:
+            del self._live[journal.id]
+            if live.status.ended_at:
+                self.ended[live.status.state] += 1
+
+    def _heard(self, id_: JournalId, wish: Wish) -> bool:
+        if (live := self._live.get(id_)) is None:
+            return False
+        live.hear(wish)
+        return True
+
+    def _prepared(self, namespace: str, workflow: str, body: Body) -> FunctionId:
+        id_ = self._prepare(namespace, workflow, body)
+        if not body.function:
+            self._used[id_] = time.monotonic()
+        return id_
+
+    async def _sweep(self) -> None:
+        """Forget runs that ended long ago, and functions of steps that nobody has needed lately."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._drop_functions(time.monotonic())
+            try:
+                await self._forget_old()
+            except PlatformError as error:
+                log.warning("old runs are still there", extra={"why": str(error)})
+            except Exception:
+                log.exception("old runs are still there, for a defect of ours")
+
+    def _drop_functions(self, now: float) -> None:
+        needed = set().union(*(live.functions for live in self._live.values()))
+        for id_, at in list(self._used.items()):
+            if id_ not in needed and now - at >= FUNCTION_IDLE_S:
+                del self._used[id_]
+                self._pool.remove(id_)
+
+    async def _forget_old(self) -> None:
+        before: JournalId | None = None
+        while page := await self._journals.store.page("run", None, PAGE, before, is_over=True):
+            before = page[-1].id
+            for journal in page:
+                if self._clock.now() >= journal.ended_at + KEPT_S:
+                    await self._journals.delete(journal.id)
+
+
+def packages_of(definition: Definition) -> set[str]:
+    """The digests of all that its steps need."""
+    specs: list[WorkflowSpec | TaskSpec] = [definition.root, *definition.workflows.values()]
+    return {spec.package for spec in [*specs, *definition.tasks.values()] if spec.package}
+
+
+def _metadata(namespace: str, name: str) -> Metadata:
+    try:
+        return msgspec.convert({"namespace": namespace, "name": name}, Metadata)
+    except msgspec.ValidationError as error:
+        raise BadInput(
+            f"{error}: names are lower-case letters, digits and dashes, at most 63"
+        ) from None
