@@ -172,14 +172,16 @@ def test_no_task_is_started_without_a_parent(name: str):
             assert called not in ("asyncio.create_task", "asyncio.ensure_future"), node.lineno
 
 
-BATCH = ["batch/asks", "batch/preemption", "batch/queues", "batch/quota"]
+DECIDES = ["state", "autoscale"]
+DECIDES += ["batch/asks", "batch/preemption", "batch/queues", "batch/quota"]
+DECIDES += ["workflow/engine", "workflow/walk", "workflow/words", "workflow/plan"]
 
 
-@pytest.mark.parametrize("name", ["state", "autoscale", *BATCH])
+@pytest.mark.parametrize("name", DECIDES)
 def test_what_decides_performs_no_io_and_knows_no_time(name: str):
     """Time is an argument: that is why a day of it can be tested in a millisecond."""
     allowed = {"collections", "dataclasses", "enum", "itertools", "typing", "math"}
-    allowed |= {"bisect", "heapq", "msgspec", "dayfly_pool"}
+    allowed |= {"bisect", "functools", "heapq", "msgspec", "dayfly_pool"}
 
     assert imports(TREES[f"pool/dayfly_pool/{name}.py"]) <= allowed
 

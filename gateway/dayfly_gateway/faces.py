@@ -97,7 +97,7 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
     workflows = {flow.metadata.name: flow.spec for flow in flows}
     for flow in flows:
         try:
-            _check(flow, {}, workflows)
+            check(flow.spec, {}, workflows, flow.metadata.name, is_all=False)
         except BadDefinition as error:
             raise BadInput(f"{file}: workflow {flow.metadata.name!r}: {error}") from None
     return flows
@@ -106,17 +106,6 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
 def _ordered(spec: WorkflowSpec) -> WorkflowSpec:
     """The same, with each step behind those that it names, as Python has to have it."""
     return msgspec.structs.replace(spec, steps=tuple(in_order(spec)))
-
-
-def _check(
-    flow: Flow, tasks: Mapping[str, TaskSpec], workflows: Mapping[str, WorkflowSpec]
-) -> None:
-    """Check what can be known here: not what names what only the server may have."""
-    steps = (*flow.spec.steps, *flow.spec.finally_)
-    wanted = {step.task for step in steps if step.task and step.task not in tasks}
-    wanted |= {s.workflow for s in steps if s.workflow and s.workflow not in workflows}
-    if not wanted:
-        check(flow.spec, tasks, workflows, flow.metadata.name)
 
 
 def _run(file: Path, name: str) -> Any:
@@ -187,7 +176,7 @@ def from_yaml(text: str, file: str, namespace: str = "default") -> list[Flow]:
     workflows = {flow.metadata.name: flow.spec for _, flow in documents}
     for document, flow in documents:
         try:
-            _check(flow, tasks, workflows)
+            check(flow.spec, tasks, workflows, flow.metadata.name, is_all=False)
         except BadDefinition as error:
             raise refused(document, error) from None
     return [Flow(flow.metadata, _ordered(flow.spec)) for _, flow in documents]

@@ -12,6 +12,7 @@ from dayfly_pool.workflow import walk as walk_module
 from dayfly_pool.workflow.engine import Run
 from dayfly_pool.workflow.facts import (
     FACT_BYTES_MAX,
+    FORMAT,
     VALUE_BYTES_MAX,
     Artifact,
     Called,
@@ -1121,6 +1122,8 @@ def test_what_runs_finally_has_all_that_was_left():
     talk.failed("c")
 
     assert versions(talk) == {"f": ("a", "b")}
+    talk.ended("f")
+    assert talk.finish().workspaces == {"w": ("f",)}
 
 
 def test_the_newest_of_many_versions_are_found_however_long_their_history():
@@ -1239,7 +1242,10 @@ def test_facts_are_short_and_are_read_as_they_were_written():
     assert len(encode(Ended(at=1, key="a", attempt=1))) < 40
 
 
-@pytest.mark.parametrize("encoded", [b"", b"\xff", b"\x91\xa6future", b"\x92\xa5ended\x01"])
+LATER = encode(RunBegan(at=1, format=FORMAT + 1))
+
+
+@pytest.mark.parametrize("encoded", [b"", b"\xff", b"\x91\xa6future", b"\x92\xa5ended\x01", LATER])
 def test_what_is_no_fact_is_refused(encoded: bytes):
     with pytest.raises(BadInput):
         decode(encoded)

@@ -543,6 +543,18 @@ def test_a_nested_workflow_is_given_what_it_asks_for():
             check(spec(step("in", workflow="inner", params=params)), {}, flows)
 
 
+def test_what_only_the_server_has_is_believed_elsewhere():
+    """All else is checked, as when a file is read that names tasks of others."""
+    taken = step("b", params={"x": "$(steps.a.results.any)"}, inputs={"y": "$(steps.a.outputs.o)"})
+    made = spec(step("a", task="theirs"), taken, step("c", workflow="others"))
+
+    assert check(made, {}, {}, is_all=False).needs == ((), (0,), ())
+    with pytest.raises(BadDefinition, match="there is no task 'theirs'"):
+        check(made, {}, {})
+    with pytest.raises(BadDefinition, match="there is no step 'x'"):
+        check(spec(step("a", task="theirs", runAfter=["x"])), {}, {}, is_all=False)
+
+
 # ---- Tekton's words -----------------------------------------------------------------------------
 
 

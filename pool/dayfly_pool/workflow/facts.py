@@ -207,12 +207,13 @@ class Cancel(Struct, frozen=True):
 
 
 class Finish(Struct, frozen=True):
-    """The run is over."""
+    """The run is over. *workspaces* has the versions of each that there are at the end."""
 
     status: Status
     results: dict[str, Any] = {}
     kind: str = ""
     message: str = ""
+    workspaces: dict[str, tuple[str, ...]] = {}
 
 
 Command = Invoke | Expect | Cancel | Finish
@@ -240,6 +241,8 @@ def decode(encoded: bytes) -> Fact:
         fact: Fact = _decoder.decode(encoded)
     except msgspec.DecodeError as error:
         raise BadInput(f"no fact that this version of Dayfly knows: {error}") from error
+    if isinstance(fact, RunBegan) and fact.format > FORMAT:
+        raise BadInput(f"a run of a later version of Dayfly (format {fact.format})")
     return fact
 
 

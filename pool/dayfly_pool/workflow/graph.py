@@ -70,12 +70,15 @@ def check(
     tasks: Mapping[str, TaskSpec],
     workflows: Mapping[str, WorkflowSpec],
     name: str = "",
+    *,
+    is_all: bool = True,
 ) -> Graph:
     """The graph of *spec*, which is called *name*, with what else its namespace has.
 
+    If *tasks* and *workflows* are not *is_all* that there is, those that are missing are believed.
     Raises `BadDefinition`, which names the first wrong place in the order of writing.
     """
-    checked = _Check(spec, tasks, workflows)
+    checked = _Check(spec, tasks, workflows, is_all=is_all)
     checked.look()
     count, depth = _nested(spec, workflows, name)
     return checked.graph(count, depth)
@@ -206,8 +209,11 @@ class _Check:
         spec: WorkflowSpec,
         tasks: Mapping[str, TaskSpec],
         workflows: Mapping[str, WorkflowSpec],
+        *,
+        is_all: bool,
     ) -> None:
         self.spec, self.tasks, self.workflows = spec, tasks, workflows
+        self.is_all = is_all
         self.steps = (*spec.steps, *spec.finally_)
         self.finally_from = len(spec.steps)
         if not spec.steps:
@@ -227,7 +233,7 @@ class _Check:
                     f"step {step.name!r} is here twice: each has a name of its own",
                     f"{self.path(number)}.name",
                 )
-        self.sources: dict[int, _Source] = {}
+        self.sources: dict[int, _Source | None] = {}
         self.cels: dict[str, Sequence[Reference]] = {}
         self.takes: list[dict[int, None]] = [{} for _ in self.steps]
         self.after: list[dict[int, None]] = [{} for _ in self.steps]
@@ -430,6 +436,9 @@ class _Check:
         if reference.field == "status":
             return "string"
         source, step = self.source(number), self.steps[number]
+        if source is None:
+            is_output = reference.field == "outputs" and step.matrix is None
+            return "artifact" if is_output and not reference.tail else "any"
         if reference.field == "outputs":
             if reference.key not in source.outputs:
                 raise BadDefinition(
@@ -452,25 +461,25 @@ class _Check:
             kind = "array"
         return _of_tail(kind, reference, path)
 
-    def source(self, number: int) -> _Source:
-        """What others may take of a step."""
-        found = self.sources.get(number)
-        if found is None:
-            found = self.sources[number] = self._source(self.steps[number])
-        return found
+    def source(self, number: int) -> _Source | None:
+        """What others may take of a step; None if nobody knows here."""
+        if number not in self.sources:
+            self.sources[number] = self._source(self.steps[number])
+        return self.sources[number]
 
-    def _source(self, step: Step) -> _Source:
+    def _source(self, step: Step) -> _Source | None:
         if step.workflow is not None:
             nested = self.workflows.get(step.workflow)
-            names = nested.results if nested is not None else ()
-            return _Source(dict.fromkeys(names, "any"), {}, frozenset())
+            if nested is None:
+                return None
+            return _Source(dict.fromkeys(nested.results, "any"), {}, frozenset())
         declared: Sequence[Declared] = step.results
         outputs = step.outputs
         is_run = step.script is not None or step.command is not None
         if step.task is not None:
             task = self.tasks.get(step.task)
             if task is None:
-                return _RUN
+                return None
             declared, outputs = task.results, task.outputs
             is_run = task.script is not None or task.command is not None
         if not declared and not outputs:
@@ -571,6 +580,8 @@ class _Check:
         """That a task is there and is given what it asks for."""
         assert step.task is not None
         task = self.tasks.get(step.task)
+        if task is None and not self.is_all:
+            return
         if task is None:
             hint = meant(step.task, self.tasks)
             raise BadDefinition(f"there is no task {step.task!r}{hint}", f"{path}.task")
@@ -597,6 +608,8 @@ class _Check:
         """The same for a nested workflow."""
         assert step.workflow is not None
         nested = self.workflows.get(step.workflow)
+        if nested is None and not self.is_all:
+            return
         if nested is None:
             hint = meant(step.workflow, self.workflows)
             raise BadDefinition(f"there is no workflow {step.workflow!r}{hint}", f"{path}.workflow")

@@ -461,8 +461,10 @@ class Walk:
         owner.results = self.words.results(owner)
         owner.failure = flow.failure
         owner.due = None
-        if flow.status in ("Succeeded", "Completed"):
+        is_well = flow.status in ("Succeeded", "Completed")
+        if is_well or not owner.key:
             owner.mark = self._mark_after(owner, plan)
+        if is_well:
             self._end_workflow(owner, Phase.SUCCEEDED)
         elif flow.status == "Cancelled":
             self._end_workflow(owner, Phase.CANCELLED)
@@ -479,12 +481,12 @@ class Walk:
         else:
             self.over(owner, phase)
 
-    @staticmethod
-    def finish_of(root: Node) -> Finish:
+    def finish_of(self, root: Node) -> Finish:
         """How the run ended."""
         assert root.flow is not None
         assert root.flow.status is not None
-        return Finish(root.flow.status, root.results, *root.failure)
+        there = self._state.marks.sets[root.mark]
+        return Finish(root.flow.status, root.results, *root.failure, workspaces=there)
 
     # ---- stopping -------------------------------------------------------------------------------
 
