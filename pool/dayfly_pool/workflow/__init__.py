@@ -1,0 +1,1 @@
+"""Workflows: what their steps hand over, and where it lies."""
