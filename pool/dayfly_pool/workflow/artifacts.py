@@ -5,9 +5,9 @@
     ROOT/incoming/                            what is being taken over; emptied by `open`
     ROOT/trash/                               what is being removed; emptied by `open`
 
-An artifact's reference is `dayfly://NAMESPACE/file/sha256/HEX`, or `tree` for a folder. A file's
-(and a value's) HEX is the sha256 of its bytes, as `sha256sum` prints it. A folder's is the sha256 of
-its manifest: for everything below the folder, sorted by the bytes of the path, one of
+An artifact's reference is `dayfly://NAMESPACE/file/sha256/HEX`, or `tree` for a folder. The HEX of
+a file (and of a value) is the sha256 of its bytes, as `sha256sum` prints it. A folder's is the
+sha256 of its manifest: for everything below it, sorted by the bytes of the path, one of
 
     d PATH NUL                  a folder
     f SIZE SHA256 PATH NUL      a file
@@ -31,7 +31,6 @@ Every method waits for the disk, and may be called from any thread.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -44,15 +43,9 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import (
-    ArtifactDamaged,
-    ArtifactGone,
-    BadInput,
-    BadTree,
-    DataFolderUnusable,
-    DiskFull,
-)
-from dayfly_pool.workflow import streams, trees
+from dayfly_pool.errors import ArtifactDamaged, ArtifactGone, BadInput, BadTree
+from dayfly_pool.workflow import places, streams, trees
+from dayfly_pool.workflow.places import Places
 from dayfly_pool.workflow.trees import Entry, Limits
 
 Kind = Literal["file", "tree", "value"]
@@ -65,7 +58,6 @@ VALUE_BYTES_MAX: Final = 64 << 20
 RECORD_BYTES_MAX: Final = 1 << 30
 _NAMESPACE: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _URI: Final = re.compile(rf"{SCHEME}({_NAMESPACE.pattern})/(file|tree)/sha256/([0-9a-f]{{64}})")
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Artifact(Struct, frozen=True):
@@ -114,37 +106,24 @@ class Artifacts:
     """The store in *folder*. One process uses it at a time."""
 
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
-        self._root = folder
+        self._places = Places(folder, "objects")
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         """Held while the name of an object appears or goes."""
 
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._folders: dict[str, int] = {}
 
     def open(self) -> None:
         """Have the folders, and remove what a crash left half done."""
-        with self._disk():
-            for name, mode in (("objects", 0o711), ("incoming", 0o700), ("trash", 0o700)):
-                place = self._root / name
-                place.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with trees.opened_folder(None, place) as folder:
-                    os.fchmod(folder, mode)  # whatever the umask
-                    self._folders[name] = os.dup(folder)
-            for name in ("incoming", "trash"):
-                for left in os.listdir(self._folders[name]):
-                    trees.erase(self._folders[name], left)
+        self._places.open()
 
     def close(self) -> None:
         """Let go of the folders."""
-        while self._folders:
-            os.close(self._folders.popitem()[1])
+        self._places.close()
 
     # --- Putting ---
 
-    def put(
-        self, namespace: str, folder: Path, output: str, *, is_synced: bool = True
-    ) -> Artifact:
+    def put(self, namespace: str, folder: Path, output: str, *, is_synced: bool = True) -> Artifact:
         """Take over what a dead step left at the path *output* below *folder*.
 
         It is moved, sealed, hashed, and stored unless it is stored already. With *is_synced* it is
@@ -153,7 +132,7 @@ class Artifacts:
         :raises BadTree: naming what in it cannot be an artifact; all of it is removed then.
         :raises DiskFull: nothing is left of it.
         """
-        with self._disk(), self._incoming() as (name, scratch):
+        with self._places.disk(), self._places.scratch() as (name, scratch):
             with trees.opened_folder(None, folder) as left:
                 trees.take(left, output, scratch, CONTENT)
             entries = trees.seal(scratch, CONTENT, self._limits)
@@ -163,9 +142,8 @@ class Artifacts:
         """Store bytes, of whatever meaning."""
         if len(value) > VALUE_BYTES_MAX:
             raise BadInput(f"a value is over {VALUE_BYTES_MAX >> 20} MiB: leave it as a file")
-        with self._disk(), self._incoming() as (name, scratch):
-            with open(os.open(CONTENT, streams.NEW, 0o600, dir_fd=scratch), "wb") as file:
-                file.write(value)
+        with self._places.disk(), self._places.scratch() as (name, scratch):
+            places.write(scratch, CONTENT, value)
             entries = trees.seal(scratch, CONTENT, self._limits)
             found = self._publish(namespace, name, scratch, entries, is_synced=is_synced)
             return msgspec.structs.replace(found, kind="value")
@@ -177,7 +155,7 @@ class Artifacts:
 
         Its files keep their modes and their other names: see `Workspaces.snapshot`.
         """
-        with self._disk(), self._incoming() as (name, scratch):
+        with self._places.disk(), self._places.scratch() as (name, scratch):
             make(scratch, CONTENT)
             entries = trees.describe(scratch, CONTENT, self._limits)
             return self._publish(namespace, name, scratch, entries, is_synced=is_synced)
@@ -186,17 +164,16 @@ class Artifacts:
         """Make a pipe *output* in *folder*, and store what is written to it while it is written."""
         if not output or "/" in output or output in (".", ".."):
             raise BadInput(f"{trees.shown(output)} is not a name for a stream: give a file's name")
-        with self._disk():
-            name = secrets.token_hex(8)
-            os.mkdir(name, 0o700, dir_fd=self._folders["incoming"])
-            scratch = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._folders["incoming"])
+        with self._places.disk():
+            name = self._places.begin()
             try:
-                target = os.open(CONTENT, streams.NEW, 0o600, dir_fd=scratch)
+                with trees.opened_folder(self._places.incoming, name) as opened:
+                    scratch = os.dup(opened)
+                target = os.open(CONTENT, places.NEW, 0o600, dir_fd=scratch)
                 most = self._limits.bytes
                 stream = streams.Stream(folder, output, owner, target, most)
             except BaseException:
-                os.close(scratch)
-                trees.erase(self._folders["incoming"], name)
+                self._places.give_up(name)
                 raise
             return Output(self, namespace, name, scratch, stream)
 
@@ -212,18 +189,16 @@ class Artifacts:
                 return artifact
         boot = "" if is_synced else self._boot
         record = msgspec.msgpack.encode(Record(boot, entries))
-        checksum = hashlib.sha256(record).digest()
-        with open(os.open(RECORD, streams.NEW, 0o600, dir_fd=scratch), "wb") as file:
-            file.write(checksum + record)
+        places.write(scratch, RECORD, hashlib.sha256(record).digest() + record)
         if is_synced:
-            trees.sync(self._folders["incoming"], name, len(entries))
+            trees.sync(self._places.incoming, name, len(entries))
         with self._lock, self._namespace(namespace) as objects:
             if self._is_there(artifact):  # somebody was faster
                 return artifact
             key = _key(artifact)
-            self._discard(objects, key)
+            self._places.discard(objects, key)
             os.fchmod(scratch, 0o755)
-            os.rename(name, key, src_dir_fd=self._folders["incoming"], dst_dir_fd=objects)
+            os.rename(name, key, src_dir_fd=self._places.incoming, dst_dir_fd=objects)
             if is_synced:
                 os.fsync(objects)
         return artifact
@@ -233,7 +208,7 @@ class Artifacts:
         try:
             with self._object(artifact) as (place, _):
                 record = _record(place)
-                if record.boot not in ("", self._boot) or _changed(place, record.entries):
+                if record.boot not in ("", self._boot) or _has_changed(place, record.entries):
                     return False
                 os.utime(place)
         except (ArtifactGone, ArtifactDamaged):
@@ -248,13 +223,10 @@ class Artifacts:
 
         :raises ArtifactDamaged: naming the path that changed. :raises ArtifactGone: run it again.
         """
-        with self._disk(), self._object(artifact) as (place, path):
+        with self._places.disk(), self._object(artifact) as (place, path):
             record = _record(place)
-            if record.boot not in ("", self._boot):
+            if record.boot not in ("", self._boot) or _has_changed(place, record.entries):
                 self._verify(place, artifact)
-            elif changed := _changed(place, record.entries):
-                if not self._is_as_recorded(place, record.entries, changed):
-                    raise _damaged(changed)
             return path / CONTENT
 
     def verify(self, artifact: Artifact) -> None:
@@ -262,14 +234,14 @@ class Artifacts:
 
         :raises ArtifactDamaged: naming a path that changed. :raises ArtifactGone: run it again.
         """
-        with self._disk(), self._object(artifact) as (place, _):
+        with self._places.disk(), self._object(artifact) as (place, _):
             self._verify(place, artifact)
 
     def value(self, artifact: Artifact) -> bytes:
         """The bytes of a value or a file, checked against its digest."""
         if artifact.bytes > VALUE_BYTES_MAX:
             raise BadInput(f"{artifact.uri} is over {VALUE_BYTES_MAX >> 20} MiB: read it as a file")
-        with self._disk(), self._object(artifact) as (place, _), self._reading(""):
+        with self._places.disk(), self._object(artifact) as (place, _), self._reading(""):
             file = trees.open_file(place, CONTENT)
             with open(file, "rb") as opened:
                 found = opened.read(VALUE_BYTES_MAX + 1)
@@ -279,7 +251,7 @@ class Artifacts:
 
     def entries(self, artifact: Artifact) -> list[Entry]:
         """What is in it, sorted by path."""
-        with self._disk(), self._object(artifact) as (place, _):
+        with self._places.disk(), self._object(artifact) as (place, _):
             return _record(place).entries
 
     def read(self, artifact: Artifact, path: str) -> int:
@@ -287,7 +259,11 @@ class Artifacts:
         *parents, last = [CONTENT, *path.split("/")] if path else [CONTENT]
         if {"", ".", ".."} & {*parents, last}:
             raise BadInput(f"{trees.shown(path)} is not a path in {artifact.uri}")
-        with self._disk(), self._object(artifact) as (place, _), contextlib.ExitStack() as stack:
+        with (
+            self._places.disk(),
+            self._object(artifact) as (place, _),
+            contextlib.ExitStack() as stack,
+        ):
             try:
                 for part in parents:
                     place = stack.enter_context(trees.opened_folder(place, part))
@@ -296,9 +272,12 @@ class Artifacts:
                 raise BadInput(f"there is no file {trees.shown(path)} in {artifact.uri}") from error
 
     def _verify(self, place: int, artifact: Artifact) -> None:
-        """Read everything; and note how it lies on the disk now."""
+        """Read everything; and note how it lies on the disk now.
+
+        A new name of a file, such as a workspace's, changes its time, and nothing else.
+        """
         recorded = _record(place).entries
-        with self._reading(""):
+        with self._reading():
             found = trees.describe(place, CONTENT, self._limits)
         if changed := _difference(recorded, found):
             raise _damaged(changed[0])
@@ -307,35 +286,22 @@ class Artifacts:
             raise ArtifactDamaged(f"artifact changed on disk: the record of {artifact.uri}")
         self._note(place, found)
 
-    def _is_as_recorded(self, place: int, entries: list[Entry], changed: str) -> bool:
-        """Whether the contents are what they were, though times or inodes are not.
-
-        A new name of a file, such as a workspace's, changes its time too.
-        """
-        with self._reading(changed):
-            found = trees.describe(place, CONTENT, self._limits)
-        if different := _difference(entries, found):
-            raise _damaged(different[0])
-        self._note(place, found)
-        return True
-
     def _note(self, place: int, entries: list[Entry]) -> None:
         record = msgspec.msgpack.encode(Record("", entries))
         unfinished = f"{RECORD}.{secrets.token_hex(4)}"
-        with open(os.open(unfinished, streams.NEW, 0o600, dir_fd=place), "wb") as file:
-            file.write(hashlib.sha256(record).digest() + record)
-            file.flush()
-            os.fsync(file.fileno())
+        content = hashlib.sha256(record).digest() + record
+        places.write(place, unfinished, content, is_synced=True)
         os.rename(unfinished, RECORD, src_dir_fd=place, dst_dir_fd=place)
 
     @contextlib.contextmanager
-    def _reading(self, path: str) -> Iterator[None]:
+    def _reading(self) -> Iterator[None]:
         """Whatever cannot be read, or is not what can be an artifact, has changed."""
         try:
             yield
-        except (BadTree, FileNotFoundError, NotADirectoryError) as error:
-            named = str(error) if isinstance(error, BadTree) else trees.shown(path)
-            raise ArtifactDamaged(f"artifact changed on disk: {named}") from error
+        except BadTree as error:
+            raise ArtifactDamaged(f"artifact changed on disk: {error}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _damaged(os.fsdecode(error.filename or "")) from error
 
     # --- Removing ---
 
@@ -343,8 +309,8 @@ class Artifacts:
         """Remove each object that came, or was put again, earlier than *before* (seconds since the
         epoch) and whose URI *keep* refuses; returns how many. None of them may be in use."""
         removed = 0
-        with self._disk():
-            for namespace in os.listdir(self._folders["objects"]):
+        with self._places.disk():
+            for namespace in os.listdir(self._places.shelf):
                 with self._namespace(namespace) as objects:
                     for key in os.listdir(objects):
                         kind, _, digest = key.partition("-")
@@ -353,36 +319,16 @@ class Artifacts:
                             is_old = os.lstat(key, dir_fd=objects).st_mtime < before
                             if not is_old or (_URI.fullmatch(uri) and keep(uri)):
                                 continue
-                            self._discard(objects, key, is_erased=False)
+                            self._places.discard(objects, key)
                         removed += 1
-            for left in os.listdir(self._folders["trash"]):
-                trees.erase(self._folders["trash"], left)
+            self._places.empty_trash()
         return removed
-
-    def _discard(self, objects: int, key: str, *, is_erased: bool = True) -> None:
-        trash, name = self._folders["trash"], secrets.token_hex(8)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(key, name, src_dir_fd=objects, dst_dir_fd=trash)
-            if is_erased:
-                trees.erase(trash, name)
 
     # --- Places ---
 
     @contextlib.contextmanager
-    def _incoming(self) -> Iterator[tuple[str, int]]:
-        """A folder to put something together in, by name and descriptor; it is gone afterwards."""
-        folder = self._folders["incoming"]
-        name = secrets.token_hex(8)
-        os.mkdir(name, 0o700, dir_fd=folder)
-        try:
-            with trees.opened_folder(folder, name) as scratch:
-                yield name, scratch
-        finally:
-            trees.erase(folder, name)
-
-    @contextlib.contextmanager
     def _namespace(self, namespace: str) -> Iterator[int]:
-        objects = self._folders["objects"]
+        objects = self._places.shelf
         with contextlib.suppress(FileExistsError):
             os.mkdir(namespace, 0o711, dir_fd=objects)
             os.fsync(objects)
@@ -395,32 +341,23 @@ class Artifacts:
     def _object(self, artifact: Artifact) -> Iterator[tuple[int, Path]]:
         """The object's folder, open, and its path; raises `ArtifactGone`, `BadInput`."""
         found = _URI.fullmatch(artifact.uri)
-        if found is None or found[4] != artifact.sha256 or (found[3] == "tree") != (
-            artifact.kind == "tree"
+        if (
+            found is None
+            or found[4] != artifact.sha256
+            or (found[3] == "tree") != (artifact.kind == "tree")
         ):
             raise BadInput(f"{trees.shown(artifact.uri)} is not the reference of an artifact")
         name = f"{found[1]}/{_key(artifact)}"
         try:
             place = os.open(
-                name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folders["objects"]
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._places.shelf
             )
         except FileNotFoundError as error:
             raise ArtifactGone(f"{artifact.uri} is not stored: run its step again") from error
         try:
-            yield place, self._root / "objects" / name
+            yield place, self._places.root / "objects" / name
         finally:
             os.close(place)
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _FULL:
-                raise DiskFull(f"no room for an artifact in {self._root} ({error.strerror})") from error
-            raise DataFolderUnusable(
-                f"the artifacts in {self._root} failed ({error}): repair the disk or its rights"
-            ) from error
 
 
 class Output:
@@ -441,7 +378,7 @@ class Output:
         :raises BadTree: if it was too much, or the step replaced the pipe. :raises DiskFull:
         """
         store = self._store
-        with store._disk():
+        with store._places.disk():
             try:
                 size, digest = self._stream.finish()
                 os.chmod(CONTENT, 0o555, dir_fd=self._scratch)
@@ -457,7 +394,7 @@ class Output:
 
     def abandon(self) -> None:
         """Forget it; for a step that failed."""
-        with self._store._disk(), contextlib.suppress(BadTree, OSError):
+        with self._store._places.disk(), contextlib.suppress(BadTree, OSError):
             try:
                 self._stream.finish()
             finally:
@@ -465,7 +402,7 @@ class Output:
 
     def _clear(self) -> None:
         os.close(self._scratch)
-        trees.erase(self._store._folders["incoming"], self._name)
+        self._store._places.give_up(self._name)
 
 
 def _key(artifact: Artifact) -> str:
@@ -483,19 +420,19 @@ def _record(place: int) -> Record:
         raise ArtifactDamaged("artifact changed on disk: its record is lost") from error
 
 
-def _changed(place: int, entries: list[Entry]) -> str | None:
-    """The first path that does not lie on the disk as recorded, judged by what lstat(2) says."""
+def _has_changed(place: int, entries: list[Entry]) -> bool:
+    """Whether something does not lie on the disk as recorded, judged by what lstat(2) says."""
     for entry in entries:
         try:
             path = f"{CONTENT}/{entry.path}" if entry.path else CONTENT
             found = os.lstat(path, dir_fd=place)
         except (FileNotFoundError, NotADirectoryError):
-            return entry.path or "."
+            return True
         times = found.st_ino, found.st_mtime_ns, found.st_ctime_ns
         size = entry.size if entry.kind in "dl" else found.st_size
         if times != (entry.inode, entry.mtime_ns, entry.ctime_ns) or size != entry.size:
-            return entry.path or "."
-    return None
+            return True
+    return False
 
 
 def _difference(recorded: list[Entry], found: list[Entry]) -> list[str]:

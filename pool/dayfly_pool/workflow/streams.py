@@ -18,7 +18,6 @@ from typing import Final
 from dayfly_pool.errors import BadTree
 from dayfly_pool.workflow import trees
 
-NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 PIPE_BYTES: Final = 1 << 20
 BUFFERS: Final = 8
 _F_SETPIPE_SZ: Final = 1031

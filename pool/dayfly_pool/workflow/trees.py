@@ -19,7 +19,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 from msgspec import Struct
 
@@ -46,7 +46,6 @@ files took 490 ms one by one and 29 ms together."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ANY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPAQUE: Final = "user.overlay.opaque"
 _F_SETSIG: Final = 10
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -80,9 +79,9 @@ class Entry(Struct, frozen=True, array_like=True):
 def seal(folder: int, name: str, limits: Limits, *, threads: int = 2) -> list[Entry]:
     """Make *name* in the open *folder* unchangeable, and say what it holds, sorted by path.
 
-    All of it belongs to this process's user afterwards, files 0444 or 0555 and folders 0555, without
-    extended attributes. Symbolic links stay what they are, wherever they lead: nobody follows them
-    here, and in a sandbox they lead nowhere that it could not go without them.
+    All of it belongs to this process's user afterwards, files 0444 or 0555 and folders 0555,
+    without extended attributes. Symbolic links stay what they are, wherever they lead: nobody
+    follows them here, and in a sandbox they lead nowhere that it could not go without them.
     """
     with ThreadPoolExecutor(threads, "hash") as pool:
         sealing = _Sealing(limits, pool)
@@ -431,7 +430,9 @@ def take(folder: int, path: str, into: int, name: str) -> None:
                 at = stack.enter_context(opened_folder(at, part))
             mode = os.lstat(last, dir_fd=at).st_mode
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise BadTree(f"the output {shown(path)} is not there: the step must make it") from error
+            raise BadTree(
+                f"the output {shown(path)} is not there: the step must make it"
+            ) from error
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
@@ -515,26 +516,3 @@ def _is_no_folder_now(folder: int, name: str) -> bool:
 def _open_for_removal(folder: int, name: str) -> None:
     if os.geteuid():
         _open_up(folder, name, 0o700)
-
-
-def is_opaque(folder: int) -> bool:
-    """Whether this folder of an overlay's upper layer hides what is below it."""
-    try:
-        return os.getxattr(folder, _OPAQUE) == b"y"
-    except OSError as error:
-        if error.errno != errno.ENODATA:
-            raise
-        return False
-
-
-def is_whiteout(status: os.stat_result) -> bool:
-    """Whether this, in an overlay's upper layer, stands for something removed."""
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-
-def unset(folder: int, attribute: str) -> None:
-    """Remove an extended attribute, if it is there."""
-    with contextlib.suppress(OSError):
-        os.removexattr(folder, attribute)
-
-
