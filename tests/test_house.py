@@ -172,11 +172,11 @@ def test_no_task_is_started_without_a_parent(name: str):
             assert called not in ("asyncio.create_task", "asyncio.ensure_future"), node.lineno
 
 
-@pytest.mark.parametrize("name", ["state", "autoscale"])
+@pytest.mark.parametrize("name", ["state", "autoscale", "workflow/merging"])
 def test_what_decides_performs_no_io_and_knows_no_time(name: str):
     """Time is an argument: that is why a day of it can be tested in a millisecond."""
     allowed = {"collections", "dataclasses", "enum", "itertools", "typing", "math"}
-    allowed |= {"heapq", "msgspec", "dayfly_pool"}
+    allowed |= {"heapq", "msgspec", "stat", "dayfly_pool"}
 
     assert imports(TREES[f"pool/dayfly_pool/{name}.py"]) <= allowed
 

@@ -241,7 +241,7 @@ class Artifacts:
         """The bytes of a value or a file, checked against its digest."""
         if artifact.bytes > VALUE_BYTES_MAX:
             raise BadInput(f"{artifact.uri} is over {VALUE_BYTES_MAX >> 20} MiB: read it as a file")
-        with self._places.disk(), self._object(artifact) as (place, _), self._reading(""):
+        with self._places.disk(), self._object(artifact) as (place, _), self._reading():
             file = trees.open_file(place, CONTENT)
             with open(file, "rb") as opened:
                 found = opened.read(VALUE_BYTES_MAX + 1)

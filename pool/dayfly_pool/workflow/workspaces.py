@@ -69,6 +69,16 @@ class Workspace(Struct, frozen=True):
     floor: int = 0
 
 
+def overlay(
+    workspace: Workspace, step: str, name: str, *, layers: str, steps: str, empty: str
+) -> str:
+    """The options of mount(2) for workspace *name* of *step*, as its sandbox has these folders."""
+    lower = [f"{layers}/{layer.id}/{TREE}" for layer in reversed(workspace.layers)] or [empty]
+    own = f"{steps}/{step}/workspaces/{name}"
+    mounts = f"lowerdir={':'.join(lower)},upperdir={own}/upper,workdir={own}/work"
+    return f"{mounts},{OVERLAY_OPTIONS}"
+
+
 def fork(workspace: Workspace) -> Workspace:
     """What each of several branches starts from."""
     return msgspec.structs.replace(workspace, floor=len(workspace.layers))
@@ -365,8 +375,7 @@ class _Taking:
             status = os.lstat(name, dir_fd=folder)
             if stat.S_ISDIR(status.st_mode):
                 with trees.opened_folder(folder, name) as inside:
-                    mode = stat.S_IMODE(status.st_mode) & ~_SETTING_IDS
-                    os.fchmod(inside, mode)
+                    mode = _set_mode(inside, status.st_mode, 0o700)
                     is_new = _is_opaque(inside)
                     self._changes.append(Change(below, "replaced" if is_new else "folder", mode))
                     self._enter(inside, below, depth + 1)
@@ -385,11 +394,19 @@ class _Taking:
                 raise BadTree(f"with {trees.shown(path)} it is over {most} (holes count)")
             file = trees.open_file(folder, name)
             try:
-                os.fchmod(file, stat.S_IMODE(status.st_mode) & ~_SETTING_IDS)
+                _set_mode(file, status.st_mode, 0o400)
                 trees.refuse_writers(file, path)
             finally:
                 os.close(file)
         self._changes.append(Change(path, "file"))
+
+
+def _set_mode(descriptor: int, found: int, least: int) -> int:
+    """No set-user-ID, and whoever owns it can read it: or without being root we could not."""
+    mode = stat.S_IMODE(found) & ~_SETTING_IDS | least
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        os.fchmod(descriptor, mode)
+    return mode
 
 
 def _is_opaque(folder: int | str) -> bool:
@@ -429,8 +446,11 @@ def _link(source: str, path: str, tree: int, *, is_layer: bool) -> None:
         try:
             os.link(source, path, dst_dir_fd=tree, follow_symlinks=False)
         except OSError as error:
-            if error.errno != errno.EMLINK or not is_file:
+            if error.errno != errno.EMLINK or not (is_file or is_whiteout(status)):
                 raise
+            if not is_file:
+                os.mknod(path, stat.S_IFCHR, dir_fd=tree)
+                return
         else:
             return
     mode = stat.S_IMODE(status.st_mode) if is_layer else 0o444 | (status.st_mode & 0o100 and 0o111)
