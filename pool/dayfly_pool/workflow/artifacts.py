@@ -242,7 +242,7 @@ class Artifacts:
         if artifact.bytes > VALUE_BYTES_MAX:
             raise BadInput(f"{artifact.uri} is over {VALUE_BYTES_MAX >> 20} MiB: read it as a file")
         with self._places.disk(), self._object(artifact) as (place, _), self._reading():
-            file = trees.open_file(place, CONTENT)
+            file, _ = trees.open_file(place, CONTENT)
             with open(file, "rb") as opened:
                 found = opened.read(VALUE_BYTES_MAX + 1)
         if hashlib.sha256(found).hexdigest() != artifact.sha256:
@@ -267,7 +267,7 @@ class Artifacts:
             try:
                 for part in parents:
                     place = stack.enter_context(trees.opened_folder(place, part))
-                return trees.open_file(place, last)
+                return trees.open_file(place, last)[0]
             except OSError as error:
                 raise BadInput(f"there is no file {trees.shown(path)} in {artifact.uri}") from error
 
@@ -411,7 +411,7 @@ def _key(artifact: Artifact) -> str:
 
 def _record(place: int) -> Record:
     try:
-        with open(trees.open_file(place, RECORD), "rb") as file:
+        with open(trees.open_file(place, RECORD)[0], "rb") as file:
             text = file.read(RECORD_BYTES_MAX)
         if hashlib.sha256(text[32:]).digest() != text[:32]:
             raise ArtifactDamaged("artifact changed on disk: its record is damaged")

@@ -112,7 +112,7 @@ class Stream:
                     self._take()
                 elif self._stop in ready:
                     return
-        except (OSError, BadTree) as error:
+        except Exception as error:  # whatever it is: part of a stream is no stream
             self._error = error
             os.close(self._pipe)  # whoever writes gets EPIPE: nobody reads any more
             self._pipe = -1
@@ -130,10 +130,10 @@ class Stream:
         if self._size + size > self._most:
             raise BadTree(f"{trees.shown(self._output)} is over {self._most} bytes: write less")
         view = memoryview(buffer)[:size]
-        self._full.put(view)
         done = 0
         while done < size:
             done += os.write(self._target, view[done:])
+        self._full.put(view)  # the other thread's from here on
         before, self._size = self._size, self._size + size
         step = trees.WRITE_BACK_BYTES
         if before // step != self._size // step:

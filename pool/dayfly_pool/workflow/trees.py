@@ -85,7 +85,7 @@ def seal(folder: int, name: str, limits: Limits, *, threads: int = 2) -> list[En
     """
     with ThreadPoolExecutor(threads, "hash") as pool:
         sealing = _Sealing(limits, pool)
-        sealing.enter(folder, name, "", 0)
+        sealing.enter(folder, name, kind_of(os.lstat(name, dir_fd=folder).st_mode), "", 0)
         return sealing.finish()
 
 
@@ -103,42 +103,40 @@ class _Sealing:
         self._under_way: list[Future[str]] = []
         self._uid, self._gid = os.geteuid(), os.getegid()
 
-    def enter(self, folder: int, name: str, path: str, depth: int) -> None:
+    def enter(self, folder: int, name: str, kind: str, path: str, depth: int) -> None:
         """Seal *name*, which is *path* in the tree."""
         if len(self._found) >= self._limits.entries:
             raise too_many(self._limits.entries)
-        status = os.lstat(name, dir_fd=folder)
-        if stat.S_ISREG(status.st_mode):
+        if kind == "file":
             self._seal_file(folder, name, path)
-        elif stat.S_ISDIR(status.st_mode):
+        elif kind == "folder":
             self._seal_folder(folder, name, path, depth)
-        elif stat.S_ISLNK(status.st_mode) and path:
-            self._seal_link(folder, name, path, status)
+        elif kind == "link" and path:
+            self._seal_link(folder, name, path)
         else:
-            raise BadTree(f"{shown(path)} is {what_it_is(status.st_mode)}: leave files and folders")
+            what = what_it_is(os.lstat(name, dir_fd=folder).st_mode)
+            raise BadTree(f"{shown(path)} is {what}: leave files and folders")
 
     def _seal_folder(self, folder: int, name: str, path: str, depth: int) -> None:
         if depth > self._limits.depth:
             raise BadTree(f"{shown(path)} lies deeper than {self._limits.depth} folders")
         with opened_folder(folder, name) as inside:
-            for child in names(inside, self._limits.entries):
-                below = checked_path(path, child)
-                self.enter(inside, child, below, depth + 1)
-            self._own(inside)
+            for child, kind in inside_of(inside, self._limits.entries):
+                self.enter(inside, child, kind, checked_path(path, child), depth + 1)
+            self._own(inside, os.fstat(inside))
             os.fchmod(inside, 0o555)  # after its files: nothing comes or goes any more
             status = os.fstat(inside)
         self._found.append((_entry(path, "d", status, size=0), ""))
 
     def _seal_file(self, folder: int, name: str, path: str) -> None:
-        file = open_file(folder, name)
+        file, status = open_file(folder, name)
         try:
-            self._own(file)
-            mode = os.fstat(file).st_mode
-            can_run = not path or bool(mode & 0o111)
+            self._own(file, status)
+            can_run = not path or bool(status.st_mode & 0o111)
             # A file's digest says nothing of its mode, so one that is all of an artifact can be run
             # whoever made it: the same bytes are the same artifact.
             wanted = 0o555 if can_run else 0o444
-            if stat.S_IMODE(mode) != wanted:  # or its other names' times would not be right
+            if stat.S_IMODE(status.st_mode) != wanted:  # or its other names' times would be wrong
                 os.fchmod(file, wanted)
             refuse_writers(file, path)
             status = os.fstat(file)
@@ -151,7 +149,8 @@ class _Sealing:
             os.close(file)
         self._found.append((_entry(path, "x" if can_run else "f", status), digest))
 
-    def _seal_link(self, folder: int, name: str, path: str, status: os.stat_result) -> None:
+    def _seal_link(self, folder: int, name: str, path: str) -> None:
+        status = os.lstat(name, dir_fd=folder)
         target = os.readlink(name, dir_fd=folder)
         if not is_text(target):
             raise BadTree(f"{shown(path)} links to a name that is not UTF-8: rename it")
@@ -159,12 +158,12 @@ class _Sealing:
             os.chown(name, self._uid, self._gid, dir_fd=folder, follow_symlinks=False)
         self._found.append((_entry(path, "l", status, size=0, target=target), ""))
 
-    def _own(self, descriptor: int) -> None:
+    def _own(self, descriptor: int, status: os.stat_result) -> None:
         """It is ours, and carries nothing that its digest would not tell of."""
         for name in os.listxattr(descriptor):
             if not name.startswith("security.") or name == "security.capability":
                 os.removexattr(descriptor, name)
-        if os.fstat(descriptor).st_uid != self._uid:
+        if status.st_uid != self._uid:
             os.fchown(descriptor, self._uid, self._gid)
 
     def _digest(self, file: int, path: str, status: os.stat_result) -> Future[str] | str:
@@ -235,7 +234,7 @@ def describe(folder: int, name: str, limits: Limits, *, threads: int = 2) -> lis
     """As `seal`, of a tree that is ours: nothing is changed, and links from outside are fine."""
     with ThreadPoolExecutor(threads, "hash") as pool:
         walk = _Describing(limits, pool)
-        walk.enter(folder, name, "", 0)
+        walk.enter(folder, name, kind_of(os.lstat(name, dir_fd=folder).st_mode), "", 0)
         return walk.finish()
 
 
@@ -244,22 +243,21 @@ class _Describing(_Sealing):
 
     def _seal_folder(self, folder: int, name: str, path: str, depth: int) -> None:
         with opened_folder(folder, name) as inside:
-            for child in names(inside, self._limits.entries):
-                self.enter(inside, child, checked_path(path, child), depth + 1)
+            for child, kind in inside_of(inside, self._limits.entries):
+                self.enter(inside, child, kind, checked_path(path, child), depth + 1)
             status = os.fstat(inside)
         self._found.append((_entry(path, "d", status, size=0), ""))
 
     def _seal_file(self, folder: int, name: str, path: str) -> None:
-        file = open_file(folder, name)
+        file, status = open_file(folder, name)
         try:
-            status = os.fstat(file)
             digest = self._digest(file, path, status)
         finally:
             os.close(file)
         kind = "x" if not path or status.st_mode & 0o111 else "f"
         self._found.append((_entry(path, kind, status), digest))
 
-    def _own(self, descriptor: int) -> None:
+    def _own(self, descriptor: int, status: os.stat_result) -> None:
         """It stays as it is."""
 
     def finish(self) -> list[Entry]:
@@ -317,15 +315,27 @@ def refuse_writers(file: int, path: str) -> None:
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def names(folder: int, most: int) -> list[str]:
-    """What is in an open folder, sorted."""
+def inside_of(folder: int, most: int) -> list[tuple[str, str]]:
+    """What is in an open folder, sorted: names, and `file`, `folder`, `link` or `other`."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            found.append(entry.name)
+            if entry.is_file(follow_symlinks=False):
+                kind = "file"
+            elif entry.is_dir(follow_symlinks=False):
+                kind = "folder"
+            else:
+                kind = "link" if entry.is_symlink() else "other"
+            found.append((entry.name, kind))
             if len(found) > most:
                 raise too_many(most)
     return sorted(found)
+
+
+def kind_of(mode: int) -> str:
+    """As `inside_of` has it."""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+    return kinds.get(stat.S_IFMT(mode), "other")
 
 
 def too_many(most: int) -> BadTree:
@@ -388,17 +398,18 @@ def opened_folder(folder: int | None, name: str | os.PathLike[str]) -> Iterator[
         os.close(inside)
 
 
-def open_file(folder: int, name: str) -> int:
+def open_file(folder: int, name: str) -> tuple[int, os.stat_result]:
     """File *name* in the open *folder*, for reading; raises `OSError` if it is anything else."""
     try:
         file = os.open(name, _FILE, dir_fd=folder)
     except PermissionError:
         _open_up(folder, name, 0o600)
         file = os.open(name, _FILE, dir_fd=folder)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "not a file", name)
-    return file
+    return file, status
 
 
 def _open_up(folder: int, name: str, mode: int) -> None:
@@ -464,7 +475,7 @@ def _sync_each(folder: int, name: str) -> None:
                 _sync_each(inside, child)
             os.fsync(inside)
     elif stat.S_ISREG(mode):
-        file = open_file(folder, name)
+        file, _ = open_file(folder, name)
         try:
             os.fsync(file)
         finally:

@@ -368,43 +368,48 @@ class _Taking:
     def _enter(self, folder: int, path: str, depth: int) -> None:
         if depth > self._limits.depth:
             raise BadTree(f"{trees.shown(path)} lies deeper than {self._limits.depth} folders")
-        for name in trees.names(folder, self._limits.entries):
+        for name, kind in trees.inside_of(folder, self._limits.entries):
             below = trees.checked_path(path, name)
             if len(self._changes) >= self._limits.entries:
                 raise trees.too_many(self._limits.entries)
-            status = os.lstat(name, dir_fd=folder)
-            if stat.S_ISDIR(status.st_mode):
+            if kind == "folder":
                 with trees.opened_folder(folder, name) as inside:
-                    mode = _set_mode(inside, status.st_mode, 0o700)
+                    mode = _set_mode(inside, os.fstat(inside), 0o700)
                     is_new = _is_opaque(inside)
                     self._changes.append(Change(below, "replaced" if is_new else "folder", mode))
                     self._enter(inside, below, depth + 1)
-            elif is_whiteout(status):
-                self._changes.append(Change(below, "removed"))
+            elif kind == "file":
+                self._seal(folder, name, below)
             else:
-                self._seal(folder, name, below, status)
+                self._note(below, os.lstat(name, dir_fd=folder))
 
-    def _seal(self, folder: int, name: str, path: str, status: os.stat_result) -> None:
-        if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
-            raise BadTree(f"{trees.shown(path)} is a device: leave files and folders")
-        if stat.S_ISREG(status.st_mode):
-            self._bytes += status.st_size
-            if self._bytes > self._limits.bytes:
-                most = f"{self._limits.bytes} bytes"
-                raise BadTree(f"with {trees.shown(path)} it is over {most} (holes count)")
-            file = trees.open_file(folder, name)
-            try:
-                _set_mode(file, status.st_mode, 0o400)
-                trees.refuse_writers(file, path)
-            finally:
-                os.close(file)
+    def _seal(self, folder: int, name: str, path: str) -> None:
+        file, status = trees.open_file(folder, name)
+        try:
+            _set_mode(file, status, 0o400)
+            trees.refuse_writers(file, path)
+        finally:
+            os.close(file)
+        self._bytes += status.st_size
+        if self._bytes > self._limits.bytes:
+            most = f"{self._limits.bytes} bytes"
+            raise BadTree(f"with {trees.shown(path)} it is over {most} (holes count)")
         self._changes.append(Change(path, "file"))
 
+    def _note(self, path: str, status: os.stat_result) -> None:
+        """Links, pipes and sockets do no harm; devices are the kernel's, or nobody's."""
+        if is_whiteout(status):
+            self._changes.append(Change(path, "removed"))
+        elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            raise BadTree(f"{trees.shown(path)} is a device: leave files and folders")
+        else:
+            self._changes.append(Change(path, "file"))
 
-def _set_mode(descriptor: int, found: int, least: int) -> int:
+
+def _set_mode(descriptor: int, status: os.stat_result, least: int) -> int:
     """No set-user-ID, and whoever owns it can read it: or without being root we could not."""
-    mode = stat.S_IMODE(found) & ~_SETTING_IDS | least
-    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+    mode = stat.S_IMODE(status.st_mode) & ~_SETTING_IDS | least
+    if stat.S_IMODE(status.st_mode) != mode:
         os.fchmod(descriptor, mode)
     return mode
 
