@@ -127,11 +127,13 @@ class Artifacts:
         """Take over what a dead step left at the path *output* below *folder*.
 
         It is moved, sealed, hashed, and stored unless it is stored already. With *is_synced* it is
-        on the disk when this returns; without, a power loss may take it, and `path` finds out then.
+        on the disk when this returns; without, that can wait for `settle`, and should a power loss
+        come first, `path` finds out. All of an out folder is *output* `out` of the folder above.
 
         :raises BadTree: naming what in it cannot be an artifact; all of it is removed then.
         :raises DiskFull: nothing is left of it.
         """
+        _check(namespace)
         with self._places.disk(), self._places.scratch() as (name, scratch):
             with trees.opened_folder(None, folder) as left:
                 trees.take(left, output, scratch, CONTENT)
@@ -142,6 +144,7 @@ class Artifacts:
         """Store bytes, of whatever meaning."""
         if len(value) > VALUE_BYTES_MAX:
             raise BadInput(f"a value is over {VALUE_BYTES_MAX >> 20} MiB: leave it as a file")
+        _check(namespace)
         with self._places.disk(), self._places.scratch() as (name, scratch):
             places.write(scratch, CONTENT, value)
             entries = trees.seal(scratch, CONTENT, self._limits)
@@ -155,6 +158,7 @@ class Artifacts:
 
         Its files keep their modes and their other names: see `Workspaces.snapshot`.
         """
+        _check(namespace)
         with self._places.disk(), self._places.scratch() as (name, scratch):
             make(scratch, CONTENT)
             entries = trees.describe(scratch, CONTENT, self._limits)
@@ -164,6 +168,7 @@ class Artifacts:
         """Make a pipe *output* in *folder*, and store what is written to it while it is written."""
         if not output or "/" in output or output in (".", ".."):
             raise BadInput(f"{trees.shown(output)} is not a name for a stream: give a file's name")
+        _check(namespace)
         with self._places.disk():
             name = self._places.begin()
             try:
@@ -181,19 +186,16 @@ class Artifacts:
         self, namespace: str, name: str, scratch: int, entries: list[Entry], *, is_synced: bool
     ) -> Artifact:
         """Give what is in *scratch*, whose name is *name*, its final name."""
-        if not _NAMESPACE.fullmatch(namespace):
-            raise BadInput(f"{trees.shown(namespace)} is not a namespace")
         artifact = artifact_of(namespace, entries)
-        with self._lock:
-            if self._is_there(artifact):
-                return artifact
+        if self._is_there(artifact, is_synced=is_synced):
+            return artifact
         boot = "" if is_synced else self._boot
         record = msgspec.msgpack.encode(Record(boot, entries))
         places.write(scratch, RECORD, hashlib.sha256(record).digest() + record)
         if is_synced:
             trees.sync(self._places.incoming, name, len(entries))
         with self._lock, self._namespace(namespace) as objects:
-            if self._is_there(artifact):  # somebody was faster
+            if self._is_there(artifact, is_synced=is_synced):  # somebody was faster
                 return artifact
             key = _key(artifact)
             self._places.discard(objects, key)
@@ -203,7 +205,7 @@ class Artifacts:
                 os.fsync(objects)
         return artifact
 
-    def _is_there(self, artifact: Artifact) -> bool:
+    def _is_there(self, artifact: Artifact, *, is_synced: bool) -> bool:
         """Whether it is stored and looks whole; a moment's peace from `sweep` if it is."""
         try:
             with self._object(artifact) as (place, _):
@@ -211,9 +213,28 @@ class Artifacts:
                 if record.boot not in ("", self._boot) or _has_changed(place, record.entries):
                     return False
                 os.utime(place)
+                if is_synced:
+                    self._settle(place, record)
         except (ArtifactGone, ArtifactDamaged):
             return False
         return True
+
+    def settle(self, artifact: Artifact) -> None:
+        """After this returns it is on the disk, however it was put. Call it before a reference is
+        written to a journal; the next step need not wait for it.
+
+        :raises ArtifactGone: if it is not stored.
+        """
+        with self._places.disk(), self._object(artifact) as (place, _):
+            self._settle(place, _record(place))
+
+    def _settle(self, place: int, record: Record) -> None:
+        if record.boot == self._boot:  # of an earlier one, `path` has to read it first
+            trees.sync(place, CONTENT, len(record.entries))
+            self._note(place, record.entries)
+            os.fsync(place)
+            with trees.opened_folder(place, "..") as objects:
+                os.fsync(objects)
 
     # --- Using ---
 
@@ -403,6 +424,11 @@ class Output:
     def _clear(self) -> None:
         os.close(self._scratch)
         self._store._places.give_up(self._name)
+
+
+def _check(namespace: str) -> None:
+    if not _NAMESPACE.fullmatch(namespace):
+        raise BadInput(f"{trees.shown(namespace)} is not a namespace: use a-z, 0-9 and -")
 
 
 def _key(artifact: Artifact) -> str:
