@@ -119,7 +119,7 @@ def stacked(base: State, layers: Sequence[Sequence[Change]]) -> list[Change]:
 
 
 @given(EDITS, EDITS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_layer_says_all_that_a_step_changed(before: list[Edit], edits: list[Edit]):
     base, _ = edited({}, before, "base")
     layer, state = layer_of(base, edits, "a")
@@ -129,7 +129,7 @@ def test_a_layer_says_all_that_a_step_changed(before: list[Edit], edits: list[Ed
 
 
 @given(EDITS, st.lists(EDITS, min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_layers_on_top_of_each_other_are_one_layer(before: list[Edit], chain: list[list[Edit]]):
     base, _ = edited({}, before, "base")
     layers, states, state = [], [], base
@@ -141,18 +141,17 @@ def test_layers_on_top_of_each_other_are_one_layer(before: list[Edit], chain: li
     assert applied(base, stacked(base, layers), states) == state
 
 
-@given(EDITS, st.lists(EDITS, min_size=2, max_size=4), st.randoms())
-@settings(max_examples=200, deadline=None)
+@given(EDITS, st.lists(EDITS, min_size=2, max_size=4), st.permutations(range(4)))
+@settings(max_examples=120, deadline=None)
 def test_branches_without_conflict_lose_nothing_in_any_order(
-    before: list[Edit], branches: list[list[Edit]], random_: random.Random
+    before: list[Edit], branches: list[list[Edit]], order: list[int]
 ):
     """The law of the join: its result is every branch's edits, whichever comes first."""
     base, _ = edited({}, before, "base")
     made = [layer_of(base, edits, f"b{number}-") for number, edits in enumerate(branches)]
     layers, states = [layer for layer, _ in made], [state for _, state in made]
     joined = applied(base, stacked(base, layers), states)
-    order = list(range(len(layers)))
-    random_.shuffle(order)
+    order = [number for number in order if number < len(layers)]
     again = applied(base, stacked(base, [layers[n] for n in order]), [states[n] for n in order])
 
     if not merging.conflicts(layers):
@@ -163,7 +162,7 @@ def test_branches_without_conflict_lose_nothing_in_any_order(
 
 
 @given(EDITS, EDITS, EDITS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_path_that_two_branches_changed_is_named(
     before: list[Edit], one: list[Edit], other: list[Edit]
 ):

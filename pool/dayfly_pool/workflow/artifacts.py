@@ -361,14 +361,7 @@ class Artifacts:
     @contextlib.contextmanager
     def _object(self, artifact: Artifact) -> Iterator[tuple[int, Path]]:
         """The object's folder, open, and its path; raises `ArtifactGone`, `BadInput`."""
-        found = _URI.fullmatch(artifact.uri)
-        if (
-            found is None
-            or found[4] != artifact.sha256
-            or (found[3] == "tree") != (artifact.kind == "tree")
-        ):
-            raise BadInput(f"{trees.shown(artifact.uri)} is not the reference of an artifact")
-        name = f"{found[1]}/{_key(artifact)}"
+        name = place_of(artifact).removesuffix(f"/{CONTENT}")
         try:
             place = os.open(
                 name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._places.shelf
@@ -424,6 +417,18 @@ class Output:
     def _clear(self) -> None:
         os.close(self._scratch)
         self._store._places.give_up(self._name)
+
+
+def place_of(artifact: Artifact) -> str:
+    """Where the content is, below ROOT/objects, or wherever a sandbox has that folder.
+
+    :raises BadInput: for what is not a reference.
+    """
+    found = _URI.fullmatch(artifact.uri)
+    is_tree = artifact.kind == "tree"
+    if found is None or found[4] != artifact.sha256 or (found[3] == "tree") != is_tree:
+        raise BadInput(f"{trees.shown(artifact.uri)} is not the reference of an artifact")
+    return f"{found[1]}/{_key(artifact)}/{CONTENT}"
 
 
 def _check(namespace: str) -> None:
