@@ -549,6 +549,18 @@ def test_what_was_not_synced_does_not_outlive_a_power_loss(house: House):
         house.workspaces.lower(workspace)
 
 
+def test_what_was_settled_outlives_a_power_loss(house: House):
+    workspace = Workspace()
+    for number in range(2):
+        upper = house.steps.make(f"s{number}", ["w"]).uppers["w"]
+        (upper / f"f{number}").write_text("1")
+        workspace = house.workspaces.take(workspace, upper, is_synced=False)
+    house.workspaces.settle(workspace)
+    house.workspaces._boot = "another"
+
+    assert len(house.workspaces.lower(workspace)) == 2
+
+
 def test_only_branches_of_a_workspace_are_joined(house: House):
     upper = house.steps.make("s", ["w"]).uppers["w"]
     (upper / "f").write_text("1")

@@ -148,6 +148,29 @@ class Workspaces:
             grown = (*workspace.layers, layer)
             return self._merged(Workspace(grown, workspace.floor), is_synced=is_synced)
 
+    def settle(self, workspace: Workspace) -> None:
+        """After this returns all of it is on the disk: see `Artifacts.settle`.
+
+        :raises ArtifactGone: if a layer is not stored.
+        """
+        with self._places.disk():
+            for layer in workspace.layers:
+                record = self._record(layer)
+                if record.boot:
+                    trees.sync(self._places.shelf, layer.id, layer.changes)
+                    self._note(layer, record.changes)
+
+    def _note(self, layer: Layer, changes: list[Change]) -> None:
+        """It is on the disk."""
+        record = msgspec.msgpack.encode(Record("", changes))
+        content = hashlib.sha256(record).digest() + record
+        unfinished = f"{RECORD}.{secrets.token_hex(4)}"
+        with trees.opened_folder(self._places.shelf, layer.id) as folder:
+            places.write(folder, unfinished, content, is_synced=True)
+            os.rename(unfinished, RECORD, src_dir_fd=folder, dst_dir_fd=folder)
+            os.fsync(folder)
+        os.fsync(self._places.shelf)
+
     # --- Joining ---
 
     def conflicts(self, base: Workspace, branches: Sequence[Workspace]) -> tuple[Conflict, ...]:
@@ -309,6 +332,9 @@ class Workspaces:
         return self._places.root / "layers" / layer.id / TREE
 
     def _changes(self, layer: Layer) -> list[Change]:
+        return self._record(layer).changes
+
+    def _record(self, layer: Layer) -> Record:
         gone = ArtifactGone(f"layer {layer.id} of a workspace is not stored: run its step again")
         try:
             text = (self._tree(layer).parent / RECORD).read_bytes()
@@ -318,7 +344,7 @@ class Workspaces:
         is_lost = record.boot not in ("", self._boot)  # a power loss may have taken half of it
         if is_lost or hashlib.sha256(text[32:]).digest() != text[:32]:
             raise gone
-        return record.changes
+        return record
 
 
 class _View:
