@@ -175,13 +175,14 @@ def test_no_task_is_started_without_a_parent(name: str):
 DECIDES = ["state", "autoscale"]
 DECIDES += ["batch/asks", "batch/preemption", "batch/queues", "batch/quota"]
 DECIDES += ["workflow/engine", "workflow/walk", "workflow/words", "workflow/plan"]
+DECIDES += ["workflow/merging"]
 
 
 @pytest.mark.parametrize("name", DECIDES)
 def test_what_decides_performs_no_io_and_knows_no_time(name: str):
     """Time is an argument: that is why a day of it can be tested in a millisecond."""
     allowed = {"collections", "dataclasses", "enum", "itertools", "typing", "math"}
-    allowed |= {"bisect", "functools", "heapq", "msgspec", "dayfly_pool"}
+    allowed |= {"bisect", "functools", "heapq", "msgspec", "stat", "dayfly_pool"}
 
     assert imports(TREES[f"pool/dayfly_pool/{name}.py"]) <= allowed
 

@@ -201,6 +201,51 @@ class PackageDamaged(PlatformError):
     status = 503
 
 
+class BadTree(BadInput):
+    """What a step left cannot be taken over.
+
+    The detail names the path. Nothing of it was kept.
+    """
+
+
+class ArtifactGone(PlatformError):
+    """The artifact is not stored.
+
+    The step that made it has to run again.
+    """
+
+    status = 410
+
+
+class ArtifactDamaged(PlatformError):
+    """An artifact changed on disk.
+
+    It is never handed over. The step that made it has to run again.
+    """
+
+    status = 503
+
+
+class WorkspaceConflict(BadInput):
+    """Parallel branches changed the same paths of a workspace.
+
+    Nothing was joined. Let each branch write to paths of its own, or declare the policy `ordered`
+    or `reducer`.
+    """
+
+    status = 409
+
+
+class DiskFull(PlatformError):
+    """There is no room left in the data folder.
+
+    Nothing of what was being written is left. Free space there, or have the server keep less.
+    """
+
+    status = 507
+    retryable = True
+
+
 class DriverUnavailable(PlatformError):
     """This machine cannot give the isolation that was asked for.
 
