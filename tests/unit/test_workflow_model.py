@@ -354,6 +354,13 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         " `finally`",
     ),
     (
+        "the end of all in CEL",
+        [step("a", when=[{"cel": "'$(tasks.status)' == 'Failed'"}])],
+        {},
+        "steps[0].when[0].cel: step 'a': $(steps.status) is known when all steps have ended: it is for"
+        " `finally`",
+    ),
+    (
         "no such task",
         [step("a", task="biuld")],
         {},
@@ -668,7 +675,8 @@ def test_tektons_shapes_mean_the_same():
             {"script": "x", "params": [{"name": "a", "value": 1}, {"name": "a", "value": 2}]},
             "'a' is here twice",
         ),
-        ({"args": ["x"], "script": "y"}, "args need a command"),
+        ({"args": ["x"], "script": "y"}, "a script has no args: write $(params.NAME) in it"),
+        ({"args": ["x"]}, "args need a command"),
     ],
 )
 def test_what_tekton_has_and_we_have_not_is_told_what_to_use(more: dict[str, Any], said: str):
