@@ -151,7 +151,7 @@ def test_a_graph_of_a_hundred_thousand_steps_is_checked_at_once(make: Any):
     began = time.process_time()
     graph = check(made, {}, {})
 
-    assert time.process_time() - began < 5  # about 1.2 s alone on a core
+    assert time.process_time() - began < 10  # about 1 s alone on a core
     assert (len(graph.order), graph.count) == (100_000, 100_000)
 
 
