@@ -159,7 +159,7 @@ class Handle:
     def _cel(self) -> str:
         node = self._node
         if node is None and self._field == "status":
-            raise GraphError("status() is not compared with > or <, & or |: use ==, != or in_()")
+            return "$(steps.status)"
         if node is None:
             return "params" + "".join(map(_quoted, self._pieces))
         start = f"steps[{_json(node.name)}].{self._field}"

@@ -151,7 +151,7 @@ def test_a_graph_of_a_hundred_thousand_steps_is_checked_at_once(make: Any):
     began = time.process_time()
     graph = check(made, {}, {})
 
-    assert time.process_time() - began < 5  # about 1.2 s alone on a core
+    assert time.process_time() - began < 10  # about 1 s alone on a core
     assert (len(graph.order), graph.count) == (100_000, 100_000)
 
 
@@ -351,6 +351,13 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         [step("a", params={"x": "$(steps.status)"})],
         {},
         "steps[0].params.x: step 'a': $(steps.status) is known when all steps have ended: it is for"
+        " `finally`",
+    ),
+    (
+        "the end of all in CEL",
+        [step("a", when=[{"cel": "'$(tasks.status)' == 'Failed'"}])],
+        {},
+        "steps[0].when[0].cel: step 'a': $(steps.status) is known when all steps have ended: it is for"
         " `finally`",
     ),
     (
@@ -668,7 +675,8 @@ def test_tektons_shapes_mean_the_same():
             {"script": "x", "params": [{"name": "a", "value": 1}, {"name": "a", "value": 2}]},
             "'a' is here twice",
         ),
-        ({"args": ["x"], "script": "y"}, "args need a command"),
+        ({"args": ["x"], "script": "y"}, "a script has no args: write $(params.NAME) in it"),
+        ({"args": ["x"]}, "args need a command"),
     ],
 )
 def test_what_tekton_has_and_we_have_not_is_told_what_to_use(more: dict[str, Any], said: str):

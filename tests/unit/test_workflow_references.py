@@ -250,6 +250,8 @@ def test_the_sdk_and_the_server_mean_the_same_texts():
         ("$(steps.two-words.status) == 'Succeeded'", False),
         ("params.list.exists(each, each == 'b')", True),
         ("params.url.startsWith('http')", True),
+        ("'$(tasks.status)' == 'Succeeded'", True),
+        ("$(steps.status) in ['Failed']", False),
     ],
 )
 def test_a_condition_in_cel_sees_values_and_not_their_text(cel: str, is_true: bool):

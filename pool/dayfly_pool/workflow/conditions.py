@@ -1,13 +1,14 @@
 """Whether a step is to run: Tekton's `when`, with its three words or in CEL.
 
 CEL sees `params` and `steps` as maps: `steps.score.results.result > 0.5`, and `steps["two-words"]`
-for names with dashes. Tekton puts references into the expression's text; here a reference becomes
-the path of its value, so what the value says is never read as CEL. What makes new values of old
-ones is left out of CEL, as in filters of triggers: it has no room in any memory.
+for names with dashes; what became of all steps is `$(steps.status)`. Tekton puts references into
+the expression's text; here a reference becomes the path of its value, so what the value says is
+never read as CEL. What makes new values of old ones is left out of CEL, as in filters of triggers:
+it has no room in any memory.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -74,9 +75,11 @@ def expression(cel: str) -> Expression:
 
     def path(inner: str) -> str:
         reference = parse(inner)
-        if reference is None or reference.root not in ("params", "steps") or not reference.name:
+        if reference is None or reference.root not in ("params", "steps"):
             raise BadInput(f"$({inner[:80]}): when in CEL sees params and steps")
         taken.append(reference)
+        if not reference.name:
+            return "status"
         pieces = [reference.name]
         if reference.root == "steps":
             pieces += [reference.field, *([reference.key] if reference.key else [])]
@@ -111,7 +114,9 @@ def _environment() -> Any:
     return cel.NewEnv(
         config=cel.NewEnvConfigFromYaml(_SUBSET),
         variables={
-            word: cel.Type.Map(cel.Type.STRING, cel.Type.DYN) for word in ("params", "steps")
+            "params": cel.Type.Map(cel.Type.STRING, cel.Type.DYN),
+            "steps": cel.Type.Map(cel.Type.STRING, cel.Type.DYN),
+            "status": cel.Type.STRING,
         },
     )
 
@@ -168,18 +173,21 @@ def _evaluated(text: str, scope: Scope) -> bool:
     return found
 
 
-def _seen(references: Sequence[Reference], scope: Scope) -> dict[str, Mapping[str, Any]]:
+def _seen(references: Sequence[Reference], scope: Scope) -> dict[str, Any]:
     """The parts of *scope* that are meant, and no more of it."""
     params: dict[str, Any] = {}
     steps: dict[str, dict[str, Any]] = {}
+    status = ""
     for reference in references:
         plain = reference._replace(tail=(), is_star=False)
         value = look_up(plain, scope)
-        if reference.root == "params":
+        if not reference.name:
+            status = value
+        elif reference.root == "params":
             params[reference.name] = value
         elif reference.field == "status":
             steps.setdefault(reference.name, {})["status"] = value
         else:
             held = steps.setdefault(reference.name, {}).setdefault(reference.field, {})
             held[reference.key] = value
-    return {"params": params, "steps": steps}
+    return {"params": params, "steps": steps, "status": status}

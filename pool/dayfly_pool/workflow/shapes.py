@@ -322,6 +322,8 @@ def _task(value: Any, path: str) -> dict[str, Any]:
 def _container(step: dict[str, Any], path: str) -> None:
     """What Tekton has of Kubernetes' containers: `args` behind `command`, `env` as a list."""
     if "args" in step:
+        if "script" in step:
+            raise BadDefinition("a script has no args: write $(params.NAME) in it", f"{path}.args")
         if "command" not in step:
             raise BadDefinition("args need a command: there is no image to have one", path)
         command = _list(step["command"], f"{path}.command")
