@@ -44,10 +44,13 @@ from dayfly_pool.models import (
     FunctionId,
     FunctionManifest,
     FunctionSpec,
+    Invocation,
     InvocationId,
     Isolation,
     Mold,
+    Mounts,
     Network,
+    Outcome,
     TriggerManifest,
     function_id,
 )
@@ -63,7 +66,10 @@ from dayfly_pool.store.sqlite import (
 from dayfly_pool.stores import journals_of
 from dayfly_pool.workflow import graph
 from dayfly_pool.workflow.bodies import Body, identity
+from dayfly_pool.workflow.cache import StepCache
+from dayfly_pool.workflow.handover import Handover, owner_of
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
+from dayfly_pool.workflow.run import Means
 from dayfly_pool.workflow.runs import Runs
 
 log = logging.getLogger("dayfly.service")
@@ -105,6 +111,7 @@ class Service:
         self.workflows: dict[tuple[str, str], WorkflowSpec] = {}
         self.tasks: dict[tuple[str, str], TaskSpec] = {}
         self._empty_package = ""
+        self._handover = Handover(config.data, owner_of(config.uid_first))
         self.events: Events
         self.event_metrics: EventMetrics
         self.packages: PackageStore
@@ -136,15 +143,10 @@ class Service:
                     keep_for=Keep(over_s=KEPT_S),
                 )
                 self.jobs = Jobs(self.pool, self.journals, self._prepare_job, machine(config))
-                self.runs = Runs(
-                    self.pool,
-                    self.journals,
-                    self._prepare_step,
-                    self.workflows,
-                    self.tasks,
-                    lambda: self._empty_package,
-                )
+                self._empty_package = await self.put_package(EMPTY_PACKAGE)
+                self.runs = Runs(self._means(), self.workflows, self.tasks)
                 JobMetrics(self.jobs, self.pool.metrics.registry)
+                self._handover.open()
                 async with self.pool.running():
                     await self._restore()
                     async with self.journals.running():
@@ -157,6 +159,7 @@ class Service:
                             yield self
             finally:
                 await self._declarations.close()
+                self._handover.close()
 
     # ---- jobs ---------------------------------------------------------------------------------
 
@@ -224,7 +227,6 @@ class Service:
             self.workflows[namespace, name] = flow
         for namespace, name, content in await self._declarations.specs("Task"):
             self.tasks[namespace, name] = msgspec.json.decode(content, type=TaskSpec)
-        self._empty_package = await self.put_package(EMPTY_PACKAGE)
         for trigger in await self._declarations.triggers():
             self.triggers[trigger.namespace, trigger.name] = trigger
         for stored in await self._declarations.functions():
@@ -456,6 +458,47 @@ class Service:
                 raise BadInput(f"task {name!r} is used by {', '.join(sorted(users)[:5])}")
             await self._declarations.delete_spec("Task", namespace, name)
             del self.tasks[namespace, name]
+
+    def _means(self) -> Means:
+        data = self.config.data
+        return Means(
+            pool=self.pool,
+            journals=self.journals,
+            clock=self.journals.clock,
+            prepare=self._prepare_step,
+            identify=self._identify_step,
+            once=self._run_step,
+            handover=self._handover,
+            cache=StepCache(data / "cache"),
+            empty_package=self._empty_package,
+            flights={},
+        )
+
+    def _identify_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
+        """What the pool calls the function that a step is."""
+        if body.spec is None:
+            return function_id(namespace, body.function)
+        environment = self._environment(namespace, body.spec.environment)
+        return FunctionId(identity(namespace, workflow, body, environment.digest))
+
+    async def _run_step(
+        self, id_: FunctionId, body: Body, mounts: Mounts, invocation: Invocation
+    ) -> Outcome:
+        """Run a step in a sandbox of its own. Raises `PlatformError`."""
+        namespace = id_.partition("/")[0]
+        if body.spec is None:
+            stored = self.functions.get(function_id(namespace, body.function))
+            if stored is None:
+                raise FunctionNotFound(f"no function {body.function!r}: deploy it first")
+            spec = stored.spec
+        else:
+            spec = body.spec
+        spec = msgspec.structs.replace(spec, initialize="each", max_scale=1, min_scale=0)
+        environment = self._environment(namespace, spec.environment)
+        await asyncio.to_thread(self.packages.path, spec.package)
+        mold = self._mold(environment, namespace, spec.network, spec.isolation)
+        function = Function(id_, "1", spec, mold, mounts=mounts)
+        return await self.pool.run_once(function, environment, invocation)
 
     def _prepare_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
         """Have the pool know the function that a step is."""

@@ -10,31 +10,47 @@ import contextlib
 import hmac
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Any, Final, Literal, assert_never
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from dayfly_pool.clock import Clock
 from dayfly_pool.errors import (
+    ArtifactDamaged,
+    ArtifactGone,
     BadInput,
+    BadTree,
     BodyTooLarge,
     Draining,
     EnvironmentNotFound,
     FunctionNotFound,
     PlatformError,
     StoreFailed,
+    WorkspaceConflict,
 )
+from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
-from dayfly_pool.models import Failure, FunctionId, Invocation, InvocationId, Metadata, Success
+from dayfly_pool.models import (
+    Failure,
+    FunctionId,
+    Invocation,
+    InvocationId,
+    Metadata,
+    Mounts,
+    Outcome,
+)
 from dayfly_pool.pool import Pool
 from dayfly_pool.retry import KILLS_MAX
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
-from dayfly_pool.workflow import bodies, facts
+from dayfly_pool.workflow import bodies, cache, facts
 from dayfly_pool.workflow.bodies import Body
+from dayfly_pool.workflow.cache import Cached, StepCache
 from dayfly_pool.workflow.engine import Run
 from dayfly_pool.workflow.facts import (
+    LARGE,
     Called,
     Cancel,
     CancelAsked,
@@ -50,6 +66,8 @@ from dayfly_pool.workflow.facts import (
     Report,
     Started,
 )
+from dayfly_pool.workflow.graph import Graph, check
+from dayfly_pool.workflow.handover import Handover, Left, Versions, is_furnished
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.tree import Shown
 
@@ -68,12 +86,43 @@ STARTED_S: Final = 0.5
 
 HEAD_S: Final = 1.0
 QUEUE_S_MAX: Final = 3600.0
-HOPELESS: Final = (FunctionNotFound, BadInput, BodyTooLarge, EnvironmentNotFound)
+HOPELESS: Final = (
+    FunctionNotFound,
+    BadInput,
+    BodyTooLarge,
+    EnvironmentNotFound,
+    ArtifactDamaged,
+    ArtifactGone,
+    BadTree,
+    WorkspaceConflict,
+)
 RunState = Literal[
     "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
 ]
+LEFT, KEPT = 1, 2
+"""Parts of the journal: versions of workspaces, and artifacts that must be kept for the run."""
+
 Prepare = Callable[[str, str, Body], FunctionId]
 """Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
+
+Once = Callable[[FunctionId, Body, Mounts, Invocation], Awaitable[Outcome]]
+"""Run it in a sandbox of its own, with these mounts; all of it is dead then."""
+
+
+class Means(Struct, frozen=True):
+    """What runs need of the server. *identify* says what a step's function is called."""
+
+    pool: Pool
+    journals: Journals
+    clock: Clock
+    prepare: Prepare
+    identify: Prepare
+    once: Once
+    handover: Handover
+    cache: StepCache
+    empty_package: str
+    flights: dict[str, asyncio.Future[None]]
+    """Steps that are declared pure and run now, by key."""
 
 
 class StoredRun(Struct, frozen=True, kw_only=True):
@@ -159,28 +208,69 @@ def replayed(definition: Definition, entries: list[Entry]) -> Run:
     return run
 
 
-async def log_of(journals: Journals, id_: JournalId) -> list[Entry]:
-    """All entries of a run's journal."""
+async def log_of(journals: Journals, id_: JournalId, part: int = LOG) -> list[Entry]:
+    """All entries of a part of a run's journal."""
     entries: list[Entry] = []
     while found := await journals.store.entries(
-        id_, part=LOG, after=entries[-1].number if entries else 0
+        id_, part=part, after=entries[-1].number if entries else 0
     ):
         entries += found
     return entries
 
 
+WHY: Final = {
+    "warm": "a sandbox that holds this function was free",
+    "generic": "no sandbox held it; a ready one took it",
+    "forked": "no sandbox was ready; one was forked",
+    "created": "no sandbox was ready; one was started",
+}
+
+
+def shared_in(definition: Definition) -> frozenset[str]:
+    """The workspaces that steps may have beside one another: those that no chain of steps has."""
+    spec = definition.root
+    graph = check(spec, definition.tasks, definition.workflows)
+    shared = set()
+    for workspace in spec.workspaces:
+        users = [n for n in graph.order if workspace in graph.steps[n].workspaces.values()]
+        finals = [
+            n
+            for n in range(graph.finally_from, len(graph.steps))
+            if workspace in graph.steps[n].workspaces.values()
+        ]
+        is_plain = all(
+            graph.steps[n].matrix is None and graph.steps[n].workflow is None for n in users
+        )
+        if finals or not is_plain or not _is_chain(graph, users):
+            shared.add(workspace)
+    return frozenset(shared)
+
+
+def _is_chain(graph: Graph, users: list[int]) -> bool:
+    """Whether each comes after the one before it."""
+    places = {n: at for at, n in enumerate(graph.order)}
+    for first, second in pairwise(users):
+        todo, seen = [second], {second}
+        while todo and first not in seen:
+            for other in graph.needs[todo.pop()]:
+                if other not in seen and places.get(other, -1) >= places[first]:
+                    seen.add(other)
+                    todo.append(other)
+        if first not in seen:
+            return False
+    return True
+
+
+def _has_large(value: Any) -> bool:
+    if isinstance(value, dict):
+        return LARGE in value or any(map(_has_large, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_large, value))
+
+
 class LiveRun:
     """One run that is ours to go on with."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        pool: Pool,
-        journals: Journals,
-        clock: Clock,
-        prepare: Prepare,
-        empty_package: str,
-    ) -> None:
+    def __init__(self, journal: Journal, means: Means) -> None:
         self.id, self.namespace = journal.id, journal.namespace
         self.stored = msgspec.json.decode(journal.spec, type=StoredRun)
         self.status = msgspec.json.decode(journal.head, type=RunStatus)
@@ -188,8 +278,14 @@ class LiveRun:
         self.functions: set[FunctionId] = set()
         """Those of the pool that its steps have used."""
 
-        self._pool, self._journals, self._clock = pool, journals, clock
-        self._prepare, self._empty_package = prepare, empty_package
+        self._means = means
+        self._pool, self._journals, self._clock = means.pool, means.journals, means.clock
+        self._versions: Versions = {}
+        self._left: list[Left] = []
+        self._uris: list[str] = []
+        """What is to be written with the next facts."""
+
+        self._shared = shared_in(self.stored.definition)
         self.engine = Run(self.stored.definition)
         self._facts: deque[Fact] = deque()
         self._kept: list[Fact] = []
@@ -219,6 +315,9 @@ class LiveRun:
         entries = await log_of(self._journals, self.id)
         self.engine = await asyncio.to_thread(replayed, self.stored.definition, entries)
         self._written = [entry.number for entry in entries]
+        for entry in await log_of(self._journals, self.id, LEFT):
+            for left in msgspec.msgpack.decode(entry.body, type=list[Left]):
+                self._versions[left.workspace, left.key] = left.version
         self._since_snapshot = self.engine.taken
         async with asyncio.TaskGroup() as group:
             self._group = group
@@ -322,11 +421,22 @@ class LiveRun:
             replaced, self._written, self._since_snapshot = self._written, [], 0
         else:
             entry, replaced = entry_of(new), []
-        self._last += 1
-        self._written.append(self._last)
+        self._written.append(self._last + 1)
+        entries = [entry, *self._others()]
+        self._last += len(entries)
         await self._journals.append(
-            self.id, [entry], head=self._head(), replaces=replaced, heard=self._heard
+            self.id, entries, head=self._head(), replaces=replaced, heard=self._heard
         )
+
+    def _others(self) -> list[NewEntry]:
+        """What else is to be known after a crash."""
+        entries = []
+        if self._left:
+            entries.append(NewEntry(LEFT, body=msgspec.msgpack.encode(self._left)))
+        if self._uris:
+            entries.append(NewEntry(KEPT, body=msgspec.msgpack.encode(self._uris)))
+        self._left, self._uris = [], []
+        return entries
 
     def _head(self) -> bytes | None:
         """The summary, now and then."""
@@ -343,7 +453,7 @@ class LiveRun:
         self.status.kind, self.status.message = finish.kind, finish.message
         self.status.results = finish.results
         head = msgspec.json.encode(self.status)
-        entries = [entry_of(self._kept)] if self._kept else []
+        entries = [*([entry_of(self._kept)] if self._kept else []), *self._others()]
         await self._journals.append(self.id, entries, head=head, ended_at=now, heard=self._heard)
         log.info("run over", extra={"run": self.name, "state": finish.status, "why": finish.kind})
 
@@ -421,22 +531,12 @@ class LiveRun:
         definition = self.stored.definition
         workflow = definition.workflows[invoke.workflow] if invoke.workflow else definition.root
         try:
-            body = bodies.body_of(invoke, workflow, self._empty_package)
-            name = invoke.workflow or self.stored.workflow
-            function = self._prepare(self.namespace, name, body)
-            self.functions.add(function)
-            invocation = Invocation(
-                id=self._invocation(invoke.key, invoke.attempt),
-                function=function,
-                body=body.event,
-                queue_s_max=QUEUE_S_MAX,
-                env={
-                    "DAYFLY_RUN": self.name,
-                    "DAYFLY_STEP": invoke.key,
-                    "DAYFLY_ATTEMPT": str(invoke.attempt),
-                },
-            )
-            outcome = await self._pool.invoke(invocation)
+            params = await self._whole(invoke.params)
+            invoke = structs.replace(invoke, params=params)
+            body = bodies.body_of(invoke, workflow, self._means.empty_package)
+            if cache.is_pure(invoke):
+                return await self._cached(invoke, body)
+            return await self._run_step(invoke, body)
         except Draining:
             raise
         except PlatformError as error:
@@ -448,11 +548,108 @@ class LiveRun:
                 is_counted=is_hopeless,
                 is_hopeless=is_hopeless,
             )
-        return self._judged(invoke, outcome)
 
-    def _judged(self, invoke: Invoke, outcome: Success | Failure) -> Ended | Failed:
+    async def _cached(self, invoke: Invoke, body: Body) -> Ended | Failed:
+        """What the same step left before, here or in another run; else it is run, once."""
+        means = self._means
+        identity = means.identify(self.namespace, self._workflow_of(invoke), body)
+        key = cache.key_of(identity, body.event, invoke)
+        while (flight := means.flights.get(key)) is not None:
+            await asyncio.wait((flight,))
+        flight = means.flights[key] = asyncio.get_running_loop().create_future()
+        try:
+            if (found := await asyncio.to_thread(self._found, key)) is not None:
+                self._uris += [artifact.uri for artifact in found.outputs.values()]
+                return Ended(
+                    at=self._clock.now(),
+                    key=invoke.key,
+                    attempt=invoke.attempt,
+                    results=found.results,
+                    outputs=found.outputs,
+                    was_cached=True,
+                    report=Report(why=f"it left the same in run {found.run}"),
+                )
+            end = await self._run_step(invoke, body)
+            if isinstance(end, Ended):
+                kept = Cached(end.results, end.outputs, self.name, self._clock.now())
+                await asyncio.to_thread(means.cache.put, self.namespace, key, kept)
+            return end
+        finally:
+            del means.flights[key]
+            flight.set_result(None)
+
+    def _found(self, key: str) -> Cached | None:
+        found = self._means.cache.get(self.namespace, key)
+        if found is None:
+            return None
+        try:
+            for name, artifact in found.outputs.items():
+                self._means.handover.found(self.namespace, name, artifact.as_value())
+        except PlatformError:
+            return None  # an artifact of it is gone, or not what it was
+        return found
+
+    async def _run_step(self, invoke: Invoke, body: Body) -> Ended | Failed:
+        if is_furnished(invoke):
+            return await self._furnished(invoke, body)
+        function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)
+        self.functions.add(function)
+        outcome = await self._pool.invoke(self._invocation_of(invoke, function, body))
+        return await self._judged(invoke, outcome, WHY[outcome.timing.start])
+
+    async def _furnished(self, invoke: Invoke, body: Body) -> Ended | Failed:
+        """Run it with what it takes where that lies, and keep what it leaves."""
+        means = self._means
+        name = means.identify(self.namespace, self._workflow_of(invoke), body)
+        function = FunctionId(f"{name}.{new_id()[-12:]}")
+        self.functions.add(function)
+        prepared = await asyncio.to_thread(
+            means.handover.prepare, self.namespace, invoke, self._versions, self._shared
+        )
+        try:
+            invocation = self._invocation_of(invoke, function, body)
+            outcome = await means.once(function, body, prepared.mounts, invocation)
+            mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
+            why = f"a sandbox of its own, with {mounted} mounted where they lie"
+            end = await self._judged(invoke, outcome, why)
+            if isinstance(end, Failed):
+                return end
+            given = await asyncio.to_thread(means.handover.take, self.namespace, invoke, prepared)
+        finally:
+            await asyncio.shield(asyncio.to_thread(means.handover.drop, prepared))
+        for left in given.left:
+            self._versions[left.workspace, left.key] = left.version
+        self._left += given.left
+        self._uris += given.uris
+        return structs.replace(end, outputs=given.outputs, at=self._clock.now())
+
+    def _workflow_of(self, invoke: Invoke) -> str:
+        return invoke.workflow or self.stored.workflow
+
+    def _invocation_of(self, invoke: Invoke, function: FunctionId, body: Body) -> Invocation:
+        return Invocation(
+            id=self._invocation(invoke.key, invoke.attempt),
+            function=function,
+            body=body.event,
+            queue_s_max=QUEUE_S_MAX,
+            env={
+                "DAYFLY_RUN": self.name,
+                "DAYFLY_STEP": invoke.key,
+                "DAYFLY_ATTEMPT": str(invoke.attempt),
+            },
+        )
+
+    async def _whole(self, params: dict[str, Any]) -> dict[str, Any]:
+        """With large values in place of what stands for them."""
+        if not _has_large(params):
+            return params
+        whole = await asyncio.to_thread(self._means.handover.whole, self.namespace, params)
+        assert isinstance(whole, dict)
+        return whole
+
+    async def _judged(self, invoke: Invoke, outcome: Outcome, why: str) -> Ended | Failed:
         timing = outcome.timing
-        report = Report(start=timing.start, duration_s=timing.handler_s)
+        report = Report(start=timing.start, duration_s=timing.handler_s, why=why)
         if isinstance(outcome, Failure):
             self._kills[invoke.key] += outcome.was_killed
             is_counted = not (outcome.was_killed and self._kills[invoke.key] <= KILLS_MAX)
@@ -461,9 +658,10 @@ class LiveRun:
             )
         try:
             results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
-            if large := facts.to_refer(results):
-                what = f"result {large[0]!r} is over {facts.VALUE_BYTES_MAX} bytes"
-                raise BadInput(f"{what}: leave it as an output, a file in /out")
+            if facts.to_refer(results):
+                store = self._means.handover.referred
+                results, uris = await asyncio.to_thread(store, self.namespace, results)
+                self._uris += uris
             ended = Ended(
                 at=self._clock.now(),
                 key=invoke.key,
@@ -473,8 +671,8 @@ class LiveRun:
             )
             facts.encode(ended)
         except (BadInput, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            why = error.detail if isinstance(error, BadInput) else "what it returned is no JSON"
-            return self._failed(invoke, "BadResult", why, report=report)
+            told = error.detail if isinstance(error, BadInput) else "what it returned is no JSON"
+            return self._failed(invoke, "BadResult", told, report=report)
         return ended
 
     def _failed(

@@ -5,19 +5,17 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from dayfly_pool.errors import BadInput, PlatformError, RunNotFound, WorkflowNotFound
 from dayfly_pool.ids import new_id
-from dayfly_pool.journal import Journals
 from dayfly_pool.models import FunctionId, Metadata
 from dayfly_pool.ours import Ours
-from dayfly_pool.pool import Pool
 from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
 from dayfly_pool.workflow import facts, run
 from dayfly_pool.workflow.bodies import Body
@@ -25,7 +23,7 @@ from dayfly_pool.workflow.engine import RETRIABLE, Run
 from dayfly_pool.workflow.graph import check
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
-from dayfly_pool.workflow.run import Asked, LiveRun, Prepare, RunStatus, StoredRun
+from dayfly_pool.workflow.run import Asked, LiveRun, Means, RunStatus, StoredRun
 from dayfly_pool.workflow.tree import Shown
 from dayfly_pool.workflow.values import bind
 
@@ -57,16 +55,14 @@ class Runs:
 
     def __init__(
         self,
-        pool: Pool,
-        journals: Journals,
-        prepare: Prepare,
+        means: Means,
         workflows: Mapping[tuple[str, str], WorkflowSpec],
         tasks: Mapping[tuple[str, str], TaskSpec],
-        empty_package: Callable[[], str],
     ) -> None:
-        self._pool, self._journals, self._prepare = pool, journals, prepare
+        self._means = structs.replace(means, prepare=self._prepared)
+        self._pool, self._journals, self._prepare = means.pool, means.journals, means.prepare
         self._workflows, self._declared_tasks = workflows, tasks
-        self._empty_package = empty_package
+        journals = means.journals
         self._clock = journals.clock
         self._live: dict[JournalId, LiveRun] = {}
         self._used: dict[FunctionId, float] = {}
@@ -288,14 +284,7 @@ class Runs:
     # ---- what is ours -------------------------------------------------------------------------
 
     async def _go_on(self, journal: Journal) -> None:
-        live = LiveRun(
-            journal,
-            self._pool,
-            self._journals,
-            self._clock,
-            self._prepared,
-            self._empty_package(),
-        )
+        live = LiveRun(journal, self._means)
         self._live[journal.id] = live
         for wish in self._ours.wishes(journal.id):
             live.hear(wish)

@@ -1,0 +1,265 @@
+"""What steps hand over: artifacts, workspaces and large values, from one sandbox to the next.
+
+Before a step its inputs are looked for and its folders made; they are mounted in its sandbox, and
+nothing is copied. When the sandbox is dead, what the step left is moved into the stores.
+Every method waits for the disk: call it in a thread.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from dayfly_pool.errors import BadInput, BadTree
+from dayfly_pool.ids import new_id
+from dayfly_pool.models import Mounts
+from dayfly_pool.workflow import facts, workspaces
+from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of
+from dayfly_pool.workflow.facts import LARGE, Invoke
+from dayfly_pool.workflow.model import Step, TaskSpec
+from dayfly_pool.workflow.steps import StepFolders, Steps
+from dayfly_pool.workflow.workspaces import Workspace, Workspaces
+
+LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
+"""Where a sandbox has them until its mounts are made."""
+
+Versions = dict[tuple[str, str], Workspace]
+"""By workspace and the key of the step that left it."""
+
+
+class Left(Struct, frozen=True, array_like=True):
+    """A version of a workspace, for the journal."""
+
+    workspace: str
+    key: str
+    version: Workspace
+
+
+class Prepared(Struct, frozen=True):
+    """A step that can be run: what is to be mounted, and what its workspaces were before."""
+
+    mounts: Mounts
+    folders: StepFolders
+    views: dict[str, Workspace]
+    streams: dict[str, Output]
+
+
+class Given(Struct, frozen=True):
+    """What a step has left. *uris* are of all artifacts that must be kept for it."""
+
+    outputs: dict[str, facts.Artifact]
+    left: list[Left]
+    uris: list[str]
+
+
+def is_furnished(invoke: Invoke) -> bool:
+    """Whether a step takes or leaves anything but values."""
+    does: Step | TaskSpec = invoke.task or invoke.step
+    return bool(invoke.inputs or does.outputs or invoke.workspaces)
+
+
+class Handover:
+    """The stores of one server, in the folder *data*."""
+
+    def __init__(self, data: Path, owner: int) -> None:
+        self.artifacts = Artifacts(data / "artifacts")
+        self._steps = Steps(data / "steps", owner)
+        self._workspaces = Workspaces(data / "workspaces", owner)
+        self._owner = owner
+
+    def open(self) -> None:
+        """Have the folders; what a crash left half done is removed."""
+        self.artifacts.open()
+        self._steps.open()
+        self._workspaces.open()
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._workspaces.close()
+        self._steps.close()
+        self.artifacts.close()
+
+    # ---- before a step ------------------------------------------------------------------------
+
+    def prepare(
+        self, namespace: str, invoke: Invoke, versions: Versions, shared: frozenset[str]
+    ) -> Prepared:
+        """Have all that a step is to find. *shared* workspaces have branches beside each other.
+
+        Raises `BadInput` for what is no artifact, `ArtifactGone`, `ArtifactDamaged`,
+        `WorkspaceConflict`, `DiskFull`.
+        """
+        inputs = tuple(
+            (name, place)
+            for name, value in invoke.inputs.items()
+            for name, place in self._places(namespace, name, value)
+        )
+        views = {
+            name: self._view(invoke, view.workspace, view.merge, versions, shared)
+            for name, view in invoke.workspaces.items()
+        }
+        folders = self._steps.make(str(new_id()), [_folder(n) for n in range(len(views))])
+        streams: dict[str, Output] = {}
+        try:
+            for each in (invoke.task or invoke.step).outputs:
+                if each.stream:
+                    streams[each.name] = self.artifacts.stream(
+                        namespace, folders.out, each.path or each.name, self._owner
+                    )
+        except BaseException:
+            for output in streams.values():
+                output.abandon()
+            self._steps.remove(folders.id)
+            raise
+        mounted = tuple(
+            (
+                name,
+                workspaces.overlay(
+                    view, folders.id, _folder(n), layers=LAYERS, steps=STEPS, empty=EMPTY
+                ),
+            )
+            for n, (name, view) in enumerate(views.items())
+        )
+        mounts = Mounts(step=folders.id, inputs=inputs, workspaces=mounted)
+        return Prepared(mounts, folders, views, streams)
+
+    def _places(self, namespace: str, name: str, value: Any) -> list[tuple[str, str]]:
+        """(where below /in, where below the store) of what an input stands for."""
+        if value is None:
+            return []
+        if isinstance(value, list | tuple):
+            return [
+                place
+                for n, each in enumerate(value)
+                for place in self._places(namespace, f"{name}/{n}", each)
+            ]
+        artifact = self.found(namespace, name, value)
+        return [(name, place_of(artifact))]
+
+    def found(self, namespace: str, name: str, value: Any) -> Artifact:
+        """The artifact of the namespace that a *value* refers to, as it was when it was stored."""
+        try:
+            uri = msgspec.convert(value, facts.Artifact).uri
+        except msgspec.ValidationError:
+            raise BadInput(f"input {name!r} is no artifact: give another step's output") from None
+        if not uri.startswith(f"dayfly://{namespace}/"):
+            raise BadInput(f"input {name!r} is no artifact of namespace {namespace!r}: {uri[:200]}")
+        kind, _, digest = uri.removeprefix(f"dayfly://{namespace}/").partition("/sha256/")
+        artifact = Artifact(uri, digest, "tree" if kind == "tree" else "file", 0, 0)
+        self.artifacts.path(artifact)
+        return artifact
+
+    def _view(
+        self,
+        invoke: Invoke,
+        workspace: str,
+        merge: Sequence[str],
+        versions: Versions,
+        shared: frozenset[str],
+    ) -> Workspace:
+        """What a step finds in a workspace."""
+        there = [versions.get((workspace, key), Workspace()) for key in merge]
+        if not there:
+            return Workspace()
+        view = there[0]
+        if len(there) > 1:
+            base = _common(there)
+            policy = invoke.step.merge or "fail"
+            view = self._workspaces.join(base, there, policy, list(merge))
+        self._workspaces.lower(view)
+        return workspaces.fork(view) if workspace in shared else view
+
+    # ---- after it -----------------------------------------------------------------------------
+
+    def take(self, namespace: str, invoke: Invoke, prepared: Prepared) -> Given:
+        """Store what a step that succeeded has left; its sandbox is dead.
+
+        Raises `BadInput` for an output that is not there, `BadTree`, `DiskFull`.
+        """
+        outputs: dict[str, facts.Artifact] = {}
+        for each in (invoke.task or invoke.step).outputs:
+            if each.name in prepared.streams:
+                artifact = prepared.streams.pop(each.name).finish()
+            else:
+                path = each.path or each.name
+                try:
+                    artifact = self.artifacts.put(namespace, prepared.folders.out, path)
+                except FileNotFoundError:
+                    raise BadInput(
+                        f"it has not left its output {each.name!r}, /out/{path}"
+                    ) from None
+            outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
+        left = []
+        for name, view in invoke.workspaces.items():
+            version = self._workspaces.take(
+                prepared.views[name],
+                prepared.folders.uppers[_folder(list(invoke.workspaces).index(name))],
+            )
+            left.append(Left(view.workspace, invoke.key, version))
+        return Given(outputs, left, [artifact.uri for artifact in outputs.values()])
+
+    def drop(self, prepared: Prepared) -> None:
+        """Forget a step's folders."""
+        for output in prepared.streams.values():
+            output.abandon()
+        self._steps.remove(prepared.folders.id)
+
+    # ---- large values -------------------------------------------------------------------------
+
+    def referred(
+        self, namespace: str, results: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """(results of which the large ones are references, the artifacts that these are)."""
+        found, uris = dict(results), []
+        for name in facts.to_refer(results):
+            stored = self.artifacts.put_value(namespace, msgspec.json.encode(results[name]))
+            reference = facts.Artifact(stored.uri, stored.sha256, stored.bytes)
+            found[name] = reference.as_result()
+            uris.append(stored.uri)
+        return found, uris
+
+    def whole(self, namespace: str, value: Any) -> Any:
+        """*value* with what stands in it for large ones put back."""
+        if isinstance(value, dict):
+            if value.keys() == {LARGE}:
+                artifact = self.found(namespace, LARGE, value[LARGE])
+                return msgspec.json.decode(self.artifacts.value(artifact))
+            return {key: self.whole(namespace, each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.whole(namespace, each) for each in value]
+        return value
+
+
+def _folder(number: int) -> str:
+    """The folder of a step's workspace: what users call it may hold any letter."""
+    return f"w{number}"
+
+
+def _common(branches: Sequence[Workspace]) -> Workspace:
+    """What they all come from."""
+    layers = []
+    for each in zip(*(branch.layers for branch in branches), strict=False):
+        if any(layer != each[0] for layer in each):
+            break
+        layers.append(each[0])
+    return Workspace(tuple(layers), min(branch.floor for branch in branches))
+
+
+def owner_of(uid_first: int) -> int:
+    """Whose the folders of steps are: as root a user that no sandbox is, else our own."""
+    return uid_first - 1 if os.geteuid() == 0 else os.geteuid()
+
+
+__all__ = [
+    "BadTree",
+    "Given",
+    "Handover",
+    "Left",
+    "Prepared",
+    "Versions",
+    "is_furnished",
+    "owner_of",
+]
