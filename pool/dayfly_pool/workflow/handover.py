@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import BadInput, BadTree
+from dayfly_pool.errors import BadInput
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
 from dayfly_pool.workflow import facts, workspaces
@@ -185,19 +185,12 @@ class Handover:
                 artifact = prepared.streams.pop(each.name).finish()
             else:
                 path = each.path or each.name
-                try:
-                    artifact = self.artifacts.put(namespace, prepared.folders.out, path)
-                except FileNotFoundError:
-                    raise BadInput(
-                        f"it has not left its output {each.name!r}, /out/{path}"
-                    ) from None
+                artifact = self.artifacts.put(namespace, prepared.folders.out, path)
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []
-        for name, view in invoke.workspaces.items():
-            version = self._workspaces.take(
-                prepared.views[name],
-                prepared.folders.uppers[_folder(list(invoke.workspaces).index(name))],
-            )
+        for number, (name, view) in enumerate(invoke.workspaces.items()):
+            upper = prepared.folders.uppers[_folder(number)]
+            version = self._workspaces.take(prepared.views[name], upper)
             left.append(Left(view.workspace, invoke.key, version))
         return Given(outputs, left, [artifact.uri for artifact in outputs.values()])
 
@@ -251,15 +244,3 @@ def _common(branches: Sequence[Workspace]) -> Workspace:
 def owner_of(uid_first: int) -> int:
     """Whose the folders of steps are: as root a user that no sandbox is, else our own."""
     return uid_first - 1 if os.geteuid() == 0 else os.geteuid()
-
-
-__all__ = [
-    "BadTree",
-    "Given",
-    "Handover",
-    "Left",
-    "Prepared",
-    "Versions",
-    "is_furnished",
-    "owner_of",
-]
