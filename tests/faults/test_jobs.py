@@ -61,7 +61,9 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, new_server: Any) -> I
         if request.param == "postgres":
             (tmp_path / "dsn").write_text(stack.enter_context(Postgres()).dsn)
             arguments = ["--events-dsn-file", str(tmp_path / "dsn")]
-        yield new_server(*arguments)
+        started: Server = new_server(*arguments)
+        yield started
+        started.stop()  # before its database
 
 
 class Jobs:

@@ -11,6 +11,12 @@ from typing import Final, NamedTuple
 MOUNT: Final = "/sys/fs/cgroup"
 NEEDED: Final = ("memory", "pids", "cpu")
 CPU_PERIOD_US: Final = 100_000
+SHARES: Final = 1024
+"""What a process beside the groups counts for, when several want the processor (v1)."""
+
+SERVER_SHARES: Final = 64
+"""So many sandboxes together have of a processor what the server has: it waits for none of them."""
+
 NAME: Final = "dayfly-"
 DELEGATE: Final = "systemd-run --user --scope -p Delegate=yes dayfly up"
 SANDBOX: Final = "sb-"
@@ -96,6 +102,30 @@ def establish(tree: Tree) -> Tree:
         remove_tree(root)
         return Tree(0, (), f"{parent} cannot be divided ({error.strerror}): {DELEGATE}")
     return tree
+
+
+def come_first(tree: Tree) -> None:
+    """With v1: have this process stand beside its sandboxes, so that it can come before them.
+
+    A group that gives way gives way to those beside it, and to nobody else. With v2 it does so
+    already. What it starts stands there too: do it when the launcher has been started.
+    """
+    if tree.version != 1:
+        return
+    (cpu,) = tree.roots[-1:]
+    leaf = os.path.join(cpu, "server")
+    with contextlib.suppress(OSError):
+        os.makedirs(leaf, exist_ok=True)
+        _write(os.path.join(cpu, "cpu.shares"), str(SHARES * (1 + (os.cpu_count() or 1))))
+        _write(os.path.join(leaf, "cpu.shares"), str(SHARES * SERVER_SHARES))
+        _write(os.path.join(leaf, "cgroup.procs"), "0")
+
+
+def step_back(tree: Tree) -> None:
+    """Undo `come_first`, so that the groups can be removed."""
+    if tree.version == 1:
+        with contextlib.suppress(OSError):
+            _write(os.path.join(os.path.dirname(tree.roots[-1]), "cgroup.procs"), "0")
 
 
 def create(folders: list[str], *, background: bool = False) -> None:

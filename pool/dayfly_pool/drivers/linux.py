@@ -100,6 +100,7 @@ class LinuxDriver:
             )
         self._sources = await asyncio.to_thread(self._find_sources)
         await self._start_launcher()
+        cgroups.come_first(self._tree)
 
     def _find_sources(self) -> dict[str, str]:
         for name in ("packages/unpacked", "environments"):
@@ -160,6 +161,7 @@ class LinuxDriver:
             await self._stderr
         for future in self._exits.values():
             _set(future, Exit(-signal.SIGKILL))
+        cgroups.step_back(self._tree)
         for root in self._tree.roots:
             for _ in range(100):
                 if cgroups.remove_tree(root):
