@@ -224,8 +224,8 @@ def statement(observed: Observed) -> Statement:
     internal = observed.internal | ({"requestedBy": observed.by} if observed.by else {})
     metadata = BuildMetadata(
         invocation_id=observed.run,
-        started_on=_moment(observed.began_at),
-        finished_on=_moment(observed.ended_at),
+        started_on=_moment(observed.began_at, "seconds"),
+        finished_on=_moment(observed.ended_at, "seconds"),
     )
     return Statement(
         type=STATEMENT_TYPE,
@@ -405,10 +405,10 @@ def _short(value: Any) -> Any:
     return {"sha256": hashlib.sha256(encoded).hexdigest(), "bytes": len(encoded)}
 
 
-def _moment(at: float) -> str:
-    """RFC 3339, to the millisecond."""
+def _moment(at: float, precision: Literal["seconds", "milliseconds"] = "milliseconds") -> str:
+    """RFC 3339. Seconds where SLSA's schema has nothing finer."""
     moment = datetime.fromtimestamp(round(at, 3), UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return moment.isoformat(timespec=precision).replace("+00:00", "Z")
 
 
 # ---- what cannot be -----------------------------------------------------------------------------
