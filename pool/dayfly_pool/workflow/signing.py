@@ -177,6 +177,14 @@ def verify(envelope: bytes, public_keys: Iterable[bytes]) -> Statement:
     return provenance.decode(payload)
 
 
+def unverified(envelope: bytes) -> Statement:
+    """What an envelope says, for people to look at: anybody may have written it.
+
+    Raises `BadInput`, `NotVerified` for what nobody has signed at all.
+    """
+    return provenance.decode(_decoded("payload", _parsed(envelope).payload))
+
+
 def pae(payload_type: str, payload: bytes) -> bytes:
     """The bytes that are signed: DSSE's pre-authentication encoding."""
     kind = payload_type.encode()
