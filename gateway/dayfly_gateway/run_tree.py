@@ -68,13 +68,13 @@ def lines(view: RunView, height: int) -> list[Line]:
     root = view["tree"]
     first = Line("", MARKS.get(root["state"], "·"), f"{view['workflow']} {view['name']}",
                  _summary(view), root["state"])  # fmt: skip
-    room = max(height - 1, 0)
+    room = min(max(height - 1, 0), NODES_MAX)
     found: list[Line] = []
     for level in range(LEVELS):
         found = []
         for line in _below(root, "", level, view["now"]):
             found.append(line)
-            if len(found) > min(room, NODES_MAX):
+            if len(found) > room:
                 break
         else:
             return [first, *found]
@@ -95,7 +95,8 @@ def _summary(view: RunView) -> str:
 def _below(step: StepView, indent: str, level: int, now: float) -> Iterator[Line]:
     """Lines of what is in *step*, the more summed up the higher *level* is."""
     children = step.get("children", [])
-    shown, hidden = children, list[StepView]()
+    shown: list[StepView] = children
+    hidden: list[StepView] = []
     if level >= 1 and step.get("of"):
         shown, hidden = _notable(children)
     elif level >= 3:
@@ -115,7 +116,8 @@ def _below(step: StepView, indent: str, level: int, now: float) -> Iterator[Line
 def _notable(instances: list[StepView]) -> tuple[list[StepView], list[StepView]]:
     """Those that failed or are under way, a few of each; and the rest."""
     seen: dict[str, int] = {}
-    shown, hidden = [], []
+    shown: list[StepView] = []
+    hidden: list[StepView] = []
     for each in instances:
         state = each["state"]
         seen[state] = seen.get(state, 0) + 1
@@ -178,7 +180,7 @@ def drawn(view: RunView, width: int, height: int) -> "Text":
     from rich.text import Text
 
     found = lines(view, height)
-    labels = [printable(f"{line.branch}{line.mark} {line.name}") for line in found]
+    labels = [f"{line.branch}{line.mark} {_flat(line.name)}" for line in found]
     longest = max(map(cell_len, labels))
     room = min(longest, max(width // 2, LABEL_MIN), width)
     text = Text(no_wrap=True, end="")
@@ -252,7 +254,7 @@ def changes(told: dict[str, tuple[str, int]], view: RunView) -> Iterator[str]:
 
 
 def print_once(view: RunView) -> None:
-    """The tree as it is, for `show`: on a terminal in colours, else as text; nothing is cut off."""
+    """The tree as it is, for `show`: on a terminal in its width and in colours, else as text."""
     width = show.width() or 200
     text = drawn(view, width, NODES_MAX)
     if show.width() is None or show.is_colourless():

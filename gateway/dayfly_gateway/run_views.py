@@ -97,9 +97,10 @@ def step_view(shown: "Shown", attempts: dict[str, list[AttemptView]] | None = No
         "attempts": before,
         "children": [step_view(child, attempts) for child in shown.children],
     }
-    given: Any = {name: value for name, value in optional.items() if value}
-    view: StepView = {"key": shown.key, "name": shown.name, "state": shown.state, **given}
-    return view
+    view: Any = {"key": shown.key, "name": shown.name, "state": shown.state}
+    view |= {name: value for name, value in optional.items() if value}
+    found: StepView = view
+    return found
 
 
 def attempts_of(facts: "Iterable[Fact]") -> dict[str, list[AttemptView]]:
@@ -111,9 +112,10 @@ def attempts_of(facts: "Iterable[Fact]") -> dict[str, list[AttemptView]]:
         if not isinstance(fact, Started | Ended | Failed):
             continue
         of = found.setdefault(fact.key, {})
-        fresh: AttemptView = {
-            "attempt": fact.attempt, "state": "running", "beganAt": 0.0, "endedAt": 0.0}  # fmt: skip
-        view = of.setdefault(fact.attempt, fresh)
+        number = fact.attempt
+        if number not in of:
+            of[number] = {"attempt": number, "state": "running", "beganAt": 0.0, "endedAt": 0.0}
+        view = of[number]
         if fact.report.start is not None:
             view["start"] = fact.report.start
         if isinstance(fact, Started):
@@ -139,7 +141,7 @@ def leaves(step: StepView) -> Iterator[StepView]:
 
 
 def counted(steps: Iterable[StepView], total: int = 0) -> dict[str, int]:
-    """How many are in each state, what is under way first; those of *total* that are missing wait."""
+    """How many are in each state, failures first; those of *total* that are missing wait."""
     found: dict[str, int] = {}
     number = 0
     for number, step in enumerate(steps, 1):  # noqa: B007 - how many there were

@@ -267,7 +267,7 @@ def _notable(instances: list[StepView], critical: set[str]) -> list[StepView]:
         each for each in instances
         if each["key"] not in keys and any(leaf["key"] in critical for leaf in leaves(each))
     ]  # fmt: skip
-    return failed + on_path[:NOTABLE_SHOWN]
+    return failed + on_path[-NOTABLE_SHOWN:]
 
 
 def _bars(step: StepView, origin: float, now: float) -> Iterator[Bar]:
@@ -298,7 +298,9 @@ def _bars(step: StepView, origin: float, now: float) -> Iterator[Bar]:
         if start > asked:
             how = step.get("start") or ""
             yield _bar("starting", asked, start, origin, f"starts {how}")
-        yield _bar(state, max(start, last), end, origin, f"attempt {step.get('attempt', 1)}: {state}")
+        yield _bar(
+            state, max(start, last), end, origin, f"attempt {step.get('attempt', 1)}: {state}"
+        )
 
 
 def _bar(kind: str, start: float, end: float, origin: float, title: str) -> Bar:
@@ -394,7 +396,8 @@ def _axis(length_s: float, bottom: float) -> Iterator[str]:
     number = 0
     while number * step <= length_s:
         x = _x(number * step, length_s)
-        yield f'<line class="rule" x1="{x:.1f}" y1="{HEAD - 4:.1f}" x2="{x:.1f}" y2="{bottom:.1f}"/>'
+        ends = f'x1="{x:.1f}" y1="{HEAD - 4:.1f}" x2="{x:.1f}" y2="{bottom:.1f}"'
+        yield f'<line class="rule" {ends}/>'
         label = _tick(number * step)
         yield _text(x - CHARACTER * len(label) / 2, HEAD - 24, label, x + 200, "dim")
         number += 1

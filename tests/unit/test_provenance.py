@@ -259,9 +259,7 @@ def test_steps_that_are_too_many_are_there_by_their_digest(monkeypatch: pytest.M
 
 def test_artifacts_between_steps_that_are_too_many_are_counted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(provenance, "BYPRODUCTS_MAX", 1)
-    said = statement(
-        run(step("s", 0, outputs={n: file(n) for n in "abc"}, build_outputs=("a",)))
-    )
+    said = statement(run(step("s", 0, outputs={n: file(n) for n in "abc"}, build_outputs=("a",))))
     found = {each.name: each for each in said.predicate.run_details.byproducts}
 
     assert found["artifacts"].annotations == {"number": 2}

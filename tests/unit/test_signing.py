@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dayfly_pool.errors import BadInput, DataFolderUnusable, NotVerified, PlatformError
 from dayfly_pool.workflow import provenance, signing
 from dayfly_pool.workflow.provenance import Observed, StepSeen, statement
-from dayfly_pool.workflow.signing import InstallationKey, key_id, verify
+from dayfly_pool.workflow.signing import PAYLOAD_TYPE, InstallationKey, key_id, verify
 
 ROOT = Path(__file__).parents[2]
 SAID = statement(
@@ -236,8 +236,8 @@ def test_unsigned_is_not_signed(key: InstallationKey, signed: dict[str, Any]):
 def test_what_is_signed_but_no_statement_is_refused(key: InstallationKey):
     from securesystemslib.dsse import Envelope
 
-    envelope = Envelope(b"[]", signing.PAYLOAD_TYPE, {})
-    envelope.sign(key._opened())
+    envelope = Envelope(b"[]", PAYLOAD_TYPE, {})
+    envelope.sign(key._open()[0])
 
     with pytest.raises(BadInput, match="no statement"):
         verify(sent(envelope.to_dict()), [key.public_pem])
@@ -253,12 +253,12 @@ def test_what_is_signed_but_no_statement_is_refused(key: InstallationKey):
         b'{"payload":' * 10_000,
         b'{"payload":1}',
         b'{"payload":"","payloadType":"application/vnd.in-toto+json"}',
-        sent({"payload": "\ud800", "payloadType": signing.PAYLOAD_TYPE, "signatures": []}),
+        sent({"payload": "\ud800", "payloadType": PAYLOAD_TYPE, "signatures": []}),
         sent({"payload": "", "payloadType": "x" * 1000, "signatures": []}),
-        sent({"payload": "", "payloadType": signing.PAYLOAD_TYPE, "signatures": [{"sig": "x"}] * 17}),
-        sent({"payload": "é", "payloadType": signing.PAYLOAD_TYPE, "signatures": [{"sig": ""}]}),
-        sent({"payload": "=", "payloadType": signing.PAYLOAD_TYPE, "signatures": [{"sig": ""}]}),
-        sent({"payload": "", "payloadType": signing.PAYLOAD_TYPE, "signatures": [{"sig": "?"}]}),
+        sent({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": [{"sig": ""}] * 17}),
+        sent({"payload": "é", "payloadType": PAYLOAD_TYPE, "signatures": [{"sig": ""}]}),
+        sent({"payload": "=", "payloadType": PAYLOAD_TYPE, "signatures": [{"sig": ""}]}),
+        sent({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": [{"sig": "?"}]}),
     ],
 )  # fmt: skip
 def test_what_is_no_envelope_is_refused_with_one_sentence(key: InstallationKey, envelope: bytes):
@@ -316,9 +316,7 @@ def test_a_public_key_of_another_kind_is_refused(signed: dict[str, Any]):
     pem = (
         ec.generate_private_key(ec.SECP256R1())
         .public_key()
-        .public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
 
     with pytest.raises(BadInput, match="Ed25519"):
@@ -334,7 +332,14 @@ def test_the_private_key_is_in_nothing_that_is_said(
     key: InstallationKey, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.DEBUG)
-    raw = key._opened()._private_key.private_bytes_raw()
+    private = serialization.load_pem_private_key(
+        (key._folder / "signing-key.pem").read_bytes(), None
+    )
+    raw = private.private_bytes(
+        serialization.Encoding.Raw,
+        serialization.PrivateFormat.Raw,
+        serialization.NoEncryption(),
+    )
     said = key.sign(SAID) + key.public_pem + repr(key).encode() + caplog.text.encode()
 
     for form in (raw, raw.hex().encode(), base64.b64encode(raw)[:40]):

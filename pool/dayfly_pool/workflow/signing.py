@@ -60,33 +60,28 @@ class InstallationKey:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._signer: CryptoSigner | None = None
+        self._opened: tuple[CryptoSigner, bytes] | None = None
 
     @property
     def id(self) -> str:
         """What signatures call it."""
-        return self._opened().public_key.keyid
+        return self._open()[0].public_key.keyid
 
     @property
     def public_pem(self) -> bytes:
         """What whoever verifies must have from a source that they trust."""
-        from cryptography.hazmat.primitives import serialization as s
-
-        public = self._opened()._private_key.public_key()
-        found = public.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
-        assert isinstance(found, bytes)
-        return found
+        return self._open()[1]
 
     def sign(self, statement: Statement) -> bytes:
         """The envelope, as JSON. Raises `BadInput` for a statement that is too large."""
         from securesystemslib.dsse import Envelope as Signed
 
         signed = Signed(provenance.encode(statement), PAYLOAD_TYPE, {})
-        signed.sign(self._opened())
+        signed.sign(self._open()[0])
         return provenance.canonical(signed.to_dict())
 
-    def _opened(self) -> "CryptoSigner":
-        if self._signer is None:
+    def _open(self) -> "tuple[CryptoSigner, bytes]":
+        if self._opened is None:
             path = self._folder / _KEY
             try:
                 if not path.exists():
@@ -96,8 +91,8 @@ class InstallationKey:
                 pem = path.read_bytes()
             except OSError as error:
                 raise DataFolderUnusable(f"{path}: {error.strerror}") from error
-            self._signer = _signer(path, pem)
-        return self._signer
+            self._opened = _loaded(path, pem)
+        return self._opened
 
 
 def _made() -> bytes:
@@ -132,19 +127,22 @@ def _keep(path: Path, pem: bytes) -> None:
             os.close(folder)
 
 
-def _signer(path: Path, pem: bytes) -> "CryptoSigner":
+def _loaded(path: Path, pem: bytes) -> "tuple[CryptoSigner, bytes]":
+    """What signs, and its public key as PEM."""
     from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as s
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner
 
     try:
-        private = load_pem_private_key(pem, None)
+        private = s.load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise DataFolderUnusable(f"{path} holds no key: put the right one back") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise DataFolderUnusable(f"{path} holds no Ed25519 key: put the right one back")
-    return CryptoSigner(private, _identified(private.public_key()))
+    public = private.public_key()
+    public_pem = public.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    return CryptoSigner(private, _identified(public)), public_pem
 
 
 def _identified(public: Any) -> "SSlibKey":
