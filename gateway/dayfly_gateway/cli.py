@@ -15,7 +15,14 @@ from typing import Any, Final
 
 import click
 
-from dayfly_gateway import cli_events, cli_jobs, cli_runs, cli_workflows, show
+from dayfly_gateway import (
+    cli_events,
+    cli_jobs,
+    cli_provenance,
+    cli_runs,
+    cli_workflows,
+    show,
+)
 from dayfly_gateway.client import Misused, Problem, Reply, Told, printable
 from dayfly_gateway.session import (
     PATH,
@@ -583,6 +590,7 @@ cli.add_command(cli_jobs.job)
 cli.add_command(cli_jobs.queue)
 cli.add_command(cli_workflows.workflow)
 cli.add_command(cli_runs.run)
+cli.add_command(cli_provenance.provenance)
 
 
 def main() -> None:

@@ -194,6 +194,14 @@ class Client:
         path = _path(namespace, "functions", name) + "/redrive"
         return int(self._document("POST", path, body).get("redriven", 0))
 
+    def provenance(self, namespace: str, run: str) -> bytes:
+        """The signed envelope of a run that is over, as it was signed."""
+        return self.call("GET", _path(namespace, "runs", run) + "/provenance").body
+
+    def provenance_key(self) -> bytes:
+        """The public key that the server signs with, as PEM."""
+        return self.call("GET", "/provenance/key").body
+
     def logs(
         self, namespace: str, name: str, tail: int, *, kind: str = "functions"
     ) -> list[dict[str, Any]]:

@@ -49,6 +49,16 @@ def bold(text: str) -> str:
     return click.style(text, bold=True)
 
 
+def line(text: str) -> None:
+    """One line of strangers' text."""
+    click.echo(printable(text).replace("\n", " "))
+
+
+def heading(text: str) -> None:
+    """What comes below."""
+    click.echo(f"\n{bold(text)}")
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 

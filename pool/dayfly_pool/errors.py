@@ -270,6 +270,15 @@ class Refused(BadInput):
     """
 
 
+class NotVerified(PlatformError):
+    """No key that is trusted has signed this.
+
+    Believe nothing that it says. Ask for it again, or for the public key that it was signed with.
+    """
+
+    status = 422
+
+
 class StoreFailed(PlatformError):
     """The store of events does not work.
 
