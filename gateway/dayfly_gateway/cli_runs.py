@@ -4,7 +4,7 @@ import getpass
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,11 +77,29 @@ def _begun(session: Session, view: Mapping[str, Any], detach: bool) -> None:
 
 
 def _watched(session: Session, name: str) -> dict[str, Any]:
-    while True:
-        view = session.client.run(session.namespace, name, is_brief=True)
-        if view["status"]["state"] in OVER:
-            return session.client.run(session.namespace, name)
-        time.sleep(LOOK_S)
+    """Until it is over; its steps are drawn on a terminal."""
+    if session.is_json or not sys.stdout.isatty():
+        while True:
+            view = session.client.run(session.namespace, name, is_brief=True)
+            if view["status"]["state"] in OVER:
+                return session.client.run(session.namespace, name)
+            time.sleep(LOOK_S)
+    from dayfly_gateway import run_tree
+
+    last: dict[str, Any] = {}
+
+    def views() -> Iterator[Any]:
+        nonlocal last
+        while True:
+            last = session.client.run(session.namespace, name)
+            if last["view"]["tree"] is not None:
+                yield last["view"]
+            if last["status"]["state"] in OVER:
+                return
+            time.sleep(LOOK_S)
+
+    run_tree.watch(views())
+    return last
 
 
 def _params(params: Sequence[str], file: str | None) -> dict[str, Any]:
@@ -167,28 +185,85 @@ def show_(session: Session, name: str) -> None:
 
 
 def _show_run(view: Mapping[str, Any]) -> None:
-    _show_end(view)
-    for child in (view.get("tree") or {}).get("children", []):
-        _show_step(child, 1)
+    from dayfly_gateway import run_tree
+
+    if view["view"]["tree"] is not None:
+        run_tree.print_once(view["view"])
+    for key, value in view["status"]["results"].items():
+        click.echo(f"{key}: {printable(json.dumps(value, ensure_ascii=False))}")
     for each in view.get("expected", []):
         if each["kind"] == "approval":
-            click.echo(f"  {each['key']} waits for approval: {printable(each['what'])}")
+            click.echo(f"{each['key']} waits for approval: {printable(each['what'])}")
+            click.echo(f"  dayfly run approve {view['metadata']['name']} {each['key']}")
         else:
-            click.echo(f"  {each['key']} waits for a callback: {each['token']}")
+            click.echo(f"{each['key']} waits for a callback: {each['token']}")
 
 
-def _show_step(step: Mapping[str, Any], depth: int) -> None:
-    took_s = max(0.0, step["ended_at"] - step["began_at"]) if step["ended_at"] else 0.0
-    facts = [f"{took_s * 1000:.0f} ms"] if took_s else []
-    facts += [step["start"]] if step["start"] else []
-    facts += ["cached"] if step["was_cached"] else []
-    facts += [": ".join(part for part in step["reason"] if part)] if any(step["reason"]) else []
-    told = printable(", ".join(facts))
-    click.echo(f"{'  ' * depth}{printable(step['name'])} {show.state(step['state'])} {told}")
-    for child in step["children"][:50]:
-        _show_step(child, depth + 1)
-    if len(step["children"]) > 50:
-        click.echo(f"{'  ' * (depth + 1)}and {len(step['children']) - 50} more")
+@run.command()
+@click.argument("name")
+@click.option("--step", default="", metavar="KEY", help="Of this step alone.")
+@click.option("--tail", type=click.IntRange(0), default=100, metavar="N", help="Lines [100].")
+@client_command
+def logs(session: Session, name: str, step: str, tail: int) -> None:
+    """Show what a run's steps wrote.
+
+    \b
+      dayfly run logs pipeline-3f2a1b
+      dayfly run logs pipeline-3f2a1b --step train[2]
+    """
+    for line in session.client.run_logs(session.namespace, name, step, tail):
+        session.show(line, show.log_line)
+
+
+@run.command()
+@click.argument("name")
+@client_command
+def explain(session: Session, name: str) -> None:
+    """Say where each step of a run ran, and why there.
+
+    \b
+      dayfly run explain pipeline-3f2a1b
+    """
+    view = session.client.run(session.namespace, name)
+    session.show(view, _show_why)
+
+
+def _show_why(view: Mapping[str, Any]) -> None:
+    from dayfly_gateway.run_views import leaves
+
+    rows = [
+        (
+            leaf["key"],
+            leaf["state"],
+            "cache" if leaf.get("wasCached") else leaf.get("start") or "-",
+            str(leaf.get("bytesMoved", 0)),
+            leaf.get("why", ""),
+        )
+        for leaf in leaves(view["view"]["tree"])
+    ]
+    show.table(("STEP", "STATE", "START", "MOVED", "WHY"), rows)
+
+
+@run.command()
+@click.argument("name")
+@click.option("-o", "--output", metavar="FILE", help="Default: NAME.html.")
+@client_command
+def timeline(session: Session, name: str, output: str | None) -> None:
+    """Write a run's timeline as one HTML file that needs nothing else.
+
+    \b
+      dayfly run timeline pipeline-3f2a1b
+      dayfly run timeline pipeline-3f2a1b -o - > run.html
+    """
+    from dayfly_gateway import timeline as drawing
+
+    text = drawing.page(session.client.run(session.namespace, name)["view"])
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    file = Path(output or f"{name}.html")
+    file.write_text(text, "utf-8")
+    session.show({"file": str(file)}, lambda _: click.echo(str(file)))
 
 
 @run.command()

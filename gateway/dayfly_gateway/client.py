@@ -242,6 +242,11 @@ class Client:
         path = _path(namespace, "runs", name)
         return self._document("GET", f"{path}?brief=1" if is_brief else path)
 
+    def run_logs(self, namespace: str, name: str, step: str, tail: int) -> list[dict[str, Any]]:
+        """The last lines that its steps wrote."""
+        which = urlencode({"step": step, "tail": str(tail)})
+        return self._listed(f"{_path(namespace, 'runs', name)}/logs?{which}")
+
     def cancel_run(self, namespace: str, name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """End a run."""
         path = _path(namespace, "runs", name) + "/cancel"

@@ -1,15 +1,18 @@
 """The admin plane's part for workflows, tasks and runs."""
 
+import asyncio
+import time
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
-from dayfly_gateway import answers
+from dayfly_gateway import answers, run_views
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
 from dayfly_pool.errors import WorkflowNotFound
 from dayfly_pool.events import rfc3339
+from dayfly_pool.logs import LINES_MAX
 from dayfly_pool.models import API_VERSION
 from dayfly_pool.service import Service
 from dayfly_pool.store.journals import Journal, JournalId
@@ -47,6 +50,9 @@ class RunsPlane:
             web.get("/runs", self._runs),
             web.get(run, self._run),
             web.delete(run, self._delete_run),
+            web.get(f"{run}/provenance", self._provenance),
+            web.get("/provenance/key", self._key),
+            web.get(f"{run}/logs", self._logs),
             web.post(f"{run}/cancel", self._cancel),
             web.post(f"{run}/retry", self._retry),
             web.post(f"{run}/callbacks/{{token}}", self._call_back),
@@ -130,8 +136,17 @@ class RunsPlane:
             return answers.json(_listed(*await runs.brief(info["namespace"], info["name"])))
         view = await runs.get(info["namespace"], info["name"])
         engine = await runs.engine(view)
+        tree = engine.tree()
+        attempts = run_views.attempts_of(await runs.told(view))
         shown = _listed(view.journal, view.status) | {
-            "tree": msgspec.to_builtins(engine.tree()),
+            "view": {
+                "namespace": view.journal.namespace,
+                "name": view.journal.name,
+                "workflow": view.stored.workflow,
+                "status": view.status.state,
+                "now": time.time(),
+                "tree": run_views.step_view(tree, attempts) if tree is not None else None,
+            },
             "expected": [
                 {
                     "key": each.key,
@@ -145,6 +160,33 @@ class RunsPlane:
             ],
         }
         return answers.json(shown)
+
+    async def _provenance(self, request: web.Request) -> web.Response:
+        info = request.match_info
+        envelope = await self._service.runs.provenance(info["namespace"], info["name"])
+        return web.Response(body=envelope, headers={"Content-Type": "application/json"})
+
+    async def _key(self, request: web.Request) -> web.Response:
+        pem = await asyncio.to_thread(lambda: self._service.key.public_pem)
+        return web.Response(body=pem, headers={"Content-Type": "application/x-pem-file"})
+
+    async def _logs(self, request: web.Request) -> web.Response:
+        """The last lines that its steps wrote, as far as they are still there."""
+        info = request.match_info
+        runs, logs = self._service.runs, self._service.pool.logs
+        view = await runs.get(info["namespace"], info["name"])
+        tail = answers.number(request, "tail", 100, 10_000)
+        prefix = f"{view.journal.id}/"
+        lines = [
+            line
+            for id_ in runs.functions(view)
+            for line in logs.tail(id_, LINES_MAX)
+            if line.invocation.startswith(prefix)
+        ]
+        step = request.query.get("step", "")
+        if step:
+            lines = [line for line in lines if line.invocation.split("/")[1:2] == [step]]
+        return answers.json(sorted(lines, key=lambda line: line.time)[-tail:] if tail else [])
 
     async def _delete_run(self, request: web.Request) -> web.Response:
         info = request.match_info

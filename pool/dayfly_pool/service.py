@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -71,6 +72,7 @@ from dayfly_pool.workflow.handover import Handover, owner_of
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.run import Means
 from dayfly_pool.workflow.runs import Runs
+from dayfly_pool.workflow.signing import InstallationKey
 
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
@@ -111,6 +113,9 @@ class Service:
         self.workflows: dict[tuple[str, str], WorkflowSpec] = {}
         self.tasks: dict[tuple[str, str], TaskSpec] = {}
         self._empty_package = ""
+        self.key = InstallationKey(config.data / "provenance")
+        """What provenance is signed with."""
+
         self._handover = Handover(config.data, owner_of(config.uid_first))
         self.events: Events
         self.event_metrics: EventMetrics
@@ -460,7 +465,8 @@ class Service:
             del self.tasks[namespace, name]
 
     def _means(self) -> Means:
-        data = self.config.data
+        cache = StepCache(self.config.data / "cache")
+        cache.open()
         return Means(
             pool=self.pool,
             journals=self.journals,
@@ -469,7 +475,16 @@ class Service:
             identify=self._identify_step,
             once=self._run_step,
             handover=self._handover,
-            cache=StepCache(data / "cache"),
+            cache=cache,
+            environment=self._environment,
+            sign=self.key.sign,
+            internal={
+                "driver": self.config.driver,
+                "prewarm": self.config.prewarm,
+                "host": platform.node(),
+                "kernel": platform.release(),
+                "machine": platform.machine(),
+            },
             empty_package=self._empty_package,
             flights={},
         )

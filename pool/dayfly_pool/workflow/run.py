@@ -7,10 +7,11 @@ again, and what was under way is run again; a step whose end was written never i
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal, assert_never
 
@@ -34,6 +35,7 @@ from dayfly_pool.errors import (
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
+    Environment,
     Failure,
     FunctionId,
     Invocation,
@@ -45,7 +47,7 @@ from dayfly_pool.models import (
 from dayfly_pool.pool import Pool
 from dayfly_pool.retry import KILLS_MAX
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
-from dayfly_pool.workflow import bodies, cache, facts
+from dayfly_pool.workflow import bodies, cache, facts, observing
 from dayfly_pool.workflow.bodies import Body
 from dayfly_pool.workflow.cache import Cached, StepCache
 from dayfly_pool.workflow.engine import Run
@@ -64,11 +66,14 @@ from dayfly_pool.workflow.facts import (
     Invoke,
     Passed,
     Report,
+    RunBegan,
     Started,
 )
 from dayfly_pool.workflow.graph import Graph, check
 from dayfly_pool.workflow.handover import Handover, Left, Versions, is_furnished
+from dayfly_pool.workflow.observing import Seen
 from dayfly_pool.workflow.plan import Definition
+from dayfly_pool.workflow.provenance import Statement, statement
 from dayfly_pool.workflow.tree import Shown
 
 log = logging.getLogger("dayfly.runs")
@@ -99,8 +104,12 @@ HOPELESS: Final = (
 RunState = Literal[
     "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
 ]
-LEFT, KEPT = 1, 2
-"""Parts of the journal: versions of workspaces, and artifacts that must be kept for the run."""
+LEFT, KEPT, PROVENANCE = 1, 2, 3
+"""Parts of the journal: versions of workspaces, artifacts that must be kept for the run, and what
+was signed at its end."""
+
+SEEN_MAX: Final = 10_000
+"""Of more steps a run's provenance does not tell one by one."""
 
 Prepare = Callable[[str, str, Body], FunctionId]
 """Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
@@ -120,6 +129,13 @@ class Means(Struct, frozen=True):
     once: Once
     handover: Handover
     cache: StepCache
+    environment: Callable[[str, str], Environment]
+    """By namespace and name."""
+
+    sign: Callable[[Statement], bytes]
+    internal: dict[str, Any]
+    """What the installation decided, for provenance."""
+
     empty_package: str
     flights: dict[str, asyncio.Future[None]]
     """Steps that are declared pure and run now, by key."""
@@ -177,7 +193,7 @@ class Decide(Struct, frozen=True, tag="decide"):
 
 
 Asked = AskCancel | Call | Decide
-_ENTRY: Final = msgspec.msgpack.Decoder(tuple[bool, msgspec.Raw])
+_ENTRY: Final = msgspec.msgpack.Decoder(tuple[bool, msgspec.Raw, list[Seen]])
 _FACTS: Final = msgspec.msgpack.Decoder(list[bytes])
 
 
@@ -187,10 +203,27 @@ def token_of(stored: StoredRun, key: str, attempt: int) -> str:
     return hmac.digest(stored.secret, text, "sha256").hex()[:40]
 
 
-def entry_of(new: list[Fact]) -> NewEntry:
+def entry_of(new: list[Fact], seen: Sequence[Seen] = ()) -> NewEntry:
     """What has happened, as an entry of the journal."""
-    body = msgspec.msgpack.encode((False, [facts.encode(fact) for fact in new]))
+    body = msgspec.msgpack.encode((False, [facts.encode(fact) for fact in new], seen))
     return NewEntry(LOG, body=body)
+
+
+def facts_in(entries: Iterable[Entry]) -> Iterator[Fact]:
+    """What the *entries* tell, but for what a snapshot has taken the place of."""
+    for entry in entries:
+        is_snapshot, raw, _ = _ENTRY.decode(entry.body)
+        for encoded in () if is_snapshot else _FACTS.decode(raw):
+            yield facts.decode(encoded)
+
+
+def seen_in(entries: Iterable[Entry]) -> list[Seen]:
+    """What the steps that the *entries* tell of were made of."""
+    found: list[Seen] = []
+    for entry in entries:
+        is_snapshot, _, seen = _ENTRY.decode(entry.body)
+        found = seen if is_snapshot else found + seen
+    return found
 
 
 def replayed(definition: Definition, entries: list[Entry]) -> Run:
@@ -199,7 +232,7 @@ def replayed(definition: Definition, entries: list[Entry]) -> Run:
     for entry in entries:
         if entry.damage:
             raise StoreFailed(f"entry {entry.number} of the run: {entry.damage}")
-        is_snapshot, raw = _ENTRY.decode(entry.body)
+        is_snapshot, raw, _ = _ENTRY.decode(entry.body)
         if is_snapshot:
             run = Run.restore(msgspec.msgpack.decode(raw, type=bytes), definition)
             continue
@@ -283,7 +316,11 @@ class LiveRun:
         self._versions: Versions = {}
         self._left: list[Left] = []
         self._uris: list[str] = []
+        self._new_seen: list[Seen] = []
         """What is to be written with the next facts."""
+
+        self._seen: list[Seen] = []
+        """All of them, for the provenance."""
 
         self._shared = shared_in(self.stored.definition)
         self.engine = Run(self.stored.definition)
@@ -315,6 +352,7 @@ class LiveRun:
         entries = await log_of(self._journals, self.id)
         self.engine = await asyncio.to_thread(replayed, self.stored.definition, entries)
         self._written = [entry.number for entry in entries]
+        self._seen = seen_in(entries)
         for entry in await log_of(self._journals, self.id, LEFT):
             for left in msgspec.msgpack.decode(entry.body, type=list[Left]):
                 self._versions[left.workspace, left.key] = left.version
@@ -417,10 +455,12 @@ class LiveRun:
         self._since_snapshot += len(new)
         if self._since_snapshot > SNAPSHOT_FACTS:
             snapshot = await asyncio.to_thread(self.engine.snapshot)
-            entry = NewEntry(LOG, body=msgspec.msgpack.encode((True, snapshot)))
+            entry = NewEntry(LOG, body=msgspec.msgpack.encode((True, snapshot, self._seen)))
+            self._new_seen = []
             replaced, self._written, self._since_snapshot = self._written, [], 0
         else:
-            entry, replaced = entry_of(new), []
+            entry, replaced = entry_of(new, self._new_seen), []
+            self._new_seen = []
         self._written.append(self._last + 1)
         entries = [entry, *self._others()]
         self._last += len(entries)
@@ -453,9 +493,48 @@ class LiveRun:
         self.status.kind, self.status.message = finish.kind, finish.message
         self.status.results = finish.results
         head = msgspec.json.encode(self.status)
-        entries = [*([entry_of(self._kept)] if self._kept else []), *self._others()]
+        entries = self._others()
+        if self._kept:
+            entries.append(entry_of(self._kept, self._new_seen))
+        entries += await self._signed(finish, now)
         await self._journals.append(self.id, entries, head=head, ended_at=now, heard=self._heard)
         log.info("run over", extra={"run": self.name, "state": finish.status, "why": finish.kind})
+
+    async def _signed(self, finish: Finish, now: float) -> list[NewEntry]:
+        """The run's provenance; none if that cannot be told, which is no reason not to end."""
+        try:
+            entries = await log_of(self._journals, self.id)
+            envelope = await asyncio.to_thread(self._sign, finish, now, entries)
+        except Exception:
+            log.exception("a run has no provenance", extra={"run": self.name})
+            return []
+        return [NewEntry(PROVENANCE, body=envelope)]
+
+    def _sign(self, finish: Finish, now: float, entries: list[Entry]) -> bytes:
+        told = [*facts_in(entries), *self._kept]
+        began = next((fact for fact in told if isinstance(fact, RunBegan)), None)
+        tree = self.engine.tree()
+        assert tree is not None
+        history = hashlib.sha256()
+        for entry in entries:
+            history.update(entry.body)
+        about = {"name": self.stored.metadata.name, "namespace": self.namespace}
+        observed = observing.observed(
+            about | {"workflow": self.stored.workflow},
+            msgspec.json.encode(self.stored.definition, order="deterministic"),
+            tree,
+            [fact for fact in told if isinstance(fact, Ended)],
+            self._seen,
+            params=began.params if began is not None else {},
+            results=finish.results,
+            status=finish.status,
+            by=began.by if began is not None else "",
+            began_at=self.status.started_at,
+            ended_at=now,
+            internal=self._means.internal,
+            history_sha256=history.hexdigest(),
+        )
+        return self._means.sign(statement(observed))
 
     # ---- commands -----------------------------------------------------------------------------
 
@@ -559,6 +638,7 @@ class LiveRun:
         flight = means.flights[key] = asyncio.get_running_loop().create_future()
         try:
             if (found := await asyncio.to_thread(self._found, key)) is not None:
+                self._saw(invoke, body, found.run)
                 self._uris += [artifact.uri for artifact in found.outputs.values()]
                 return Ended(
                     at=self._clock.now(),
@@ -589,7 +669,18 @@ class LiveRun:
             return None  # an artifact of it is gone, or not what it was
         return found
 
+    def _saw(self, invoke: Invoke, body: Body, cached_from: str = "") -> None:
+        if len(self._seen) >= SEEN_MAX:
+            return
+        name = body.spec.environment if body.spec is not None else ""
+        digest = self._means.environment(self.namespace, name).digest if name else ""
+        package = body.spec.package if body.spec is not None else ""
+        seen = observing.seen_of(invoke, package, name, digest, body.script, cached_from)
+        self._seen.append(seen)
+        self._new_seen.append(seen)
+
     async def _run_step(self, invoke: Invoke, body: Body) -> Ended | Failed:
+        self._saw(invoke, body)
         if is_furnished(invoke):
             return await self._furnished(invoke, body)
         function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)

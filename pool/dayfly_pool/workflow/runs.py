@@ -217,6 +217,18 @@ class Runs:
         entries = await run.log_of(self._journals, view.journal.id)
         return await asyncio.to_thread(run.replayed, view.stored.definition, entries)
 
+    async def told(self, view: View) -> list[facts.Fact]:
+        """What its journal tells, but for what a snapshot has taken the place of."""
+        return list(run.facts_in(await run.log_of(self._journals, view.journal.id)))
+
+    async def provenance(self, namespace: str, name: str) -> bytes:
+        """What was signed at its end, a DSSE envelope. Raises `RunNotFound`, `BadInput`."""
+        view = await self.get(namespace, name)
+        entries = await run.log_of(self._journals, view.journal.id, run.PROVENANCE)
+        if not entries:
+            raise BadInput(f"run {name!r} is {view.status.state}: it has no provenance (yet)")
+        return entries[-1].body
+
     def expected(self, view: View) -> list[facts.Expect]:
         """What somebody outside is waited for."""
         live = self._live.get(view.journal.id)
