@@ -106,13 +106,14 @@ def step_view(shown: "Shown", attempts: dict[str, list[AttemptView]] | None = No
 def run_view(document: Mapping[str, Any], now: float) -> RunView:
     """A run as the admin API answers with it, its `tree` made by `step_view`."""
     metadata, status = document["metadata"], document["status"]
+    waiting: StepView = {"key": "", "name": "", "state": "waiting"}
     return {
         "namespace": metadata["namespace"],
         "name": metadata["name"],
         "workflow": status["workflow"],
         "status": status["state"],
         "now": now,
-        "tree": document.get("tree") or {"key": "", "name": "", "state": "waiting"},
+        "tree": document.get("tree") or waiting,
     }
 
 
