@@ -73,7 +73,7 @@ def test_the_key_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path):
 def test_of_two_that_make_it_at_once_both_have_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Or what one of them signed could never be verified. Here one makes it while the other does."""
+    """Or what one signed could never be verified. Here one makes it while the other does."""
     made, theirs = signing._made, list[str]()
 
     def meanwhile() -> bytes:
