@@ -3,7 +3,7 @@
 Nothing of the pool is imported here: the command reads these too.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -101,6 +101,20 @@ def step_view(shown: "Shown", attempts: dict[str, list[AttemptView]] | None = No
     view |= {name: value for name, value in optional.items() if value}
     found: StepView = view
     return found
+
+
+def run_view(document: Mapping[str, Any], now: float) -> RunView:
+    """A run as the admin API answers with it, its `tree` made by `step_view`."""
+    metadata, status = document["metadata"], document["status"]
+    waiting: StepView = {"key": "", "name": "", "state": "waiting"}
+    return {
+        "namespace": metadata["namespace"],
+        "name": metadata["name"],
+        "workflow": status["workflow"],
+        "status": status["state"],
+        "now": now,
+        "tree": document.get("tree") or waiting,
+    }
 
 
 def attempts_of(facts: "Iterable[Fact]") -> dict[str, list[AttemptView]]:

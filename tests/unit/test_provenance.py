@@ -183,6 +183,15 @@ def test_what_a_step_passes_on_unchanged_came_from_outside():
     assert inputs(run(same, after)) == ["copy/x"]
 
 
+def test_what_was_there_at_the_moment_a_step_was_asked_for_was_made_for_it():
+    """The fact that ends one step is the fact that asks for the next: their times are equal."""
+    first = step("first", 0, outputs={"y": file("1")})
+    second = step("second", first.ended_at - BEGAN, inputs={"x": file("1")})
+
+    assert second.asked_at == first.ended_at
+    assert inputs(run(first, second)) == []
+
+
 def test_what_was_made_only_after_it_was_taken_in_came_from_outside():
     early = step("early", 0, inputs={"x": file("1")}, outputs={"y": file("2")})
     late = step("late", 5, inputs={"y": file("2")}, outputs={"x": file("1")})

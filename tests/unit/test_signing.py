@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +73,19 @@ def test_the_key_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path):
 def test_of_two_that_make_it_at_once_both_have_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Or what one of them signed could never be verified."""
-    both, made = threading.Barrier(2, timeout=30), signing._made
+    """Or what one signed could never be verified. Here one makes it while the other does."""
+    made, theirs = signing._made, list[str]()
 
-    def meet() -> bytes:
-        both.wait()
+    def meanwhile() -> bytes:
+        monkeypatch.setattr(signing, "_made", made)
+        theirs.append(InstallationKey(tmp_path / "p").id)
         return made()
 
-    monkeypatch.setattr(signing, "_made", meet)
-    found: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(InstallationKey(tmp_path / "p").id))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    monkeypatch.setattr(signing, "_made", meanwhile)
+    mine = InstallationKey(tmp_path / "p").id
 
-    assert len(found) == 2
-    assert len(set(found)) == 1
+    assert [mine] == theirs
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["signing-key.pem"]
 
 
 def test_a_key_that_others_may_read_signs_nothing(tmp_path: Path):

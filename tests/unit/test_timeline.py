@@ -17,11 +17,15 @@ from dayfly_gateway.run_views import (
     counted,
     duration,
     leaves,
+    run_view,
     size,
     step_view,
 )
 from dayfly_gateway.timeline import BINS, INSTANCES_SHOWN, chart, critical, page, svg
-from dayfly_pool.workflow.facts import Ended, Failed, Report, Started
+from dayfly_pool.workflow.engine import Run
+from dayfly_pool.workflow.facts import Ended, Fact, Failed, Report, RunBegan, Started
+from dayfly_pool.workflow.model import Matrix, Step, WorkflowSpec
+from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.tree import Shown
 
 BEGAN = 1_795_441_200.0
@@ -346,6 +350,47 @@ def test_attempts_are_found_in_the_journal():
         {"attempt": 2, "state": "succeeded", "beganAt": 3.5, "endedAt": 5.0, "start": "warm"},
     ]}  # fmt: skip
     assert step_view(shown, found)["attempts"] == found["a"][:1]
+
+
+def test_a_run_as_the_engine_has_it_is_drawn_with_its_attempts():
+    """From the journal's facts to bars: nothing is lost on the way."""
+    first = Step(name="first", handler="work:do", retries=1)
+    many = Step(name="many", handler="work:do", run_after=("first",),
+                matrix=Matrix(params={"n": [1, 2]}))  # fmt: skip
+    facts: list[Fact] = [
+        RunBegan(at=BEGAN),
+        Started(at=BEGAN + 1, key="first", attempt=1, report=Report("created")),
+        Failed(at=BEGAN + 2, key="first", attempt=1, kind="Raised", message="no"),
+        Started(at=BEGAN + 3, key="first", attempt=2),
+        Ended(at=BEGAN + 4, key="first", attempt=2, report=Report("warm", 1.0, 1024)),
+        Ended(at=BEGAN + 4.5, key="many[0]", attempt=1, was_cached=True),
+        Started(at=BEGAN + 5, key="many[1]", attempt=1),
+    ]
+    engine = Run(Definition(WorkflowSpec(steps=(first, many))))
+    for fact in facts:
+        engine.feed(fact)
+    shown = engine.tree()
+    assert shown is not None
+    view: RunView = {**run(), "tree": step_view(shown, attempts_of(facts))}
+
+    assert labels(view) == ["✓ first", "▶ many", "✓ [0]", "▶ [1]"]
+    assert [kind for kind, _, _ in bars(view)] == [
+        "waiting", "failed", "delayed", "starting", "succeeded"]  # fmt: skip
+    assert bars(view, 2)[-1] == ("cached", 4.5, 4.5)
+    assert bars(view, 3)[-1] == ("running", 5, 10)
+    check_geometry(view)
+
+
+def test_a_run_that_has_not_begun_is_drawn_empty():
+    document = {
+        "metadata": {"namespace": "default", "name": "r1", "id": "1"},
+        "status": {"workflow": "forecast", "state": "Running"},
+        "tree": None,
+    }
+    view = run_view(document, BEGAN)
+
+    assert labels(view) == []
+    check_geometry(view)
 
 
 def test_leaves_are_what_runs_in_the_order_of_the_definition():

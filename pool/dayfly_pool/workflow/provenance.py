@@ -216,7 +216,8 @@ def decode(payload: bytes) -> Statement:
 def statement(observed: Observed) -> Statement:
     """What is to be signed of a run that is over. Raises `BadInput` naming what cannot be."""
     _check(observed)
-    subjects = _subjects(observed)
+    outside, passed_on = _taken(observed)
+    subjects = _subjects(observed, passed_on)
     external = {
         "workflow": {"namespace": observed.namespace, "name": observed.workflow},
         "params": {name: _short(value) for name, value in observed.params.items()},
@@ -236,7 +237,7 @@ def statement(observed: Observed) -> Statement:
                 build_type=BUILD_TYPE,
                 external_parameters=external,
                 internal_parameters=internal,
-                resolved_dependencies=tuple(_dependencies(observed)),
+                resolved_dependencies=tuple(_dependencies(observed, outside)),
             ),
             run_details=RunDetails(
                 builder=Builder(
@@ -289,9 +290,8 @@ def _taken(observed: Observed) -> tuple[dict[str, Resource], set[str]]:
     return outside, passed_on
 
 
-def _subjects(observed: Observed) -> tuple[Resource, ...]:
+def _subjects(observed: Observed, passed_on: set[str]) -> tuple[Resource, ...]:
     marked, final, every = [], [], []
-    _, passed_on = _taken(observed)
     for step, name, artifact in _outputs(observed.steps):
         found = described(f"{step.key}/{name}", artifact)
         every.append(found)
@@ -307,7 +307,7 @@ def _subjects(observed: Observed) -> tuple[Resource, ...]:
     return (Resource(name="results", uri=uri, digest={"sha256": digest}, media_type=kind),)
 
 
-def _dependencies(observed: Observed) -> Iterator[Resource]:
+def _dependencies(observed: Observed, outside: Mapping[str, Resource]) -> Iterator[Resource]:
     space = f"{SCHEME}{observed.namespace}"
     definition = {"sha256": observed.definition_sha256}
     yield Resource(
@@ -321,7 +321,6 @@ def _dependencies(observed: Observed) -> Iterator[Resource]:
         for digest in sorted({getattr(step, field) for step in observed.steps} - {""}):
             uri = f"{space}/{what}/sha256/{digest}"
             yield Resource(name=what, uri=uri, digest={"sha256": digest})
-    outside, _ = _taken(observed)
     yield from _distinct(outside.values())
     for run in sorted({step.cached_from for step in observed.steps if step.was_cached} - {""}):
         yield Resource(name="cached", uri=f"{space}/runs/{run}")
