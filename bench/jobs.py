@@ -172,7 +172,7 @@ async def load(port: int, rate: float, seconds: float) -> list[float]:
         else:
             free.pop().ask(request, due)
             sent += 1
-    while len(took) < sent:
+    while len(took) < sent:  # noqa: ASYNC110 - nobody else is there
         await asyncio.sleep(0.01)
     return took
 
@@ -184,7 +184,8 @@ def filled(server: harness.Server, name: str, function: str) -> Iterator[None]:
         put(server, name, function=function, size=FOR_EVER, parallelism=100)
         while not status(server, name)["succeeded"]:
             time.sleep(0.05)
-        time.sleep(1)
+        server.wait(lambda pool: not pool["phases"].get("starting"), 60)
+        time.sleep(2)
     try:
         yield
     finally:
