@@ -39,6 +39,7 @@ from dayfly_pool.models import (
     Success,
     Timing,
 )
+from dayfly_pool.pace import Pace
 from dayfly_pool.sandbox import Lost, Sandbox, left_behind
 
 log = logging.getLogger("dayfly.pool")
@@ -93,6 +94,7 @@ class Pool:
         )
         self.metrics = Metrics(self.state)
         self.logs = Logs()
+        self.pace = Pace()
         self._driver = driver
         self._environments: dict[str, Environment] = {}
         self._boxes: dict[SandboxId, _Box] = {}
@@ -217,6 +219,8 @@ class Pool:
         now = time.monotonic()
         call.assigned_at = now
         call.box = box
+        if not function.is_batch:
+            self.pace.seen_at = now
         timing = call.timing
         timing.start = command.start
         waited = now - call.submitted_at

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -465,6 +466,8 @@ class Job:
         try:
             while task is not None:
                 await self._run_task(task)
+                if (wait_s := self._pool.pace.wait_s(time.monotonic())) > 0:
+                    await asyncio.sleep(wait_s)
                 self._workers -= 1  # so that this place is one that may be taken
                 task = self.tasks.take(self._clock.now()) if self._may_begin() else None
                 self._workers += 1
