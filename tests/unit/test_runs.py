@@ -76,6 +76,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours_module, "AGAIN_S", 0.01)
     monkeypatch.setattr(module, "SWEEP_S", 0.01)
     monkeypatch.setattr(run_module, "HEAD_S", 0.0)
+    monkeypatch.setattr(run_module, "LAST_WRITE_S", 0.01)
 
 
 class Hands(Clock):
@@ -1003,7 +1004,7 @@ class Cut(MemoryJournals):
     async def append(self, appends: Any) -> Any:
         if self.left <= 0:
             self.died.set()
-            await asyncio.get_running_loop().create_future()
+            raise StoreFailed("the server was killed")
         self.left -= 1
         return await super().append(appends)
 
