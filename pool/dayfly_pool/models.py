@@ -363,6 +363,9 @@ class Invocation(Struct, frozen=True):
     env: dict[str, str] | None = None
     """Variables for this one."""
 
+    timeout_s: float | None = None
+    """Less than the function's."""
+
 
 class Timing(Struct):
     """Where an invocation's time went, in seconds; None for what did not happen."""

@@ -37,6 +37,9 @@ class Ours:
         self._go_on, self._heard, self._lost = go_on, heard, lost
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[JournalId, asyncio.Task[None]] = {}
+        self._leaving: dict[JournalId, asyncio.Task[None]] = {}
+        """Of those that somebody else has got; until their tasks have ended."""
+
         self._wishes: dict[JournalId, list[Wish]] = {}
         journals.keep(kind, self)
 
@@ -66,7 +69,9 @@ class Ours:
     def adopt(self, journal: Journal) -> None:
         """It is ours to go on with."""
         assert self._group is not None
-        task = self._group.create_task(self._run(journal), name=f"{self._kind} {journal.name}")
+        before = self._leaving.get(journal.id)
+        going = self._run(journal, before)
+        task = self._group.create_task(going, name=f"{self._kind} {journal.name}")
         self._tasks[journal.id] = task
         task.add_done_callback(functools.partial(self._left, journal.id))
 
@@ -80,15 +85,24 @@ class Ours:
         self._lost(id_)
         if (task := self._tasks.pop(id_, None)) is not None:
             task.cancel()
+            self._leaving[id_] = task
+            self._wishes.pop(id_, None)
 
     def _left(self, id_: JournalId, task: asyncio.Task[None]) -> None:
         if self._tasks.get(id_) is task:
             del self._tasks[id_]
             self._wishes.pop(id_, None)
+        if self._leaving.get(id_) is task:
+            del self._leaving[id_]
         self._journals.look()
 
-    async def _run(self, journal: Journal) -> None:
-        """A defect of ours over one must not end the others."""
+    async def _run(self, journal: Journal, before: asyncio.Task[None] | None) -> None:
+        """A defect of ours over one must not end the others.
+
+        *before* went on with it when it was ours before, and may be at its end still.
+        """
+        if before is not None:
+            await asyncio.wait([before])
         extra = {"kind": self._kind, "journal": journal.name}
         while True:
             try:
@@ -108,9 +122,14 @@ class Ours:
             journal = again
 
     async def _again(self, journal: Journal) -> Journal | None:
-        """As it is now; None when it is not ours any more."""
+        """As it is now, and what is wished of it; None when it is not ours any more."""
         try:
             found = await self._journals.store.get(journal.id)
+            wished = (await self._journals.store.wishes()).get(journal.id, ())
         except PlatformError:
             return journal
-        return found if found is not None and found.fence == journal.fence else None
+        if found is None or found.is_over or found.fence != journal.fence:
+            return None
+        there = {wish.number: wish for wish in (*wished, *self._wishes.get(journal.id, ()))}
+        self._wishes[journal.id] = [there[number] for number in sorted(there)]
+        return found

@@ -54,11 +54,13 @@ TRACEBACK_LINES_MAX: Final = 200
 class _Call:
     """One invocation on its way: who waits for it, since when, where it runs."""
 
-    __slots__ = ("assigned_at", "box", "future", "invocation", "submitted_at", "timing")
+    __slots__ = (
+        "assigned_at", "box", "future", "invocation", "submitted_at", "timeout_s", "timing",
+    )  # fmt: skip
 
     def __init__(self, invocation: Invocation, future: asyncio.Future[Outcome], now: float) -> None:
         self.invocation, self.future, self.submitted_at = invocation, future, now
-        self.assigned_at = 0.0
+        self.assigned_at = self.timeout_s = 0.0
         self.box: _Box
         self.timing = Timing()
 
@@ -232,6 +234,9 @@ class Pool:
             waited -= timing.create_s
         timing.queue_s = max(0.0, waited)
         timeout_s = function.spec.timeout_seconds
+        if invocation.timeout_s is not None:
+            timeout_s = min(timeout_s, invocation.timeout_s)
+        call.timeout_s = timeout_s
         self._running.add(call, timeout_s, now)
         request = Invoke.of(
             {
@@ -261,7 +266,7 @@ class Pool:
         self, call: _Call, function: Function, number: int, message: Message | Lost, body: bytes
     ) -> None:
         """The guest answered, or is lost; the place in it is free again."""
-        self._running.remove(call, function.spec.timeout_seconds)
+        self._running.remove(call, call.timeout_s)
         box = call.box
         box.calls.pop(number, None)
         timing = call.timing

@@ -11,6 +11,7 @@ from dayfly_pool.models import FunctionSpec
 from dayfly_pool.workflow.facts import Invoke
 from dayfly_pool.workflow.model import RESULT, Declared, Step, TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.references import Scope, arguments, substitute_text
+from dayfly_pool.workflow.values import is_fit, type_of
 
 COMMAND: Final = "dayfly.command:run"
 TIMEOUT_S: Final = 3600.0
@@ -30,32 +31,46 @@ class Body(Struct, frozen=True):
     script: str = ""
     """What is not the same is not run in the same sandbox."""
 
-    timeout_s: float = TIMEOUT_S
+    env: dict[str, str] = {}
+    """Variables that are not the same for all attempts."""
+
+    timeout_s: float | None = None
+    """Of this attempt; None: the function's."""
 
 
 def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
     """How *invoke* is run, a step of *workflow*. Raises `BadInput`."""
     step = invoke.step
     does: Step | TaskSpec = invoke.task or step
-    given = invoke.params
+    given, scope = invoke.params, invoke.scope
     if does.function is not None:
-        return Body(msgspec.json.encode(given), function=does.function)
-    scope = invoke.scope
+        env = _env(step, invoke.task, scope)
+        return Body(
+            msgspec.json.encode(given),
+            function=does.function,
+            env=env,
+            timeout_s=invoke.timeout_s,
+        )
+    same, own = {}, _env(step, invoke.task, scope)
+    for name, text in ((invoke.task.env if invoke.task is not None else {}) | step.env).items():
+        if own[name] == text:  # the same for all: they share sandboxes, and see it on import
+            same[name] = own.pop(name)
     package = invoke.task.package if invoke.task is not None else workflow.package
     spec = FunctionSpec(
         handler=does.handler or COMMAND,
         package=package or empty_package,
         environment=step.environment or _environment(invoke.task, workflow),
-        env=_env(step, invoke.task, scope),
+        env=same,
         network=step.network or (invoke.task.network if invoke.task is not None else "none"),
-        timeout_seconds=min(invoke.timeout_s or TIMEOUT_S, 86400.0),
+        timeout_seconds=86400.0,
         max_scale=10_000,
         queue_max=1_000_000,
         keep_alive_seconds=KEEP_ALIVE_S,
     )
     event = given if does.handler is not None else _command(does, given, scope)
     script = does.script or "\0".join(does.command or ())
-    return Body(msgspec.json.encode(event), spec=spec, script=script)
+    timeout_s = invoke.timeout_s or TIMEOUT_S
+    return Body(msgspec.json.encode(event), spec=spec, script=script, env=own, timeout_s=timeout_s)
 
 
 def identity(namespace: str, workflow: str, body: Body, environment: str) -> str:
@@ -70,25 +85,27 @@ def identity(namespace: str, workflow: str, body: Body, environment: str) -> str
 def results_of(invoke: Invoke, returned: Any) -> dict[str, Any]:
     """A step's results, as what it *returned* has them. Raises `BadInput`."""
     does: Step | TaskSpec = invoke.task or invoke.step
-    if does.script is None and does.command is None:
-        found = {RESULT: returned}
-        if isinstance(returned, dict):
-            found |= {
-                each.name: returned[each.name] for each in does.results if each.name in returned
-            }
-        return found
-    written = returned.get("results", {}) if isinstance(returned, dict) else {}
-    found = {RESULT: returned.get("result") if isinstance(returned, dict) else returned}
+    is_process = does.script is not None or does.command is not None
+    left = returned
+    if is_process and does.results:  # else `dayfly.command` returns just the one
+        if not isinstance(returned, dict):
+            raise BadInput("its results are not what a process leaves")
+        left, returned = returned.get("results"), returned.get("result")
+    found = {RESULT: returned}
     for each in does.results:
-        if each.name in written:
-            found[each.name] = _typed(each, written[each.name])
+        if isinstance(left, dict) and each.name in left:
+            value = left[each.name]
+            found[each.name] = _decoded(each, str(value)) if is_process else value
+        if each.name in found and not is_fit(each.type, type_of(found[each.name])):
+            what = type_of(found[each.name])
+            raise BadInput(f"result {each.name!r} is declared as {each.type}, this is {what}")
     return found
 
 
-def _typed(declared: Declared, text: str) -> Any:
-    """What a process wrote, with the type that is declared. Raises `BadInput`."""
+def _decoded(declared: Declared, text: str) -> Any:
+    """What a process wrote, without the newline at its end. Raises `BadInput`."""
     if declared.type in ("string", "any"):
-        return text
+        return text.removesuffix("\n")
     try:
         return msgspec.json.decode(text.strip())
     except msgspec.DecodeError as error:
@@ -101,9 +118,12 @@ def _environment(task: TaskSpec | None, workflow: WorkflowSpec) -> str:
 
 def _env(step: Step, task: TaskSpec | None, scope: Scope | None) -> dict[str, str]:
     env = (task.env if task is not None else {}) | step.env
-    if scope is None:
-        return dict(env)
-    return {name: substitute_text(text, scope) for name, text in env.items()}
+    if scope is not None:
+        env = {name: substitute_text(text, scope) for name, text in env.items()}
+    for name, text in env.items():
+        if "\0" in text:
+            raise BadInput(f"env {name!r} would hold a NUL: no process can be given that")
+    return env
 
 
 def _command(does: Step | TaskSpec, given: dict[str, Any], scope: Scope | None) -> dict[str, Any]:

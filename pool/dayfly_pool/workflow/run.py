@@ -85,7 +85,15 @@ AT_ONCE: Final = 256
 
 FACTS_AT_ONCE: Final = 512
 ENTRY_BYTES: Final = 4 << 20
+"""Of facts that are written at once; but one at least."""
+
 SNAPSHOT_FACTS: Final = 8192
+SNAPSHOT_BYTES_MAX: Final = 12 << 20
+"""Of a run with larger values every fact is kept."""
+
+HEAD_RESULTS_BYTES_MAX: Final = 32 * 1024
+LAST_WRITE_S: Final = 2.0
+KIND_CHARACTERS_MAX: Final = 128
 STARTED_S: Final = 0.5
 """A step that runs for longer than this is told to have started."""
 
@@ -165,6 +173,8 @@ class RunStatus(Struct, kw_only=True, rename="camel"):
     kind: str = ""
     message: str = ""
     results: dict[str, Any] = {}
+    is_cut: bool = False
+    """Whether there are more results than go in here: the engine has them."""
 
 
 class AskCancel(Struct, frozen=True, tag="cancel"):
@@ -193,8 +203,27 @@ class Decide(Struct, frozen=True, tag="decide"):
 
 
 Asked = AskCancel | Call | Decide
+
+
+class Counts(Struct, array_like=True):
+    """How attempts ended, as far as they were written down."""
+
+    succeeded: int = 0
+    failed: int = 0
+    cached: int = 0
+
+    def take(self, fact: Fact) -> None:
+        """One more, if it is the end of one."""
+        if isinstance(fact, Ended):
+            self.succeeded += 1
+            self.cached += fact.was_cached
+        elif isinstance(fact, Failed):
+            self.failed += 1
+
+
 _ENTRY: Final = msgspec.msgpack.Decoder(tuple[bool, msgspec.Raw, list[Seen]])
 _FACTS: Final = msgspec.msgpack.Decoder(list[bytes])
+_SNAPSHOT: Final = msgspec.msgpack.Decoder(tuple[bytes, Counts])
 
 
 def token_of(stored: StoredRun, key: str, attempt: int) -> str:
@@ -203,10 +232,9 @@ def token_of(stored: StoredRun, key: str, attempt: int) -> str:
     return hmac.digest(stored.secret, text, "sha256").hex()[:40]
 
 
-def entry_of(new: list[Fact], seen: Sequence[Seen] = ()) -> NewEntry:
-    """What has happened, as an entry of the journal."""
-    body = msgspec.msgpack.encode((False, [facts.encode(fact) for fact in new], seen))
-    return NewEntry(LOG, body=body)
+def entry_of(new: list[bytes], seen: Sequence[Seen] = ()) -> NewEntry:
+    """What has happened, as an entry of the journal: facts, encoded."""
+    return NewEntry(LOG, body=msgspec.msgpack.encode((False, new, seen)))
 
 
 def facts_in(entries: Iterable[Entry]) -> Iterator[Fact]:
@@ -226,19 +254,22 @@ def seen_in(entries: Iterable[Entry]) -> list[Seen]:
     return found
 
 
-def replayed(definition: Definition, entries: list[Entry]) -> Run:
+def replayed(definition: Definition, entries: list[Entry]) -> tuple[Run, Counts]:
     """The engine as the *entries* have it. Raises `StoreFailed` for a damaged one."""
-    run = Run(definition)
+    run, counts = Run(definition), Counts()
     for entry in entries:
         if entry.damage:
             raise StoreFailed(f"entry {entry.number} of the run: {entry.damage}")
         is_snapshot, raw, _ = _ENTRY.decode(entry.body)
         if is_snapshot:
-            run = Run.restore(msgspec.msgpack.decode(raw, type=bytes), definition)
+            snapshot, counts = _SNAPSHOT.decode(raw)
+            run = Run.restore(snapshot, definition)
             continue
         for encoded in _FACTS.decode(raw):
-            run.feed(facts.decode(encoded))
-    return run
+            fact = facts.decode(encoded)
+            counts.take(fact)
+            run.feed(fact)
+    return run, counts
 
 
 async def log_of(journals: Journals, id_: JournalId, part: int = LOG) -> list[Entry]:
@@ -324,9 +355,19 @@ class LiveRun:
 
         self._shared = shared_in(self.stored.definition)
         self.engine = Run(self.stored.definition)
-        self._facts: deque[Fact] = deque()
-        self._kept: list[Fact] = []
-        """Fed, and not written yet."""
+        self.is_ready = False
+        """Whether the engine knows all that is written down."""
+
+        self._counts = Counts()
+        self._facts: deque[tuple[Fact, int]] = deque()
+        """What has happened, each with the number of the wish that it is, or 0."""
+
+        self._kept: list[bytes] = []
+        """Fed, encoded, and not written yet."""
+
+        self._kept_bytes = 0
+        self._is_urgent = False
+        """Whether what is kept is more than for people."""
 
         self._pending: deque[Invoke] = deque()
         self._running: dict[str, tuple[int, asyncio.Task[None]]] = {}
@@ -338,7 +379,10 @@ class LiveRun:
         self._kills: Counter[str] = Counter()
         self.expected: dict[str, Expect] = {}
         self._finish: Finish | None = None
-        self._last, self._heard, self._said_at = journal.last, 0, 0.0
+        self._last, self._said_at = journal.last, 0.0
+        self._heard = self._fed = self._granted = 0
+        """Numbers of the last wish that we know of, that the engine does, that is written down."""
+
         self._written: list[int] = []
         self._since_snapshot = 0
         self._is_held = False
@@ -350,17 +394,30 @@ class LiveRun:
     async def run(self) -> None:
         """Go on with it to its end. Raises `Late`; cancelled, it goes on later."""
         entries = await log_of(self._journals, self.id)
-        self.engine = await asyncio.to_thread(replayed, self.stored.definition, entries)
+        engine, counts = await asyncio.to_thread(replayed, self.stored.definition, entries)
+        self.engine, self._counts, self.is_ready = engine, counts, True
+        self._count()
         self._written = [entry.number for entry in entries]
         self._seen = seen_in(entries)
         for entry in await log_of(self._journals, self.id, LEFT):
             for left in msgspec.msgpack.decode(entry.body, type=list[Left]):
                 self._versions[left.workspace, left.key] = left.version
-        self._since_snapshot = self.engine.taken
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            self._carry_out(self.engine.outstanding())
-            await self._go_on()
+        self._since_snapshot = engine.taken
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                self._carry_out(engine.outstanding())
+                try:
+                    await self._go_on()
+                finally:
+                    self._stop_all()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from several
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError, PlatformError):
+                async with asyncio.timeout(LAST_WRITE_S):
+                    await self._write_last()  # what has ended need not run again
+            raise
         if self._finish is not None:
             await self._end(self._finish)
 
@@ -382,15 +439,14 @@ class LiveRun:
         now = self._clock.now()
         match msgspec.json.decode(wish.body, type=Asked):
             case AskCancel(by=by, hard=hard):
-                self._note(CancelAsked(at=now, by=by, is_hard=hard))
+                asked: Fact = CancelAsked(at=now, by=by, is_hard=hard)
             case Call(key=key, attempt=attempt, value=value):
-                self._note(Called(at=now, key=key, attempt=attempt, value=value))
+                asked = Called(at=now, key=key, attempt=attempt, value=value)
             case Decide(key=key, attempt=attempt, is_approved=is_approved, by=by, note=note):
-                self._note(
-                    Decided(
-                        at=now, key=key, attempt=attempt, is_approved=is_approved, by=by, note=note
-                    )
+                asked = Decided(
+                    at=now, key=key, attempt=attempt, is_approved=is_approved, by=by, note=note
                 )
+        self._note(asked, wish.number)
 
     def tree(self) -> Shown | None:
         """Its steps, as they are now."""
@@ -407,10 +463,13 @@ class LiveRun:
                     async with asyncio.timeout(wait_s):
                         await self._wake.wait()
             commands = self._feed()
-            if self._kept:
-                await self._write()
+            await self._write()
             self._carry_out(commands)
-        for _, task in list(self._running.values()):
+
+    def _stop_all(self) -> None:
+        """Nothing of it is under way here any more; its sandboxes are gone, too."""
+        for key, (attempt, task) in self._running.items():
+            self._pool.stop(self._invocation(key, attempt), "its run does not go on here")
             task.cancel()
 
     def _is_at_rest(self) -> bool:
@@ -429,44 +488,70 @@ class LiveRun:
         """What follows from what has happened; what made a difference is kept to be written."""
         commands: list[Command] = []
         if self._is_due():
-            self._facts.append(Passed(at=self._clock.now()))
+            self._facts.append((Passed(at=self._clock.now()), 0))
         for _ in range(min(FACTS_AT_ONCE, len(self._facts))):
-            fact = self._facts.popleft()
+            fact, wish = self._facts.popleft()
             before = self.engine.taken
             commands += self.engine.feed(fact)
-            if self.engine.taken > before:
-                self._kept.append(fact)
-                self._count(fact)
+            self._fed = max(self._fed, wish)
+            if self.engine.taken == before:
+                continue
+            self._keep(fact)
+            if self._kept_bytes >= ENTRY_BYTES:
+                break
         return commands
 
-    def _count(self, fact: Fact) -> None:
-        if isinstance(fact, Ended):
-            self.status.succeeded += 1
-            self.status.cached += fact.was_cached
-        elif isinstance(fact, Failed):
-            self.status.failed += 1
+    def _keep(self, fact: Fact) -> None:
+        encoded = facts.encode(fact)
+        self._kept.append(encoded)
+        self._kept_bytes += len(encoded)
+        self._is_urgent |= not isinstance(fact, Started)
+        self._counts.take(fact)
+        self._count()
+        if isinstance(fact, Called | Decided):
+            self.expected.pop(fact.key, None)
+
+    def _count(self) -> None:
+        counts, status = self._counts, self.status
+        status.succeeded, status.failed = counts.succeeded, counts.failed
+        status.cached = counts.cached
 
     # ---- the journal --------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        if all(isinstance(fact, Started) for fact in self._kept) and self._running:
+        if self._fed == self._granted and not self._kept:
+            return
+        if self._fed == self._granted and not self._is_urgent and self._running:
             return  # for people: with the next
-        new, self._kept = self._kept, []
-        self._since_snapshot += len(new)
+        self._since_snapshot += len(self._kept)
+        entry, replaced = None, []
         if self._since_snapshot > SNAPSHOT_FACTS:
             snapshot = await asyncio.to_thread(self.engine.snapshot)
-            entry = NewEntry(LOG, body=msgspec.msgpack.encode((True, snapshot, self._seen)))
-            self._new_seen = []
-            replaced, self._written, self._since_snapshot = self._written, [], 0
-        else:
-            entry, replaced = entry_of(new, self._new_seen), []
-            self._new_seen = []
-        self._written.append(self._last + 1)
-        entries = [entry, *self._others()]
+            self._since_snapshot = 0
+            if len(snapshot) <= SNAPSHOT_BYTES_MAX:
+                told = (snapshot, self._counts)
+                body = msgspec.msgpack.encode((True, told, self._seen))
+                entry, replaced = NewEntry(LOG, body=body), self._written
+                self._written = []
+        if entry is None and self._kept:
+            entry = entry_of(self._kept, self._new_seen)
+        self._kept, self._kept_bytes, self._is_urgent = [], 0, False
+        self._granted, self._new_seen = self._fed, []
+        if entry is not None:
+            self._written.append(self._last + 1)
+        entries = [*([entry] if entry is not None else []), *self._others()]
         self._last += len(entries)
         await self._journals.append(
-            self.id, entries, head=self._head(), replaces=replaced, heard=self._heard
+            self.id, entries, head=self._head(), replaces=replaced, heard=self._granted
         )
+
+    async def _write_last(self) -> None:
+        """What has happened until now. Whatever follows from it is another's to do."""
+        while self._facts:
+            self._feed()
+            await self._write()
+        self._is_urgent = True
+        await self._write()
 
     def _others(self) -> list[NewEntry]:
         """What else is to be known after a crash."""
@@ -492,6 +577,8 @@ class LiveRun:
         self.status.state, self.status.ended_at = finish.status, now
         self.status.kind, self.status.message = finish.kind, finish.message
         self.status.results = finish.results
+        if len(msgspec.json.encode(finish.results)) > HEAD_RESULTS_BYTES_MAX:
+            self.status.results, self.status.is_cut = {}, True
         head = msgspec.json.encode(self.status)
         entries = self._others()
         if self._kept:
@@ -511,7 +598,7 @@ class LiveRun:
         return [NewEntry(PROVENANCE, body=envelope)]
 
     def _sign(self, finish: Finish, now: float, entries: list[Entry]) -> bytes:
-        told = [*facts_in(entries), *self._kept]
+        told = [*facts_in(entries), *map(facts.decode, self._kept)]
         began = next((fact for fact in told if isinstance(fact, RunBegan)), None)
         tree = self.engine.tree()
         assert tree is not None
@@ -554,16 +641,20 @@ class LiveRun:
         self._begin_some()
 
     def _begin_some(self) -> None:
+        stopping: list[Invoke] = []
+        """Their last attempts are being stopped still."""
+
         while self._pending and len(self._running) < AT_ONCE and not self._is_held:
             invoke = self._pending.popleft()
             if (invoke.key, invoke.attempt) in self._dropped:
                 self._dropped.discard((invoke.key, invoke.attempt))
                 continue
-            if invoke.key in self._running:  # its last attempt is being stopped
-                self._pending.append(invoke)
-                return
+            if invoke.key in self._running:
+                stopping.append(invoke)
+                continue
             task = self._group.create_task(self._attempt(invoke))
             self._running[invoke.key] = invoke.attempt, task
+        self._pending.extendleft(reversed(stopping))
 
     def _cancel(self, command: Cancel) -> None:
         if self.expected.pop(command.key, None) is not None:
@@ -632,7 +723,8 @@ class LiveRun:
         """What the same step left before, here or in another run; else it is run, once."""
         means = self._means
         identity = means.identify(self.namespace, self._workflow_of(invoke), body)
-        key = cache.key_of(identity, body.event, invoke)
+        given = body.event + msgspec.json.encode(body.env, order="deterministic")
+        key = cache.key_of(identity, given, invoke)
         while (flight := means.flights.get(key)) is not None:
             await asyncio.wait((flight,))
         flight = means.flights[key] = asyncio.get_running_loop().create_future()
@@ -723,7 +815,9 @@ class LiveRun:
             function=function,
             body=body.event,
             queue_s_max=QUEUE_S_MAX,
-            env={
+            timeout_s=body.timeout_s,
+            env=body.env
+            | {
                 "DAYFLY_RUN": self.name,
                 "DAYFLY_STEP": invoke.key,
                 "DAYFLY_ATTEMPT": str(invoke.attempt),
@@ -780,13 +874,13 @@ class LiveRun:
             at=self._clock.now(),
             key=invoke.key,
             attempt=invoke.attempt,
-            kind=kind,
+            kind=kind[:KIND_CHARACTERS_MAX],
             message=message[: facts.MESSAGE_CHARACTERS_MAX],
             is_counted=is_counted,
             is_hopeless=is_hopeless,
             report=report or Report(),
         )
 
-    def _note(self, fact: Fact) -> None:
-        self._facts.append(fact)
+    def _note(self, fact: Fact, wish: int = 0) -> None:
+        self._facts.append((fact, wish))
         self._wake.set()

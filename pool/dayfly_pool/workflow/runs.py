@@ -2,17 +2,18 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, structs
 
-from dayfly_pool.errors import BadInput, PlatformError, RunNotFound, WorkflowNotFound
+from dayfly_pool.errors import BadInput, NameTaken, PlatformError, RunNotFound, WorkflowNotFound
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import FunctionId, Metadata
 from dayfly_pool.ours import Ours
@@ -33,10 +34,14 @@ RUNS_MAX: Final = 1000
 
 FUNCTION_IDLE_S: Final = 60.0
 SWEEP_S: Final = 10.0
-KEPT_S: Final = 7 * 86400.0
 PAGE: Final = 500
+KEPT_S: Final = 7 * 86400.0
 NESTED_MAX: Final = 100
 """Different workflows that one is made of."""
+
+RETRIES_MAX: Final = 100
+_AGAIN: Final = re.compile(r"-r\d{1,3}\Z")
+"""What the name of a run that was retried ends with."""
 
 
 class View(Struct, frozen=True):
@@ -121,7 +126,8 @@ class Runs:
         Raises `WorkflowNotFound`, `BadInput`, `NameTaken`, `StoreFailed`.
         """
         definition = self.definition(namespace, workflow)
-        check(definition.root, definition.tasks, definition.workflows, workflow)
+        root, tasks = definition.root, definition.tasks
+        await asyncio.to_thread(check, root, tasks, definition.workflows, workflow)
         bound = bind(definition.root.params, params)
         name = name or f"{workflow[:50]}-{secrets.token_hex(3)}"
         metadata = _metadata(namespace, name)
@@ -143,19 +149,23 @@ class Runs:
         if view.status.state not in RETRIABLE:
             raise BadInput(f"run {name!r} is {view.status.state}: only what failed is tried again")
         entries = await run.log_of(self._journals, view.journal.id)
-        engine = run.replayed(view.stored.definition, entries)
+        engine, _ = await asyncio.to_thread(run.replayed, view.stored.definition, entries)
         now = self._clock.now()
         before = engine.taken
         asked = facts.RetryAsked(at=now, by=by)
         engine.feed(asked)
         if engine.taken == before:
             raise BadInput(f"run {name!r} never began: start another")
-        stem, _, number = name.rpartition("-r")
-        again = f"{stem}-r{int(number) + 1}" if stem and number.isdigit() else f"{name[:58]}-r1"
-        stored = msgspec.structs.replace(
-            view.stored, metadata=_metadata(namespace, again), secret=secrets.token_bytes(32)
-        )
-        return await self._create(JournalId(new_id()), stored, [asked], now, entries)
+        id_, stem = JournalId(new_id()), _AGAIN.sub("", name)
+        for number in range(1, RETRIES_MAX + 1):
+            stored = msgspec.structs.replace(
+                view.stored,
+                metadata=_metadata(namespace, f"{stem[:57].rstrip('-')}-r{number}"),
+                secret=secrets.token_bytes(32),
+            )
+            with suppress(NameTaken):
+                return await self._create(id_, stored, [asked], now, entries)
+        raise BadInput(f"run {name!r} was retried {RETRIES_MAX} times: delete some of these runs")
 
     async def _create(
         self,
@@ -177,7 +187,7 @@ class Runs:
                 head=msgspec.json.encode(status),
                 spec=msgspec.json.encode(stored),
             ),
-            [*copied, run.entry_of(new)],
+            [*copied, run.entry_of([facts.encode(fact) for fact in new])],
         )
         return View(journal, stored, status)
 
@@ -201,9 +211,9 @@ class Runs:
         return [(journal, self._status(journal)) for journal in found]
 
     def _status(self, journal: Journal) -> RunStatus:
-        if (live := self._live.get(journal.id)) is not None:
-            live.status.state = "Running"
-            return live.status
+        live = self._live.get(journal.id)
+        if live is not None and not journal.is_over:
+            return msgspec.structs.replace(live.status, state="Running", ended_at=0.0, results={})
         return msgspec.json.decode(journal.head, type=RunStatus)
 
     async def tree(self, view: View) -> Shown | None:
@@ -212,10 +222,19 @@ class Runs:
 
     async def engine(self, view: View) -> Run:
         """What its facts amount to. Not to be fed."""
-        if (live := self._live.get(view.journal.id)) is not None:
+        live = self._live.get(view.journal.id)
+        if live is not None and live.is_ready:
             return live.engine
         entries = await run.log_of(self._journals, view.journal.id)
-        return await asyncio.to_thread(run.replayed, view.stored.definition, entries)
+        engine, _ = await asyncio.to_thread(run.replayed, view.stored.definition, entries)
+        return engine
+
+    async def results(self, view: View) -> dict[str, Any]:
+        """What it has left; nothing before it is over."""
+        if not view.status.is_cut:
+            return view.status.results
+        commands = (await self.engine(view)).outstanding()
+        return next((each.results for each in commands if isinstance(each, facts.Finish)), {})
 
     async def told(self, view: View) -> list[facts.Fact]:
         """What its journal tells, but for what a snapshot has taken the place of."""
@@ -268,7 +287,9 @@ class Runs:
         """Somebody approves or refuses. Raises `RunNotFound`, `BadInput`."""
         view = await self.get(namespace, name)
         for command in (await self.engine(view)).outstanding():
-            if isinstance(command, facts.Expect) and command.key == key:
+            if not isinstance(command, facts.Expect) or command.kind != "approval":
+                continue
+            if command.key == key:
                 asked = msgspec.structs.replace(decided, key=key, attempt=command.attempt)
                 await self.ask(namespace, name, asked)
                 return
@@ -304,10 +325,10 @@ class Runs:
             live.hold()
         try:
             await live.run()
-        finally:
-            del self._live[journal.id]
             if live.status.ended_at:
                 self.ended[live.status.state] += 1
+        finally:
+            del self._live[journal.id]
 
     def _lost(self, id_: JournalId) -> None:
         """Another server has it, and begins what ran here again."""
@@ -346,11 +367,13 @@ class Runs:
                 self._pool.remove(id_)
 
     async def _forget_old(self) -> None:
-        before: JournalId | None = None
+        """Ids are in the order of time, so that only those that can be old are looked at."""
+        at = self._clock.now() - KEPT_S
+        before = JournalId(f"{int(at * 1000):012x}")
         while page := await self._journals.store.page("run", None, PAGE, before, is_over=True):
             before = page[-1].id
             for journal in page:
-                if self._clock.now() >= journal.ended_at + KEPT_S:
+                if journal.ended_at <= at:
                     await self._journals.delete(journal.id)
 
 
