@@ -31,7 +31,7 @@ class Ours:
         most: int,
         go_on: Callable[[Journal], Awaitable[None]],
         heard: Callable[[JournalId, Wish], bool],
-        lost: Callable[[JournalId], None],
+        lost: Callable[[JournalId], None] = lambda id_: None,
     ) -> None:
         self._journals, self._kind, self._most = journals, kind, most
         self._go_on, self._heard, self._lost = go_on, heard, lost

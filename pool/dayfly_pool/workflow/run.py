@@ -426,11 +426,6 @@ class LiveRun:
         self._is_held = True
         self._wake.set()
 
-    def stop_running(self, why: str) -> None:
-        """Stop what runs."""
-        for key, (attempt, _) in list(self._running.items()):
-            self._pool.stop(self._invocation(key, attempt), why)
-
     def hear(self, wish: Wish) -> None:
         """Somebody wants something of it."""
         if wish.number <= self._heard:

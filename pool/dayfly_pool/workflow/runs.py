@@ -77,7 +77,7 @@ class Runs:
         """Runs that have ended here, by how."""
 
         self._is_held = False
-        self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard, self._lost)
+        self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Runs"]:
@@ -329,11 +329,6 @@ class Runs:
                 self.ended[live.status.state] += 1
         finally:
             del self._live[journal.id]
-
-    def _lost(self, id_: JournalId) -> None:
-        """Another server has it, and begins what ran here again."""
-        if (live := self._live.get(id_)) is not None:
-            live.stop_running("another server has the run")
 
     def _heard(self, id_: JournalId, wish: Wish) -> bool:
         if (live := self._live.get(id_)) is None:
