@@ -48,12 +48,17 @@ class Driver(Protocol):
     *zygote* has it fork, and `retire` lets it end after the last of its sandboxes. Whoever
     destroys a zygote destroys its sandboxes. `exited` and `destroy` take zygotes as well.
 
+    In sandboxes of a mold for *steps*, a function with mounts finds its folders; their files belong
+    to the user *steps_owner* on this machine, which no sandbox runs as where they have a uid each.
+    Nobody else sees anything of the stores. Without isolation there are no workspaces.
+
     A sandbox that *keeps* a function is, once that is loaded into it, a zygote too: what it forks
     holds the function, and says `Loaded` to its own `Load` without importing anything.
     """
 
     isolated: bool
     can_fork: bool
+    steps_owner: int
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...

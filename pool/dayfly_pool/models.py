@@ -300,17 +300,34 @@ class Mold(Struct, frozen=True):
 
     With a *namespace* its sandboxes may be forked from one another's zygote, and are that tenant's
     alone; without, each is started by itself and becomes a tenant's with its first function.
-    With a *function* (`namespace/name@version`) they are forked after its import.
+    With a *function* (`namespace/name@version`) they are forked after its import. With *steps*
+    the stores of artifacts and workspaces are in reach until the lock-down, and of no others.
     """
 
     environment: str
     network: Network = "none"
     namespace: str = ""
     function: str = ""
+    steps: bool = False
 
     def __str__(self) -> str:
         whose = self.function or self.namespace or "*"
-        return f"{self.environment[:12]}/{self.network}/{whose}"
+        return f"{self.environment[:12]}/{self.network}/{whose}{'/steps' if self.steps else ''}"
+
+
+class Mounts(Struct, frozen=True):
+    """The folders that a step finds. All of it is ours, none of it the user's, but for names.
+
+    *step* is the name of its folders in `steps.Steps`, whose `out` is at `/out`. *inputs* are
+    (name, place in the store of artifacts): read-only at `/in/NAME`, of several at `/in/NAME/0` and
+    so on. *workspaces* are (name, what `workspaces.overlay` says), at `/workspaces/NAME`. A file
+    that the step writes has at most *file_bytes_max* bytes; 0: as many as there is room for.
+    """
+
+    step: str
+    inputs: tuple[tuple[str, str], ...] = ()
+    workspaces: tuple[tuple[str, str], ...] = ()
+    file_bytes_max: int = 0
 
 
 class Mounts(Struct, frozen=True):
@@ -334,6 +351,9 @@ class Function(Struct, frozen=True):
     mold: Mold
     is_batch: bool = False
     """Whether it is to have what others leave: nobody waits for any one of its invocations."""
+
+    mounts: Mounts | None = None
+    """Of a function that is one attempt of one step; its mold has *steps* then."""
 
     @property
     def namespace(self) -> str:

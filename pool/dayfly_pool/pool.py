@@ -7,7 +7,10 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, Final, assert_never
+
+from msgspec import structs
 
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
 from dayfly_pool import autoscale, commands, memory, records, state
@@ -15,6 +18,7 @@ from dayfly_pool.config import Config
 from dayfly_pool.deadlines import Deadlines
 from dayfly_pool.driver import Driver
 from dayfly_pool.errors import (
+    BadInput,
     Draining,
     FunctionNotFound,
     NoCapacity,
@@ -68,13 +72,21 @@ class _Call:
 class _Box:
     """A live sandbox with what the pool itself must know of it."""
 
-    __slots__ = ("calls", "create_s", "function", "sandbox", "specialize_s")
+    __slots__ = ("calls", "create_s", "function", "grave", "sandbox", "specialize_s")
 
     def __init__(self, sandbox: Sandbox) -> None:
+        self.grave: asyncio.Future[None] | None = None
+        """Done when every process is dead, if somebody waits for that."""
+
         self.sandbox = sandbox
         self.function: Function | None = None
         self.calls: dict[int, _Call] = {}
         self.create_s, self.specialize_s = 0.0, 0.0
+
+    def bury(self) -> None:
+        """Every process of it is dead."""
+        if self.grave is not None and not self.grave.done():
+            self.grave.set_result(None)
 
 
 class Pool:
@@ -107,6 +119,9 @@ class Pool:
         self._zygotes: dict[SandboxId, _Box] = {}
         """Those that hold a function."""
 
+        self._once: dict[FunctionId, list[_Box]] = {}
+        """By function that runs once: its sandboxes, of which all but the last were killed."""
+
         self._tasks: asyncio.TaskGroup
         self._loop: asyncio.AbstractEventLoop
         self._memory_groups: tuple[memory.Group, ...]
@@ -137,6 +152,8 @@ class Pool:
                         tasks.create_task(self._destroy(box, "closed"))
         finally:
             await self._driver.close()
+            for box in chain.from_iterable(self._once.values()):
+                box.bury()
 
     def _turn_away(self) -> None:
         """Tell those who still wait that nothing will come of it here."""
@@ -199,6 +216,42 @@ class Pool:
         except PlatformError as error:
             self.metrics.refused(type(error))
             raise
+
+    async def run_once(
+        self, function: Function, environment: Environment, invocation: Invocation
+    ) -> Outcome:
+        """Run *invocation* in a sandbox that nobody had before it, and that ends with it.
+
+        *function* has an id of its own, and is known for as long as this takes. When it returns,
+        raises, or was cancelled, every process in the sandbox is dead, so that nobody writes to the
+        function's mounts any more; only who is cancelled again meanwhile does not wait for that.
+        `stop` ends it as it ends any other. Raises `PlatformError` when it could not be run.
+        """
+        mounts, id_ = function.mounts, function.id
+        assert id_ not in self.state.functions, id_
+        if self._is_draining:
+            raise Draining
+        if mounts is not None and mounts.workspaces and not self._driver.isolated:
+            raise BadInput(
+                f"workspace {mounts.workspaces[0][0]} needs isolation, which the driver process has"
+                f" not: start the server with --driver linux"
+            )
+        boxes = self._once[id_] = []
+        try:
+            self.deploy(_for_once(function), environment)
+            return await self.invoke(invocation)
+        finally:
+            self.remove(id_, keep_logs=True)
+            graves = []
+            for box in boxes:
+                if box.grave is not None and not box.grave.done():
+                    graves.append(box.grave)
+                    self._carry_out(self.state.died(box.sandbox.id, time.monotonic()))
+            try:
+                if graves:
+                    await asyncio.wait(graves)
+            finally:
+                del self._once[id_]
 
     def _give_up(self, call: _Call) -> None:
         """No sandbox in time."""
@@ -343,7 +396,10 @@ class Pool:
 
     async def _stop(self, box: _Box) -> None:
         why = "another invocation in the same sandbox ran out of time"
-        await box.sandbox.stop("Crashed", why, self.config.grace_s)
+        try:
+            await box.sandbox.stop("Crashed", why, self.config.grace_s)
+        finally:
+            box.bury()
 
     # ---- commands -----------------------------------------------------------------------------
 
@@ -360,7 +416,10 @@ class Pool:
                     self._spawn_zygote(command)
                 case commands.Retire(zygote=id_):
                     self._spawn(self._driver.retire(id_))
-                case commands.Specialize():
+                case commands.Specialize(sandbox=id_, function=function):
+                    if function.id in self._once and (box := self._boxes.get(id_)):
+                        box.grave = self._loop.create_future()
+                        self._once[function.id].append(box)
                     self._spawn(self._specialize(command))
                 case commands.Destroy(sandbox=id_, reason=reason):
                     if box := self._boxes.pop(id_, None):
@@ -515,7 +574,9 @@ class Pool:
 
     async def _specialize(self, command: commands.Specialize) -> None:
         function = command.function
-        box = self._boxes[command.sandbox]
+        box = self._boxes.get(command.sandbox)
+        if box is None:
+            return  # it was killed before its turn came
         box.function = function
         started = time.monotonic()
         environment = self._environments[function.mold.environment]
@@ -554,8 +615,11 @@ class Pool:
     async def _destroy(self, box: _Box, reason: str) -> None:
         self._boxes.pop(box.sandbox.id, None)
         self.metrics.destroyed(reason)
-        with self._giving_way(True, box.sandbox.id):  # nobody waits for the end of it
-            await box.sandbox.destroy()
+        try:
+            with self._giving_way(box.grave is None, box.sandbox.id):  # does somebody wait for it?
+                await box.sandbox.destroy()
+        finally:
+            box.bury()
         log.info("sandbox destroyed", extra={"sandbox": box.sandbox.id, "reason": reason})
 
     def _died(self, id_: SandboxId, why: str) -> None:
@@ -609,6 +673,13 @@ class Pool:
     def under_way(self) -> int:
         """Invocations waiting or running."""
         return len(self._calls)
+
+
+def _for_once(function: Function) -> Function:
+    """What makes it one sandbox's: nothing is kept for the next, because there is none."""
+    spec = structs.replace(function.spec, initialize="each", min_scale=0, max_scale=1)
+    mold = structs.replace(function.mold, steps=True)
+    return structs.replace(function, spec=spec, mold=mold)
 
 
 async def _guarded(work: Coroutine[Any, Any, None]) -> None:

@@ -12,6 +12,8 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, cast
 
+import msgspec
+
 from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
@@ -183,7 +185,9 @@ class Sandbox:
                 why = f"the environment alone needs more than the limits allow: {error}"
                 return Failure("OutOfMemory", why)
         answer = self._expect_setup()
-        self._send(encode(_load(function, environment, timeout_s, as_zygote=as_zygote)))
+        folders = msgspec.json.encode(function.mounts) if function.mounts else b""
+        load = _load(function, environment, timeout_s, as_zygote=as_zygote)
+        self._send(encode(load, body=folders))
         try:
             async with asyncio.timeout(timeout_s):
                 message = await answer

@@ -70,6 +70,9 @@ SPARE_IDLE_S: Final = 5.0
 """A zygote that is one more goes when it was unused for this long, and a function's while the
 machine is short of memory."""
 
+STEPS_IDLE_S: Final = 60.0
+"""A mold for steps, each of which is a function that goes with it, is kept after the last."""
+
 ZYGOTES_MAX: Final = 8
 """Of one mold."""
 
@@ -644,8 +647,13 @@ class PoolState:
             _, mold = self._cramped.popitem()
             self._look_at(mold)
 
+    def _is_used(self, mold: MoldRecord, now: float) -> bool:
+        """Whether it is to be kept ready; for steps a while longer, for more of them may come."""
+        is_awaited = mold.mold.steps and now - mold.used_at < STEPS_IDLE_S
+        return bool(mold.functions or mold.pinned or is_awaited)
+
     def _target(self, mold: MoldRecord, now: float) -> int:
-        if not (mold.functions or mold.pinned) or self.is_short_of_memory or mold.mold.function:
+        if not self._is_used(mold, now) or self.is_short_of_memory or mold.mold.function:
             return 0
         start_s = mold.start_s or DEFAULT_START_S
         rate = mold.rate.per_s(now)
@@ -670,7 +678,7 @@ class PoolState:
         if not mold.mold.namespace:
             return []
         limits, current = self.zygote_limits, mold.zygote
-        is_needed = bool(mold.functions or mold.pinned or mold.claims)
+        is_needed = self._is_used(mold, now) or mold.claims
         is_spare = self.is_short_of_memory and mold.mold.function
         idle_s = SPARE_IDLE_S if is_spare else limits.idle_s
         if not is_needed or (not mold.claims and now - mold.used_at >= idle_s):
@@ -847,7 +855,7 @@ class PoolState:
         """End one surplus generic sandbox at a time; forget a mold that nobody uses."""
         if len(mold.generic) - len(mold.claims) > self._target(mold, now):
             return [self._destroy(next(iter(mold.generic.values())), "surplus")]
-        is_used = mold.functions or mold.pinned or mold.claims
+        is_used = self._is_used(mold, now) or mold.claims
         if not (is_used or mold.starting or mold.generic or mold.zygote or mold.warming):
             del self.molds[mold.mold]
         return []
@@ -906,7 +914,9 @@ class PoolState:
         function = record.function
         self.functions[function.id] = record
         record.load_weight = self._unknown_weight
-        if function.spec.initialize == "each":
+        if function.mold.steps:
+            record.once, record.once_why = False, "its folders are for one sandbox"
+        elif function.spec.initialize == "each":
             record.once, record.once_why = False, "it is declared so"
         elif not function.mold.namespace:
             record.once, record.once_why = False, "its sandboxes are started, not forked"

@@ -6,10 +6,13 @@ over a real socket pair, and a Python callable stands for each function's code.
 
 import asyncio
 import contextlib
+import os
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
+
+import msgspec
 
 from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
@@ -37,6 +40,7 @@ from dayfly_pool.models import (
     FunctionSpec,
     Limits,
     Mold,
+    Mounts,
     SandboxId,
     function_id,
 )
@@ -85,6 +89,9 @@ class FakeGuest:
         self.sandbox, self.mold = sandbox, mold
         self.load: Load | None = None
         """The function that it has become."""
+
+        self.mounts: Mounts | None = None
+        """The folders of a step; nobody has mounted them."""
 
         self.limits: Limits | None = None
         self.terminated = asyncio.Event()
@@ -150,6 +157,7 @@ class FakeGuest:
         request = decode(frame)
         if isinstance(request, Load):
             self.load = request
+            self.mounts = msgspec.json.decode(frame.body, type=Mounts) if frame.body else None
             await self._become(request)
         elif isinstance(request, Invoke):
             task = asyncio.create_task(self._answer(frame, request))
@@ -226,6 +234,7 @@ class FakeDriver:
     ) -> None:
         self.isolated = isolated
         self.can_fork = True
+        self.steps_owner = os.geteuid()
         self.functions = dict(functions or {})
         self.on_start, self.on_load = on_start or _nothing, on_load or _nothing
         self.refusal: Exception | None = None

@@ -14,6 +14,7 @@ import sys
 import time
 
 from dayfly import hooks, invoker, loader, output
+from dayfly.context import FOLDERS
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
@@ -61,6 +62,8 @@ class Settings(Record):
     limit_memory: bool
     zygote: bool
     has_network: bool
+    stores: dict[str, str]
+    """What steps' folders are made from; empty where there are none."""
 
 
 class Guest:
@@ -111,11 +114,12 @@ class Guest:
     def _become_function(self, frames: Any) -> bool:
         """Say that it is up, wait for `Load`, and answer that; False when it could not be done."""
         self._become_generic()
-        load = decode(next(frames), is_trusted=True)
+        frame = next(frames)
+        load = decode(frame, is_trusted=True)
         if not isinstance(load, Load):
             raise SystemExit(f"expected Load, got {type(load).__name__}")
         try:
-            loaded = self._specialize(load)
+            loaded = self._specialize(load, frame.body)
         except loader.LoadFailure as failure:
             self._output.flush(0)
             text = (failure.kind, failure.message[:2048], failure.traceback)
@@ -142,6 +146,8 @@ class Guest:
                 from dayfly import lockdown
 
                 self._lockdown = lockdown
+                if settings.stores:
+                    from dayfly import folders  # noqa: F401  (before a package's own of that name)
             is_zygote = self._seat is not None
             with open(settings.zygote_seccomp if is_zygote else settings.seccomp, "rb") as file:
                 self._prepared = self._lockdown.prepare(file.read(), is_zygote=is_zygote)
@@ -149,15 +155,18 @@ class Guest:
         gc.freeze()
         gc.enable()
 
-    def _specialize(self, load: Load) -> Loaded:
+    def _specialize(self, load: Load, mounts: bytes) -> Loaded:
         started = time.perf_counter()
         confirmed = (0, 0, 0, 0)
         code = os.path.join(self._settings.packages, load.digest)
+        places = FOLDERS
         if self._settings.isolated:
-            confirmed, code = self._lock_down(load)
+            confirmed, code = self._lock_down(load, mounts)
+        elif mounts:
+            places = self._link_folders(mounts)
         locked = time.perf_counter()
         if self._function is None:
-            self._function = self._import(load, code)
+            self._function = self._import(load, code, places)
             if self._seat is not None:
                 _run(hooks.before, code)
         else:
@@ -185,7 +194,7 @@ class Guest:
             landlock=landlock,
         )
 
-    def _import(self, load: Load, code: str) -> invoker.Function:
+    def _import(self, load: Load, code: str, places: tuple[str, str, str]) -> invoker.Function:
         settings = self._settings
         home = "/tmp" if settings.isolated else os.environ.get("HOME", "/tmp")
         os.environ.update(
@@ -206,6 +215,7 @@ class Guest:
             memory_mb=load.memory_mb,
             code=code,
             handler=handler,
+            folders=places,
         )
 
     def _leftovers(self) -> tuple[int, int, int]:
@@ -225,13 +235,43 @@ class Guest:
         descriptors = sum(int(descriptor) not in ours for descriptor in opened) - 1
         return max(0, len(tasks) - 2), children, descriptors
 
-    def _lock_down(self, load: Load) -> tuple[tuple[int, int, int, int], str]:
+    def _mount_folders(self, body: bytes) -> int:
+        """A step's folders, and the stores covered in any case; how large its files may be.
+
+        Raises `LoadFailure`.
+        """
+        from dayfly import folders
+
+        try:
+            mounts = folders.read(body) if body else None
+            if mounts is not None:
+                folders.mount(mounts, self._prepared)
+            folders.cover()
+        except (OSError, ValueError) as error:
+            raise _no_folders(error) from None
+        return mounts.file_bytes_max if mounts is not None else 0
+
+    def _link_folders(self, body: bytes) -> tuple[str, str, str]:
+        """The same without isolation; where they are. Raises `LoadFailure`."""
+        from dayfly import folders
+
+        try:
+            return folders.link(folders.read(body), self._settings.stores)
+        except (OSError, ValueError) as error:
+            raise _no_folders(error) from None
+
+    def _lock_down(self, load: Load, mounts: bytes) -> tuple[tuple[int, int, int, int], str]:
         """Become untrusted; a guest that the kernel does not confirm as such ends here."""
         lockdown = self._lockdown
         memory = load.memory_mb << 20 if self._settings.limit_memory else None
         if self._seat is None and self._function is None:
             lockdown.mount_code(load.digest, load.tmp_mb)  # a zygote's keeper has done it
-        lockdown.limit(open_files=load.open_files, memory_bytes=memory)
+        largest = 0
+        if self._settings.stores:
+            largest = self._mount_folders(mounts)
+        elif mounts:
+            raise _no_folders("this sandbox was not made for steps")
+        lockdown.limit(open_files=load.open_files, memory_bytes=memory, file_bytes=largest)
         if self._seat is None:
             lockdown.lock_down(self._prepared, load.processes)
         else:
@@ -354,6 +394,10 @@ def _run(called: list[Callable[[], Any]], code: str) -> None:
         except BaseException as error:
             trace = loader.user_traceback(error, code)
             raise loader.LoadFailure("ImportFailed", loader.said(error), trace) from None
+
+
+def _no_folders(why: object) -> loader.LoadFailure:
+    return loader.LoadFailure("ImportFailed", f"the step's folders cannot be mounted: {why}", "")
 
 
 def _busy_s() -> float:

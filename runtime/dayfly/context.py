@@ -2,6 +2,9 @@
 
 import time
 
+FOLDERS = ("/in", "/out", "/workspaces")
+"""Of a step in a sandbox."""
+
 
 class Context:
     """The second argument of every handler."""
@@ -12,9 +15,12 @@ class Context:
         "env",
         "function_name",
         "function_version",
+        "in_folder",
         "memory_limit_in_mb",
         "namespace",
+        "out_folder",
         "traceparent",
+        "workspace_folder",
     )
 
     def __init__(
@@ -28,6 +34,9 @@ class Context:
         deadline: float,
         traceparent: str,
         env: dict[str, str] | None = None,
+        in_folder: str = FOLDERS[0],
+        out_folder: str = FOLDERS[1],
+        workspace_folder: str = FOLDERS[2],
     ) -> None:
         self.aws_request_id = aws_request_id
         self.function_name = function_name
@@ -37,6 +46,9 @@ class Context:
         self.deadline = deadline
         """The end of this invocation's time, in seconds of `time.monotonic()`."""
         self.traceparent = traceparent
+        self.in_folder, self.out_folder = in_folder, out_folder
+        """Where a step finds what it is given, and leaves what it makes."""
+        self.workspace_folder = workspace_folder
         self.env = env or {}
         """Variables of this invocation: of a job's task `JOB_INDEX` and others."""
 

@@ -11,7 +11,7 @@ import json
 import os
 import time
 
-from dayfly.context import Context
+from dayfly.context import FOLDERS, Context
 from dayfly.loader import said, user_traceback
 from dayfly.protocol import BODY_BYTES_MAX, Failed, Invoke, Result
 from dayfly.record import Record
@@ -48,6 +48,7 @@ class Function(Record):
     memory_mb: int
     code: str
     handler: Handler
+    folders: tuple[str, str, str] = FOLDERS
 
     @property
     def is_async(self) -> bool:
@@ -71,6 +72,9 @@ def context(function: Function, request: Invoke) -> Context:
         deadline=time.monotonic() + request.remaining_s,
         traceparent=request.trace,
         env=request.env,
+        in_folder=function.folders[0],
+        out_folder=function.folders[1],
+        workspace_folder=function.folders[2],
     )
 
 

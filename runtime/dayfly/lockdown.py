@@ -5,6 +5,7 @@ order matters: mounts need the capabilities that the later steps give away for g
 
     prepare    (while generic)  the seccomp filter, which the driver compiled; the Landlock ruleset
     mount_code                  the one package at /code, the package store covered, /tmp sized
+    folders.mount               of a step: what it is given and leaves, the stores covered
     lock_down                   rlimits, a user namespace without rights, no capabilities,
                                 no_new_privs, Landlock, seccomp; then the kernel is asked to confirm
 
@@ -60,6 +61,11 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
     """mount(2); raises OSError that names the target."""
     packed = [v.encode() if v is not None else None for v in (source, target, kind, options)]
     check(_libc.mount(packed[0], packed[1], packed[2], flags, packed[3]), f"mount {target}")
+
+
+def remount(target: str, flags: int) -> None:
+    """Change the flags of a mount."""
+    mount("", target, None, MS_REMOUNT | MS_BIND | flags)
 
 
 def unshare(flags: int) -> None:
@@ -119,12 +125,23 @@ def _ruleset(abi: int) -> int:
     paths = {"/": _READ, "/tmp": rights, "/dev/shm": rights}
     paths |= {f"/dev/{name}": write_device & ~0b1000 for name in _DEVICES}
     for path, allowed in paths.items():
-        beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", allowed, beneath)
-        added = _libc.syscall(SYS_LANDLOCK_ADD, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
-        check(added, f"landlock {path}")
-        os.close(beneath)
+        _allow(ruleset, path, allowed)
     return ruleset
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = struct.pack("=Qi", rights, beneath)
+    added = _libc.syscall(SYS_LANDLOCK_ADD, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+    check(added, f"landlock {path}")
+    os.close(beneath)
+
+
+def allow_writing(prepared: Prepared, path: str) -> None:
+    """Below *path* as in /tmp. What is mounted there later would not be meant."""
+    if prepared.landlock is not None:
+        rights = (1 << _LANDLOCK_RIGHTS.get(prepared.landlock_abi, 16)) - 1
+        _allow(prepared.landlock, path, rights)
 
 
 def mount_code(digest: str, tmp_mb: int) -> None:
@@ -132,7 +149,7 @@ def mount_code(digest: str, tmp_mb: int) -> None:
     if len(digest) != 64 or not digest.isalnum():
         raise ValueError(f"not a package digest: {digest!r}")
     mount(f"{PACKAGES}/{digest}", CODE, None, MS_BIND)
-    mount("", CODE, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    remount(CODE, MS_RDONLY | MS_NOSUID | MS_NODEV)
     # covered, not unmounted: that would wait 2-4 ms for every processor to have passed by (RCU),
     # and without capabilities nobody lifts the cover again
     mount(EMPTY, PACKAGES, None, MS_BIND)
@@ -146,8 +163,11 @@ def tmp_options(tmp_mb: int) -> str:
     return f"size={tmp_mb}m,nr_inodes={max(1024, tmp_mb * 256)}"
 
 
-def limit(*, open_files: int, memory_bytes: int | None) -> None:
-    """Set this process's resource limits for good; *memory_bytes* only where no cgroup holds it."""
+def limit(*, open_files: int, memory_bytes: int | None, file_bytes: int = 0) -> None:
+    """Set this process's resource limits for good.
+
+    *memory_bytes* only where no cgroup holds it; no file may be over *file_bytes*, if there are.
+    """
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: open_files,
@@ -155,6 +175,8 @@ def limit(*, open_files: int, memory_bytes: int | None) -> None:
     }
     if memory_bytes is not None:
         limits[resource.RLIMIT_DATA] = memory_bytes
+    if file_bytes:
+        limits[resource.RLIMIT_FSIZE] = file_bytes
     _set_limits(limits)
 
 

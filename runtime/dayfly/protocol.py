@@ -55,7 +55,8 @@ class Hello(Record):
 class Load(Record):
     """Pool to guest: become this function. *digest* names the package below the package store.
 
-    With *as_zygote* it keeps the right to fork sandboxes, and answers no invocation itself.
+    With *as_zygote* it keeps the right to fork sandboxes, and answers no invocation itself. The
+    body, if there is one, names a step's folders, in JSON; see `folders`.
     """
 
     digest: str

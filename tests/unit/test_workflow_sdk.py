@@ -582,14 +582,9 @@ def test_what_needs_a_server_says_so_in_a_test():
 
 
 def context_in(folder: Path) -> Context:
-    class Here(Context):
-        in_folder, workspace_folder, out_folder = (
-            str(folder / name) for name in ("in", "workspace", "out")
-        )
-
-    return Here(
-        **{name: getattr(CONTEXT, name) for name in Context.__slots__}  # type: ignore[arg-type]
-    )
+    told = {name: getattr(CONTEXT, name) for name in Context.__slots__}
+    places = {f"{name}_folder": str(folder / name) for name in ("in", "workspace", "out")}
+    return Context(**told | places)
 
 
 @pytest.fixture

@@ -35,6 +35,13 @@ ETC_WRITTEN: Final = {
     "protocols": "",
     "gai.conf": "",
 }
+STORES: Final = {
+    "artifacts": "artifacts/objects",
+    "steps": "steps/steps",
+    "layers": "workspaces/layers",
+}
+"""What steps' folders are mounted from, below the data folder: see `dayfly_pool.workflow`."""
+
 SECCOMP: Final = "seccomp.bpf"
 ZYGOTE_SECCOMP: Final = "seccomp-zygote.bpf"
 BOOT: Final = "import sys; sys.path.append({root!r}); from dayfly.__main__ import main; main()"
@@ -92,6 +99,13 @@ def install_etc(data: Path) -> Path:
     return target
 
 
+def install_stores(data: Path) -> None:
+    """The folders that steps' are mounted from: those in them can be reached, not listed."""
+    for store in STORES.values():
+        (data / store).mkdir(parents=True, exist_ok=True)
+        (data / store).chmod(0o711)
+
+
 def _open_to_all(folder: Path) -> None:
     for place, _, files in os.walk(folder):
         os.chmod(place, 0o755)
@@ -111,8 +125,12 @@ def command(
     limit_memory: bool,
     zygote: bool = False,
     has_network: bool = False,
+    stores: dict[str, str] | None = None,
 ) -> list[str]:
-    """The guest's, or a zygote's, command line; nothing in it is secret, user code may read it."""
+    """The guest's, or a zygote's, command line; nothing in it is secret, user code may read it.
+
+    *stores* are those of artifacts and steps, where it may be told to mount from them.
+    """
     settings = {
         "isolated": isolated,
         "seccomp": f"{root}/{SECCOMP}",
@@ -124,6 +142,7 @@ def command(
         "limit_memory": limit_memory,
         "zygote": zygote,
         "has_network": has_network,
+        "stores": stores or {},
     }
     boot = BOOT.format(root=root)
     return [python, "-I", "-S", "-X", "utf8", "-c", boot, json.dumps(settings)]

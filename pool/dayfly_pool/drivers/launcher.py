@@ -21,12 +21,15 @@ import time
 from typing import Any, Final, NamedTuple
 
 from dayfly import lockdown
-from dayfly_pool.drivers import cgroups
+from dayfly_pool.drivers import cgroups, idmaps
 
 CONTROL: Final = 3
 DATAGRAM_BYTES_MAX: Final = 128 * 1024
 DESCRIPTORS_MAX: Final = 1 << 20
 PRIVATE: Final = "/mnt"
+MAPPED: Final = (f"{PRIVATE}/steps", f"{PRIVATE}/layers")
+"""What sandboxes for steps see as their own."""
+
 OOM_SCORE_ADJ: Final = {False: "500", True: "400"}
 """Of a sandbox and of a zygote: the kernel kills the sandboxes first."""
 
@@ -121,20 +124,23 @@ class Launcher:
     def _create(self, request: dict[str, Any], guest: int) -> None:
         sandbox, folders = request["sandbox"], request["folders"]
         arguments = os.memfd_create("arguments", 0)
+        clones: list[int] = []
         try:
             os.write(arguments, b"".join(a.encode() + b"\0" for a in request["arguments"]))
             os.lseek(arguments, 0, os.SEEK_SET)
             cgroups.create(folders, background=request["background"])
+            if request["owner"] is not None:
+                clones = idmaps.clones([*MAPPED], request["owner"], request["uid"])
             pid = os.fork()
             if pid == 0:
-                self._become(request, guest, arguments)
+                self._become(request, guest, arguments, clones)
         except OSError as error:
             cgroups.remove(folders)
             self._tell({"say": "refused", "sandbox": sandbox, "why": str(error)})
             return
         finally:
-            os.close(guest)
-            os.close(arguments)
+            for descriptor in (guest, arguments, *clones):
+                os.close(descriptor)
         self._children[pid] = _Child(sandbox, folders)
         self._pids[sandbox] = pid
         self._tell({"say": "created", "sandbox": sandbox, "pid": pid})
@@ -272,7 +278,9 @@ class Launcher:
         self._exited(sandbox, forked.folders, code, forked.zygote)
         return True
 
-    def _become(self, request: dict[str, Any], guest: int, arguments: int) -> None:
+    def _become(
+        self, request: dict[str, Any], guest: int, arguments: int, clones: list[int]
+    ) -> None:
         """In the forked child: take the sandbox's identity, then be bwrap."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -280,6 +288,10 @@ class Launcher:
             cgroups.enter(request["folders"])
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write(OOM_SCORE_ADJ[request["do"] == "zygote"])
+            if clones:
+                lockdown.unshare(lockdown.CLONE_NEWNS)
+                for place, clone in zip(MAPPED, clones, strict=True):
+                    idmaps.attach(clone, place)
             for descriptor in (0, 1):
                 os.dup2(self._null, descriptor)
             high = [os.dup(d) for d in (guest, arguments)]

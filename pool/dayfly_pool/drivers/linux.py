@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import dayfly
+from dayfly.folders import STORES
 from dayfly_pool import memory
 from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit
 from dayfly_pool.drivers import cgroups, guest
@@ -37,6 +38,9 @@ CAPABILITIES: Final = (
     "CAP_SETFCAP",
 )
 CAPABILITIES_TO_FORK: Final = (*CAPABILITIES, "CAP_NET_ADMIN", "CAP_SYS_CHROOT")
+CAPABILITY_FOR_STEPS: Final = "CAP_DAC_OVERRIDE"
+"""An overlay's own folder is nobody's to enter."""
+
 PAGES_A_TABLE_PAGE: Final = 512
 """A fork has page tables of its own for all that it shares."""
 
@@ -68,6 +72,7 @@ class LinuxDriver:
     def __init__(self, data: Path, uid_first: int) -> None:
         self._data = data
         self._uid_first = uid_first if os.geteuid() == 0 else None
+        self.steps_owner = uid_first - 1 if os.geteuid() == 0 else os.geteuid()
         self._bwrap = ""
         self._sources: dict[str, str] = {}
         self._tree = cgroups.Tree(0, ())
@@ -105,13 +110,14 @@ class LinuxDriver:
     def _find_sources(self) -> dict[str, str]:
         for name in ("packages/unpacked", "environments"):
             (self._data / name).mkdir(parents=True, exist_ok=True)
+        guest.install_stores(self._data)
         return {
             "python": os.path.realpath(sys.base_prefix),
             "guest": str(guest.install(self._data)),
             "etc": str(guest.install_etc(self._data)),
             "packages": str(self._data / "packages" / "unpacked"),
             "environments": str(self._data / "environments"),
-        }
+        } | {name: str(self._data / store) for name, store in guest.STORES.items()}
 
     async def _start_launcher(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -238,12 +244,15 @@ class LinuxDriver:
             self._uids[sandbox] = (
                 self._free_uids.pop() if self._free_uids else self._uid_first + len(self._uids)
             )
-        capabilities = CAPABILITIES_TO_FORK if zygote else CAPABILITIES
+        capabilities = list(CAPABILITIES_TO_FORK if zygote else CAPABILITIES)
+        if mold.steps:
+            capabilities.append(CAPABILITY_FOR_STEPS)
         return {
             "bwrap": self._bwrap,
             "arguments": self._arguments(mold, environment, capabilities),
             "command": self._command(mold, environment, zygote=zygote),
             "uid": self._uids.get(sandbox),
+            "owner": self.steps_owner if mold.steps and self._uid_first is not None else None,
         }
 
     async def _made(
@@ -290,6 +299,11 @@ class LinuxDriver:
         arguments += ["--ro-bind", self._source("guest"), "/dayfly"]
         arguments += ["--ro-bind", self._source("packages"), "/packages"]
         arguments += ["--dir", "/code", "--dir", "/empty"]
+        if mold.steps:
+            arguments += ["--ro-bind", self._source("artifacts"), "/artifacts"]
+            arguments += ["--bind", self._source("steps"), "/steps"]
+            arguments += ["--ro-bind", self._source("layers"), "/layers"]
+            arguments += ["--dir", "/in", "--dir", "/out", "--dir", "/workspaces"]
         if environment.path:
             source = f"{self._source('environments')}/{os.path.basename(environment.path)}"
             arguments += ["--ro-bind", source, "/environment"]
@@ -313,6 +327,7 @@ class LinuxDriver:
             limit_memory=not self._tree.version,
             zygote=zygote,
             has_network=mold.network == "host",
+            stores=STORES if mold.steps else None,
         )
 
     def limit(self, sandbox: SandboxId, limits: Limits) -> None:

@@ -36,11 +36,13 @@ class ProcessDriver:
         self._python = os.path.realpath(sys.executable)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._exits: dict[str, asyncio.Task[Exit]] = {}
+        self.steps_owner = os.geteuid()
 
     async def open(self) -> None:
         """Nothing of an earlier server can be found again; its guests ended with it."""
         log.warning("driver process: functions run WITHOUT isolation, with this user's rights")
         self._guest = await asyncio.to_thread(guest.install, self._data)
+        await asyncio.to_thread(guest.install_stores, self._data)
 
     async def close(self) -> None:
         """Kill every sandbox."""
@@ -69,6 +71,7 @@ class ProcessDriver:
             environment,
             isolated=False,
             limit_memory=False,
+            stores={name: str(self._data / store) for name, store in guest.STORES.items()},
         )
         number = theirs.fileno()
         boot = f"import os; os.dup2({number}, 3); "

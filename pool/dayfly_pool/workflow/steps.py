@@ -21,7 +21,8 @@ from dayfly_pool.workflow import trees
 from dayfly_pool.workflow.places import Places
 
 _ID: Final = re.compile(r"[a-z0-9][-a-z0-9]{0,62}")
-"""No character of it means anything in the options of mount(2)."""
+_NAME: Final = re.compile(r"[A-Za-z_][-A-Za-z0-9_]{0,62}")
+"""No character of them means anything in the options of mount(2)."""
 
 
 class StepFolders(Struct, frozen=True):
@@ -53,11 +54,12 @@ class Steps:
     def make(self, step: str, workspaces: Iterable[str] = ()) -> StepFolders:
         """Folders for a step that has none yet."""
         names = list(workspaces)
-        for name in (step, *names):
-            if not _ID.fullmatch(name):
-                raise BadInput(
-                    f"{trees.shown(name)} is not a step's or workspace's name: use a-z, 0-9 and -"
-                )
+        if not _ID.fullmatch(step):
+            raise BadInput(f"{trees.shown(step)} is not a step's name: use a-z, 0-9 and -")
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise BadInput(f"{trees.shown(name)} is not a workspace's name: use letters, 0-9,"
+                               " - and _, a letter or _ first")  # fmt: skip
         with self._places.disk(), self._places.scratch() as (scratch, folder):
             os.fchmod(folder, 0o711)
             os.mkdir("workspaces", 0o711, dir_fd=folder)

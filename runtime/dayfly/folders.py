@@ -1,0 +1,128 @@
+"""The folders of a step: what it is given, what it leaves, and what it shares with others.
+
+Mounted at `Load`, from the stores that the sandbox was started with, before any user code runs:
+
+    /in/NAME            an artifact, or several at /in/NAME/0 and so on; read-only
+    /out                empty; what lies in it when the step is dead is its output
+    /workspaces/NAME    what earlier steps left, and what this one changes, in an overlay
+    the stores          covered, for steps and for whoever else becomes a sandbox that had them
+
+Without isolation the first is made of symbolic links, and there is no third.
+"""
+
+import json
+import os
+import re
+
+from dayfly import lockdown
+from dayfly.context import FOLDERS
+from dayfly.record import Record
+
+INPUTS_MAX, WORKSPACES_MAX = 1000, 32
+STORES = {"artifacts": "/artifacts", "steps": "/steps", "layers": "/layers"}
+OVERLAY_OPTIONS = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off,volatile"
+IN, OUT, WORKSPACES = FOLDERS
+
+_INPUT = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}(/[0-9]{1,6})?")
+_PLACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/(file|tree)-[0-9a-f]{64}/content")
+_STEP = re.compile(r"[a-z0-9][-a-z0-9]{0,62}")
+_WORKSPACE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
+_LOWER = re.compile(r"lowerdir=(/empty|/layers/[0-9a-f]{16}/tree(:/layers/[0-9a-f]{16}/tree)*)")
+
+
+class Mounts(Record):
+    """What the pool says: see `dayfly_pool.models.Mounts`."""
+
+    step: str
+    inputs: list[list[str]]
+    workspaces: list[list[str]]
+    file_bytes_max: int
+
+
+def read(body: bytes) -> Mounts:
+    """What `Load` says in its body. Raises ValueError: the server cannot mean it."""
+    mounts = Mounts(**json.loads(body))
+    _check(_STEP, mounts.step)
+    if len(mounts.inputs) > INPUTS_MAX or len(mounts.workspaces) > WORKSPACES_MAX:
+        raise ValueError(f"over {INPUTS_MAX} inputs, or {WORKSPACES_MAX} workspaces")
+    for name, place in mounts.inputs:
+        _check(_INPUT, name)
+        _check(_PLACE, place)
+    for name, options in mounts.workspaces:
+        _check(_WORKSPACE, name)
+        lower, own = options.partition(",")[::2]
+        _check(_LOWER, lower)
+        upper = f"/steps/{mounts.step}/workspaces/{name}"
+        if own != f"upperdir={upper}/upper,workdir={upper}/work,{OVERLAY_OPTIONS}":
+            raise ValueError(f"not the options of workspace {name}: {options!r}")
+    for named in (mounts.inputs, mounts.workspaces):
+        if len({name for name, _ in named}) < len(named):
+            raise ValueError("two of a step's folders have the same name")
+    return mounts
+
+
+def _check(form: re.Pattern[str], text: str) -> None:
+    if not form.fullmatch(text):
+        raise ValueError(f"not in a step's folders: {text!r}")
+
+
+def mount(mounts: Mounts, prepared: lockdown.Prepared) -> None:
+    """Have them in this mount namespace, and let the ruleset allow to write where it may."""
+    flags = lockdown.MS_NOSUID | lockdown.MS_NODEV
+    if mounts.inputs:
+        _tmpfs(IN, 2 * len(mounts.inputs))
+        for name, place in mounts.inputs:
+            _mount_input(f"{IN}/{name}", f"{STORES['artifacts']}/{place}")
+        lockdown.remount(IN, flags | lockdown.MS_RDONLY)
+    lockdown.mount(f"{STORES['steps']}/{mounts.step}/out", OUT, None, lockdown.MS_BIND)
+    lockdown.remount(OUT, flags)
+    lockdown.allow_writing(prepared, OUT)
+    if mounts.workspaces:
+        _tmpfs(WORKSPACES, len(mounts.workspaces))
+        for name, options in mounts.workspaces:
+            place = f"{WORKSPACES}/{name}"
+            os.mkdir(place, 0o755)
+            lockdown.mount("overlay", place, "overlay", flags, options)
+            lockdown.allow_writing(prepared, place)
+        lockdown.remount(WORKSPACES, flags | lockdown.MS_RDONLY)
+
+
+def _tmpfs(place: str, entries: int) -> None:
+    """Of mountpoints, and nothing else."""
+    options = f"size=1m,nr_inodes={entries + 16},mode=755"
+    lockdown.mount("dayfly", place, "tmpfs", lockdown.MS_NOSUID | lockdown.MS_NODEV, options)
+
+
+def _mount_input(target: str, source: str) -> None:
+    parent = os.path.dirname(target)
+    if parent != IN and not os.path.isdir(parent):
+        os.mkdir(parent, 0o755)
+    if os.path.isdir(source):
+        os.mkdir(target, 0o755)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    lockdown.mount(source, target, None, lockdown.MS_BIND)
+    flags = lockdown.MS_RDONLY | lockdown.MS_NOSUID | lockdown.MS_NODEV
+    lockdown.remount(target, flags)
+
+
+def cover() -> None:
+    """Put the stores out of reach; without capabilities nobody lifts the cover again."""
+    for place in STORES.values():
+        lockdown.mount(lockdown.EMPTY, place, None, lockdown.MS_BIND)
+
+
+def link(mounts: Mounts, stores: dict[str, str]) -> tuple[str, str, str]:
+    """The same in the open, as far as it goes; where the three are. *stores* are folders.
+
+    Raises OSError when they cannot be made. The links go with the step's own folder.
+    """
+    if mounts.workspaces:
+        raise OSError("workspaces need isolation: use the driver linux")
+    own = f"{stores['steps']}/{mounts.step}"
+    os.mkdir(f"{own}/in", 0o755)
+    for name, place in mounts.inputs:
+        target = f"{own}/in/{name}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.symlink(f"{stores['artifacts']}/{place}", target)
+    return f"{own}/in", f"{own}/out", f"{own}/workspaces"
