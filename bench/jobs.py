@@ -2,12 +2,12 @@
 
     python -m bench.jobs [TASKS]
 
-The job: TASKS (100,000) that do nothing, written down as they end. So many of the same with Ray and with
-Dask (20,000), which write nothing down, each with a worker for each processor. Then a function over HTTP at
-30 % of what it can take, a new request whenever its time has come (so that no answer that is late
-keeps the next one from being asked for): alone, while a job of no-ops fills the pool (32
-sandboxes, of which jobs may have 28), and while one whose tasks keep a processor busy for 100 ms each does; in turns, so that a machine that changes
-changes all three.
+The job: TASKS (100,000) that do nothing, written down as they end. So many of the same with Ray and
+with Dask (20,000), which write nothing down, each with a worker for each processor. Then a function
+over HTTP at 30 % of what it can take, a new request whenever its time has come (so that no answer
+that is late keeps the next one from being asked for): alone, while a job of no-ops fills the pool
+(32 sandboxes, of which jobs may have 28), and while one does whose tasks keep a processor busy for
+100 ms each; in turns, so that a machine that changes changes all three.
 """
 
 import asyncio
