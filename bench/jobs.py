@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from bench import harness
 from bench.warm import wrk
 
@@ -227,7 +229,8 @@ def beside(server: harness.Server, report: harness.Report) -> dict[str, float]:
                 stop = threading.Event()
                 watch = threading.Thread(target=processors, args=(server, stop, shares[function]))
                 watch.start()
-                found = asyncio.run(load(server.port, rate, SECONDS))
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    found = runner.run(load(server.port, rate, SECONDS))
                 stop.set()
                 watch.join()
             times[function] += found
