@@ -2,12 +2,12 @@
 
     python -m bench.jobs [TASKS]
 
-The job: TASKS (100,000) that do nothing, written down as they end. So many of the same with Ray and with
-Dask (20,000), which write nothing down, each with a worker for each processor. Then a function over HTTP at
-30 % of what it can take, a new request whenever its time has come (so that no answer that is late
-keeps the next one from being asked for): alone, while a job of no-ops fills the pool (32
-sandboxes, of which jobs may have 28), and while one whose tasks keep a processor busy for 100 ms each does; in turns, so that a machine that changes
-changes all three.
+The job: TASKS (100,000) that do nothing, written down as they end. So many of the same with Ray and
+with Dask (20,000), which write nothing down, each with a worker for each processor. Then a function
+over HTTP at 30 % of what it can take, a new request whenever its time has come (so that no answer
+that is late keeps the next one from being asked for): alone, while a job of no-ops fills the pool
+(32 sandboxes, of which jobs may have 28), and while one does whose tasks keep a processor busy for
+100 ms each; in turns, so that a machine that changes changes all three.
 """
 
 import asyncio
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from bench import harness
 from bench.warm import wrk
@@ -227,7 +229,8 @@ def beside(server: harness.Server, report: harness.Report) -> dict[str, float]:
                 stop = threading.Event()
                 watch = threading.Thread(target=processors, args=(server, stop, shares[function]))
                 watch.start()
-                found = asyncio.run(load(server.port, rate, SECONDS))
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    found = runner.run(load(server.port, rate, SECONDS))
                 stop.set()
                 watch.join()
             times[function] += found

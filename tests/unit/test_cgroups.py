@@ -252,3 +252,26 @@ def test_only_processes_in_sandboxes_are_ours_to_kill(tmp_path: Path):
     files(tmp_path, cgroup__procs="98\n")
 
     assert cgroups.processes(str(tmp_path)) == [12, 13, 14]
+
+
+def test_with_the_old_trees_the_server_stands_beside_its_sandboxes(tmp_path: Path):
+    """A group gives way to those beside it alone; and before the end the server is back."""
+    v1(tmp_path)
+    tree = cgroups.establish(cgroups.detect(str(tmp_path), V1_OWN, pid=7))
+    cpu = Path(tree.roots[-1])
+    files(cpu, cpu__shares="1024")
+    leaf = files(cpu / "server", cgroup__procs="", cpu__shares="1024")
+    cgroups.come_first(tree)
+    shares = [int((folder / "cpu.shares").read_text()) for folder in (leaf, cpu)]
+
+    assert (leaf / "cgroup.procs").read_text() == "0"
+    assert shares[0] >= 64 * 1024
+    assert shares[1] > 1024
+    cgroups.step_back(tree)
+    assert (cpu.parent / "cgroup.procs").read_text() == "0"
+
+
+def test_where_nothing_can_be_written_the_server_stays_where_it_is(tmp_path: Path):
+    cgroups.come_first(Tree(1, (f"{tmp_path}/none/dayfly-7",)))
+    cgroups.come_first(Tree(0, ()))
+    cgroups.step_back(Tree(1, (f"{tmp_path}/none/dayfly-7",)))
