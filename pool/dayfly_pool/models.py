@@ -330,18 +330,6 @@ class Mounts(Struct, frozen=True):
     file_bytes_max: int = 0
 
 
-class Mounts(Struct, frozen=True):
-    """What a sandbox finds besides its code: a workflow's step's.
-
-    *step* names the folders on the host; *inputs* are (name below /in, place in the store),
-    *workspaces* (name below /workspaces, options of the overlay mount).
-    """
-
-    step: str
-    inputs: tuple[tuple[str, str], ...] = ()
-    workspaces: tuple[tuple[str, str], ...] = ()
-
-
 class Function(Struct, frozen=True):
     """One deployed version of a function, as the pool uses it."""
 
