@@ -101,7 +101,7 @@ class Handover:
             name: self._view(invoke, view.workspace, view.merge, versions, shared)
             for name, view in invoke.workspaces.items()
         }
-        folders = self._steps.make(str(new_id()), [_folder(n) for n in range(len(views))])
+        folders = self._steps.make(str(new_id()), views)
         streams: dict[str, Output] = {}
         try:
             for each in (invoke.task or invoke.step).outputs:
@@ -117,11 +117,9 @@ class Handover:
         mounted = tuple(
             (
                 name,
-                workspaces.overlay(
-                    view, folders.id, _folder(n), layers=LAYERS, steps=STEPS, empty=EMPTY
-                ),
+                workspaces.overlay(view, folders.id, name, layers=LAYERS, steps=STEPS, empty=EMPTY),
             )
-            for n, (name, view) in enumerate(views.items())
+            for name, view in views.items()
         )
         mounts = Mounts(step=folders.id, inputs=inputs, workspaces=mounted)
         return Prepared(mounts, folders, views, streams)
@@ -188,8 +186,8 @@ class Handover:
                 artifact = self.artifacts.put(namespace, prepared.folders.out, path)
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []
-        for number, (name, view) in enumerate(invoke.workspaces.items()):
-            upper = prepared.folders.uppers[_folder(number)]
+        for name, view in invoke.workspaces.items():
+            upper = prepared.folders.uppers[name]
             version = self._workspaces.take(prepared.views[name], upper)
             left.append(Left(view.workspace, invoke.key, version))
         return Given(outputs, left, [artifact.uri for artifact in outputs.values()])
@@ -224,11 +222,6 @@ class Handover:
         if isinstance(value, list | tuple):
             return [self.whole(namespace, each) for each in value]
         return value
-
-
-def _folder(number: int) -> str:
-    """The folder of a step's workspace: what users call it may hold any letter."""
-    return f"w{number}"
 
 
 def _common(branches: Sequence[Workspace]) -> Workspace:
