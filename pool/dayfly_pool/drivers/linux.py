@@ -371,6 +371,8 @@ class LinuxDriver:
             with contextlib.suppress(SandboxStartFailed):  # without a launcher it is dead already
                 await self._ask({"do": "kill", "sandbox": sandbox})
         exit_ = await self.exited(sandbox)
+        if self._control is None and self._restarting is not None:
+            await asyncio.wait({self._restarting})  # which makes sure that all of them are dead
         self._exits.pop(sandbox, None)
         self._background.discard(sandbox)
         self._pids.pop(sandbox, None)
