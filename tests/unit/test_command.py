@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.harness import eventually_none, stat
 
 from dayfly.context import Context
 from dayfly.invoker import Exit
@@ -155,8 +156,7 @@ def test_what_a_task_leaves_running_is_killed(tmp_path: Path):
     pid = script("sleep 60 & printf $! >$DAYFLY_RESULT")
 
     assert time.monotonic() - started < 5
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().rpartition(") ")[2][0] in "ZX"
+    assert not eventually_none(lambda: [s for s in stat(pid)[:1] if s not in "ZX"])
 
 
 def test_a_task_cannot_leave_anything_for_the_next_one():
