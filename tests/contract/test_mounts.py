@@ -7,17 +7,25 @@ import asyncio
 import errno
 import json
 import os
-import stat
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.test_escape import ORDINARY_UID, ordinary_user
-from tests.harness import ROOT
+from tests.faults.test_escape import (
+    ALLOWED,
+    ALLOWED_WITHOUT_ROOT,
+    ORDINARY_UID,
+    PROBES_MIN,
+    SECRET,
+    opened,
+    ordinary_user,
+    planted_on_host,
+)
+from tests.harness import FUNCTIONS, ROOT, eventually
 
 from dayfly_pool import driver as drivers
 from dayfly_pool.config import Config
@@ -32,6 +40,7 @@ from dayfly_pool.models import (
     FunctionSpec,
     Invocation,
     InvocationId,
+    Limits,
     Mold,
     Mounts,
     Outcome,
@@ -46,7 +55,7 @@ from dayfly_pool.workflow.workspaces import Workspace, Workspaces, fork, overlay
 DIGEST = "c0de" * 16
 UID_FIRST = 3_700_000
 ENVIRONMENT = Environment(digest=BASE)
-SOON_S = 20.0
+SOON_S = 60.0
 STORES = ("/artifacts", "/steps", "/layers")
 
 CODE = """
@@ -150,13 +159,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = folder / "packages" / "unpacked" / DIGEST
     package.mkdir(parents=True)
     (package / "main.py").write_text(CODE)
+    (package / "escape.py").write_bytes((FUNCTIONS / "escape" / "main.py").read_bytes())
     for path in (folder / "packages", folder / "packages" / "unpacked", package):
         path.chmod(0o755)
     folder.chmod(0o700)
     return folder
 
 
-async def opened(stack: AsyncExitStack, data: Path, kind: str, namespace: str) -> House:
+async def house_in(stack: AsyncExitStack, data: Path, kind: str, namespace: str) -> House:
     if kind == "linux" and find_bwrap() is None:
         why = "bwrap is missing: apt-get install bubblewrap"
         if os.environ.get("DAYFLY_TEST_NO_LINUX"):
@@ -177,7 +187,7 @@ async def house(request: pytest.FixtureRequest, data: Path) -> AsyncIterator[Hou
     """Of a namespace whose sandboxes are forked, and of one where each is started by itself."""
     async with AsyncExitStack() as stack:
         namespace = "default" if request.param == "forked" else ""
-        house = await opened(stack, data, "linux", namespace)
+        house = await house_in(stack, data, "linux", namespace)
         if namespace:
             await warmed(house)
         yield house
@@ -330,7 +340,7 @@ os.symlink("/etc/passwd", "/out/link")
 os.mkfifo("/out/pipe")
 subprocess.run(["cp", "/out/e", "/out/f"], check=True)
 os.truncate("/out/f", 0)
-found = sorted({os.lstat(path).st_uid for path in Path("/out").rglob("*")} | {os.stat("/out").st_uid})
+found = sorted({os.lstat(path).st_uid for path in (Path("/out"), *Path("/out").rglob("*"))})
 """
     outcome, name = await house.run(program)
     out = house.out(name)
@@ -451,7 +461,8 @@ async def test_nothing_else_of_the_stores_can_be_seen(house: House, has_folders:
     ]
     program = f"""
 paths = {paths!r}
-paths += ["/proc/self/root" + path for path in paths] + ["/out/../steps/other", "/in/../steps/other"]
+paths += ["/proc/self/root" + path for path in paths]
+paths += ["/out/../steps/other", "/in/../steps/other"]
 found = [path for path in paths if os.path.exists(path) and os.listdir(path)]
 found += [line for line in open("/proc/self/mountinfo") if "/other" in line]
 """
@@ -493,6 +504,26 @@ async def test_a_sandbox_that_was_not_made_for_steps_takes_no_folders(house: Hou
     assert isinstance(outcome, Failure)
     assert outcome.kind == "ImportFailed"
     assert "not made for steps" in outcome.message
+
+
+async def test_code_in_a_step_finds_no_more_open_than_in_a_function(house: House):
+    """The whole battery, against its own folders too; what it may do in these is asked above."""
+    made = await house.made("os.mkdir('/out/made'); Path('/out/made/file').write_text('x')")
+    base = await house.changed(
+        Workspace(), f"os.mkdir('d'); Path('d/f').write_text({SECRET[:8]!r})"
+    )
+    port = 1
+    with planted_on_host(house.data, os.getpid(), os.geteuid(), port) as given:
+        program = f"import escape\nfound = escape.battery({given!r})"
+        limits = Limits(tmp_mb=given["tmp_mb"])
+        more = {"timeout_seconds": 60.0, "limits": limits}
+        verdicts = await house.found(program, {"a": made}, {"w": base}, **more)
+    may = ALLOWED if os.geteuid() == 0 else ALLOWED_WITHOUT_ROOT
+
+    assert not {name: v for name, v in verdicts.items() if v.startswith("error")}
+    assert len(verdicts) >= PROBES_MIN
+    assert opened(verdicts) <= set(may)
+    house.artifacts.verify(made)
 
 
 # ---- its end ------------------------------------------------------------------------------------
@@ -563,9 +594,7 @@ async def test_who_is_over_its_time_is_dead_when_that_is_told(house: House):
 async def test_who_is_cancelled_leaves_nobody_behind(house: House):
     running = asyncio.ensure_future(house.run(LINGER + "time.sleep(86400)", {}, {"w": Workspace()}))
     beat = house.out("step-1").parent.parent
-    async with asyncio.timeout(SOON_S):
-        while not list(beat.glob("*/out/beat")):
-            await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(eventually, lambda: list(beat.glob("*/out/beat")))
     (name,) = [path.parent.parent.name for path in beat.glob("*/out/beat")]
     running.cancel()
     await asyncio.wait({running})
@@ -582,7 +611,7 @@ async def test_who_is_cancelled_leaves_nobody_behind(house: House):
 async def test_without_isolation_the_same_step_finds_its_folders(data: Path):
     """By links, where its context says; and is told that there are no workspaces."""
     async with AsyncExitStack() as stack:
-        house = await opened(stack, data, "process", "")
+        house = await house_in(stack, data, "process", "")
         house.artifacts.put_value("default", b"x")
         outcome, name = await house.run("Path(context.out_folder, 'made').write_text('it')")
         assert isinstance(outcome, Success), outcome
@@ -597,7 +626,7 @@ async def test_without_isolation_the_same_step_finds_its_folders(data: Path):
 
 async def test_a_pool_that_ends_takes_no_step(data: Path):
     async with AsyncExitStack() as stack:
-        house = await opened(stack, data, "process", "")
+        house = await house_in(stack, data, "process", "")
         house.pool._is_draining = True
         with pytest.raises(Draining):
             await house.run("pass")

@@ -154,10 +154,19 @@ def planted(server: Server) -> Iterator[dict[str, Any]]:
     """
     other = server.deploy("echo", "secret-keeper", env={"SECRET": SECRET}, minScale=1)
     assert server.call(other).json()["env"]["SECRET"] == SECRET
+    admin = int(server.admin.rpartition(":")[2])
+    with planted_on_host(server.data, server.pid, owner(server), admin) as given:
+        yield given
+    server.delete(other)
+
+
+@contextmanager
+def planted_on_host(data: Path, server: int, uid: int, admin: int) -> Iterator[dict[str, Any]]:
+    """The same for the process *server* of *uid*, with its data folder and admin plane."""
     abstract = "dayfly-test-" + secrets.token_hex(4)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
-        stack.enter_context(key_of(owner(server)))
+        stack.enter_context(key_of(uid))
         (folder / "file").write_text(SECRET)
         dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
         if not socket.has_dualstack_ipv6():
@@ -171,19 +180,18 @@ def planted(server: Server) -> Iterator[dict[str, Any]]:
             path.chmod(mode)
         yield {
             "file": str(folder / "file"),
-            "data": str(server.data),
-            "server": server.pid,
+            "data": str(data),
+            "server": server,
             "hostname": socket.gethostname(),
             "address": host_address(),
             "port": listeners[0].getsockname()[1],
-            "admin": int(server.admin.rpartition(":")[2]),
+            "admin": admin,
             "abstract": abstract,
             "socket": str(folder / "socket"),
             "tmp_mb": 8,
             "secrets_backwards": [CANARY[::-1], SECRET[::-1]],
             "etc_backwards": {name: telling(name) for name in ETC},
         }
-    server.delete(other)
 
 
 @contextmanager

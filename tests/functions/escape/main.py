@@ -156,6 +156,9 @@ every(
         "/sys": lambda: entries("/sys"),
         "/boot": lambda: entries("/boot"),
         "/packages": lambda: entries("/packages"),
+        "/artifacts": lambda: entries("/artifacts"),
+        "/steps": lambda: entries("/steps"),
+        "/layers": lambda: entries("/layers"),
         "/empty": lambda: entries("/empty"),
         "/newroot": lambda: entries("/newroot"),
         "/oldroot": lambda: entries("/oldroot"),
@@ -321,6 +324,12 @@ every(
             "/dev/pts",
             "/dayfly",
             "/packages",
+            "/artifacts",
+            "/steps",
+            "/layers",
+            "/in",
+            "/in/a",
+            "/workspaces",
             "/empty",
             "/proc",
             "/proc/self",
@@ -407,6 +416,120 @@ def rewrite_code():
     os.pwrite(descriptor, byte, address)
 
 
+GIVEN_FILE = "/in/a/file"
+every(
+    "change what a step is given",
+    {
+        "by writing": lambda: write(GIVEN_FILE),
+        "by truncating": lambda: os.truncate(GIVEN_FILE, 0),
+        "by removing": lambda: os.unlink(GIVEN_FILE),
+        "by moving it out": lambda: os.rename(GIVEN_FILE, "/out/file"),
+        "by renaming over it": lambda: renamed_over("/out/mine", GIVEN_FILE),
+        "by a link to it": lambda: os.link(GIVEN_FILE, "/out/linked"),
+        "by a link to it in /tmp": lambda: os.link(GIVEN_FILE, "/tmp/linked"),
+        "by a link into it": lambda: linked_in("/out/mine", "/in/a/mine"),
+        "by its mode": lambda: os.chmod(GIVEN_FILE, 0o777),
+        "by its owner": lambda: os.chown(GIVEN_FILE, os.getuid(), os.getgid()),
+        "by its times": lambda: os.utime(GIVEN_FILE, (0, 0)),
+        "by an attribute": lambda: os.setxattr(GIVEN_FILE, "user.x", b"x"),
+        "by overlay's attribute": lambda: os.setxattr("/in/a", "user.overlay.opaque", b"y"),
+        "by its flags": lambda: flagged(GIVEN_FILE),
+        "by O_TMPFILE": lambda: os.close(os.open("/in/a", os.O_TMPFILE | os.O_WRONLY)),
+        "by our own root": lambda: write("/proc/self/root" + GIVEN_FILE),
+        "by pid 1's root": lambda: write("/proc/1/root" + GIVEN_FILE),
+        "by its descriptor": lambda: reopened(GIVEN_FILE),
+        "by mapping it": lambda: mapped(GIVEN_FILE),
+        "by removing its place": lambda: os.rmdir("/in/a"),
+        "by renaming its place": lambda: os.rename("/in/a", "/in/b"),
+        "by a link in its place": lambda: os.symlink("/out", "/in/b"),
+    },
+)
+every(
+    "leave a step's folders",
+    {
+        "upwards from /out": lambda: upwards("/out"),
+        "upwards from /in": lambda: upwards("/in/a"),
+        "upwards from a workspace": lambda: upwards("/workspaces/w"),
+        "by the root of /out's file system": lambda: by_handle("/out"),
+        "by the root of /in's file system": lambda: by_handle("/in/a"),
+        "by our own root": lambda: entries("/proc/self/root/steps"),
+        "by the steps' cover": lambda: entries("/steps/../steps"),
+        "by pid 1's root": lambda: entries("/proc/1/root/steps"),
+        "by a redirect": lambda: redirected(),
+        "with a whiteout of our own": lambda: os.mknod("/workspaces/w/white", 0o20000, 0),
+        "with a device": lambda: os.mknod("/out/device", 0o20666, os.makedev(1, 3)),
+        "with somebody's file": lambda: given_away("/out/mine", 0),
+    },
+)
+
+
+def mine(path):
+    with open(path, "w"):
+        return path
+
+
+def renamed_over(source, target):
+    os.rename(mine(source), target)
+
+
+def linked_in(source, target):
+    os.link(mine(source), target)
+
+
+def given_away(path, owner):
+    os.chown(mine(path), owner, owner)
+
+
+def flagged(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    FS_IOC_SETFLAGS, FS_NODUMP_FL = 0x40086602, 0x40
+    fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("l", FS_NODUMP_FL))
+
+
+def reopened(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    write(f"/proc/self/fd/{descriptor}")
+
+
+def mapped(path):
+    descriptor = os.open(path, os.O_RDWR)
+    mmap.mmap(descriptor, 1)[0] = 1
+
+
+def upwards(path):
+    """Whether what is above *path* is anything but where it is mounted."""
+    here = os.open(path, os.O_PATH)
+    for _ in range(8):
+        here = os.open("..", os.O_PATH, dir_fd=here)
+        above = set(os.listdir(f"/proc/self/fd/{here}"))
+        must_not = above & {"upper", "work", "incoming", "trash", "content", "record"}
+        if must_not or (set(os.listdir("/")) - above and not above & {"a", "w", "usr"}):
+            return
+    raise Closed("the sandbox's own root")
+
+
+def by_handle(path):
+    """Open the root of the file system that *path* is in by its number, as tools for containers
+    were once made to."""
+    mount_id = ctypes.c_int()
+    handle = ctypes.create_string_buffer(struct.pack("=Ii", 128, 0) + bytes(128))
+    name_to_handle_at, open_by_handle_at = 303, 304
+    with contextlib.suppress(OSError):
+        syscall(name_to_handle_at, -100, path.encode(), handle, ctypes.byref(mount_id), 0)
+    root = struct.pack("=Ii", 8, 1) + struct.pack("=II", 2, 0)
+    folder = os.open(path, os.O_RDONLY)
+    opened = syscall(open_by_handle_at, folder, root, os.O_RDONLY)
+    entries(f"/proc/self/fd/{opened}")
+
+
+def redirected():
+    """Have the overlay look for a folder's contents where we say."""
+    os.makedirs("/workspaces/w/lost", exist_ok=True)
+    os.setxattr("/workspaces/w/lost", "user.overlay.redirect", b"/d")
+    os.rename("/workspaces/w/lost", "/workspaces/w/found")
+    entries("/workspaces/w/found")
+
+
 @probe("link a program of the system into /tmp")
 def _():
     os.link("/usr/bin/env", "/tmp/.probe-link")
@@ -468,6 +591,28 @@ every(
         "our code anew, writable": lambda: mount(b"x", b"/code", None, MS_REMOUNT | MS_BIND),
         "the cover of the packages elsewhere": lambda: mount(b"/packages", b"/tmp", None, MS_MOVE),
         "by umount: the packages' cover": lambda: check(libc.umount2(b"/packages", 2)),
+        "by umount: the artifacts' cover": lambda: check(libc.umount2(b"/artifacts", 2)),
+        "by umount: the steps' cover": lambda: check(libc.umount2(b"/steps", 2)),
+        "by umount: the layers' cover": lambda: check(libc.umount2(b"/layers", 2)),
+        "by umount: what a step is given": lambda: check(libc.umount2(b"/in/a", 2)),
+        "by umount: all that it is given": lambda: check(libc.umount2(b"/in", 2)),
+        "by umount: what it leaves": lambda: check(libc.umount2(b"/out", 2)),
+        "by umount: its workspace": lambda: check(libc.umount2(b"/workspaces/w", 2)),
+        "what a step is given anew, writable": lambda: mount(
+            b"x", b"/in/a", None, MS_REMOUNT | MS_BIND
+        ),
+        "its places anew, writable": lambda: mount(b"x", b"/in", None, MS_REMOUNT | MS_BIND),
+        "what it leaves anew, with devices": lambda: mount(
+            b"x", b"/out", None, MS_REMOUNT | MS_BIND
+        ),
+        "what it leaves over what it is given": lambda: mount(b"/out", b"/in/a", None, MS_BIND),
+        "what it is given somewhere else": lambda: mount(b"/in/a", b"/tmp", None, MS_BIND),
+        "the cover of the steps elsewhere": lambda: mount(b"/steps", b"/tmp", None, MS_MOVE),
+        "its workspace with other layers": lambda: mount(
+            b"x", b"/workspaces/w", b"overlay", MS_REMOUNT, b"lowerdir=/layers"
+        ),
+        "a copy of what it leaves": lambda: syscall(428, -100, b"/out", 1),
+        "its attributes anew": lambda: syscall(442, -100, b"/in/a", 0, bytes(32), 32),
         "by umount: our code": lambda: check(libc.umount2(b"/code", 2)),
         "by umount: /proc": lambda: check(libc.umount2(b"/proc", 2)),
         "by pivot_root": lambda: syscall(155, b"/tmp", b"/tmp"),
