@@ -6,13 +6,12 @@ over a real socket pair, and a Python callable stands for each function's code.
 
 import asyncio
 import contextlib
+import json
 import os
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
-
-import msgspec
 
 from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
@@ -157,7 +156,7 @@ class FakeGuest:
         request = decode(frame)
         if isinstance(request, Load):
             self.load = request
-            self.mounts = msgspec.json.decode(frame.body, type=Mounts) if frame.body else None
+            self.mounts = Mounts(**json.loads(frame.body)) if frame.body else None
             await self._become(request)
         elif isinstance(request, Invoke):
             task = asyncio.create_task(self._answer(frame, request))
