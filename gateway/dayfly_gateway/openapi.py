@@ -37,7 +37,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Dayfly admin plane", "version": dayfly.__version__},
-        "paths": _paths() | _event_paths() | _job_paths(),
+        "paths": _paths() | _event_paths() | _job_paths() | _run_paths(),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -166,6 +166,74 @@ def _job_paths() -> dict[str, Any]:
             "parameters": _NAMED,
             "put": _operation("Declare it", _BAD, schema="QueueSpec"),
             "delete": _operation("Forget what was declared of it", _MISSING, "204"),
+        },
+    }
+
+
+def _run_paths() -> dict[str, Any]:
+    workflow, run = (
+        "/namespaces/{namespace}/workflows/{name}",
+        "/namespaces/{namespace}/runs/{name}",
+    )
+    task = "/namespaces/{namespace}/tasks/{name}"
+    pages = [
+        {"name": name, "in": "query", "schema": {"type": "string"}}
+        for name in ("namespace", "limit", "before")
+    ]
+    taken = {"409": "There is another run of that name"}
+    return {
+        "/workflows": {"get": _operation("All workflows")},
+        workflow: {
+            "parameters": _NAMED,
+            "get": _operation("One workflow", _MISSING),
+            "put": _operation("Declare it", _BAD, schema=""),
+            "delete": _operation("Forget it; its runs go on", _MISSING, "204"),
+        },
+        f"{workflow}/runs": {
+            "parameters": _NAMED,
+            "post": _operation("Begin a run of it", _BAD | _MISSING | taken, "201", schema=""),
+        },
+        "/tasks": {"get": _operation("All tasks")},
+        task: {
+            "parameters": _NAMED,
+            "put": _operation("Declare it", _BAD, schema=""),
+            "delete": _operation("Forget it", _BAD | _MISSING, "204"),
+        },
+        "/runs": {"parameters": pages, "get": _operation("A page of runs, newest first", _BAD)},
+        run: {
+            "parameters": _NAMED,
+            "get": _operation("One run, with its steps", _MISSING),
+            "delete": _operation("Forget one that is over", _BAD | _MISSING, "204"),
+        },
+        f"{run}/cancel": {
+            "parameters": _NAMED,
+            "post": _operation("End it; what runs finally does", _BAD | _MISSING, schema=""),
+        },
+        f"{run}/retry": {
+            "parameters": _NAMED,
+            "post": _operation("Begin another with what succeeded", _BAD | _MISSING, "201"),
+        },
+        f"{run}/callbacks/{{token}}": {
+            "parameters": [
+                *_NAMED,
+                {"name": "token", "in": "path", "required": True, "schema": {"type": "string"}},
+            ],
+            "post": _operation("Call back a step that waits", _BAD | _MISSING, "202", schema=""),
+        },
+        f"{run}/decisions": {
+            "parameters": _NAMED,
+            "post": _operation("Approve or refuse a step", _BAD | _MISSING, "202", schema=""),
+        },
+        f"{run}/logs": {
+            "parameters": _NAMED,
+            "get": _operation("What its steps wrote last", _BAD | _MISSING),
+        },
+        f"{run}/provenance": {
+            "parameters": _NAMED,
+            "get": _operation("What was signed at its end (DSSE)", _BAD | _MISSING),
+        },
+        "/provenance/key": {
+            "get": _operation("What verifies it", content="application/x-pem-file")
         },
     }
 

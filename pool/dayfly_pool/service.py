@@ -69,6 +69,7 @@ from dayfly_pool.workflow import graph
 from dayfly_pool.workflow.bodies import Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.handover import Handover, owner_of
+from dayfly_pool.workflow.metrics import RunMetrics
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.run import Means
 from dayfly_pool.workflow.runs import Runs
@@ -151,6 +152,7 @@ class Service:
                 self._empty_package = await self.put_package(EMPTY_PACKAGE)
                 self.runs = Runs(self._means(), self.workflows, self.tasks)
                 JobMetrics(self.jobs, self.pool.metrics.registry)
+                RunMetrics(self.runs, self.pool.metrics.registry)
                 self._handover.open()
                 async with self.pool.running():
                     await self._restore()

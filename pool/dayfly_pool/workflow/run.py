@@ -325,6 +325,12 @@ def _is_chain(graph: Graph, users: list[int]) -> bool:
     return True
 
 
+def _outcome(end: Ended | Failed) -> str:
+    if isinstance(end, Ended):
+        return "cached" if end.was_cached else "succeeded"
+    return "failed" if end.is_counted else "not run"
+
+
 def _has_large(value: Any) -> bool:
     if isinstance(value, dict):
         return LARGE in value or any(map(_has_large, value.values()))
@@ -377,6 +383,9 @@ class LiveRun:
         """Attempts that were stopped before they began."""
 
         self._kills: Counter[str] = Counter()
+        self.steps_ended: Counter[str] = Counter()
+        """Attempts that have ended here, by how."""
+
         self.expected: dict[str, Expect] = {}
         self._finish: Finish | None = None
         self._last, self._said_at = journal.last, 0.0
@@ -677,7 +686,9 @@ class LiveRun:
         began_at = self._clock.now()
         saying = loop.call_later(STARTED_S, self._say_started, invoke, began_at)
         try:
-            self._note(await self._end_of(invoke))
+            end = await self._end_of(invoke)
+            self.steps_ended[_outcome(end)] += 1
+            self._note(end)
         except Draining:
             pass  # it runs again when a server goes on with it
         except Exception as error:

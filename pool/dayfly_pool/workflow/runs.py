@@ -76,6 +76,9 @@ class Runs:
         self.ended: Counter[str] = Counter()
         """Runs that have ended here, by how."""
 
+        self._steps_ended: Counter[str] = Counter()
+        """Attempts of runs that do not go on any more."""
+
         self._is_held = False
         self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard)
 
@@ -316,6 +319,15 @@ class Runs:
 
     # ---- what is ours -------------------------------------------------------------------------
 
+    @property
+    def under_way(self) -> int:
+        """Runs that go on here."""
+        return len(self._live)
+
+    def steps_ended(self) -> Counter[str]:
+        """Attempts that have ended here, by how."""
+        return sum((live.steps_ended for live in self._live.values()), self._steps_ended)
+
     async def _go_on(self, journal: Journal) -> None:
         live = LiveRun(journal, self._means)
         self._live[journal.id] = live
@@ -329,6 +341,7 @@ class Runs:
                 self.ended[live.status.state] += 1
         finally:
             del self._live[journal.id]
+            self._steps_ended += live.steps_ended
 
     def _heard(self, id_: JournalId, wish: Wish) -> bool:
         if (live := self._live.get(id_)) is None:
