@@ -23,6 +23,7 @@ from dayfly_pool.errors import (
     Draining,
     EnvironmentNotFound,
     FunctionNotFound,
+    PackageDamaged,
     PlatformError,
     StoreFailed,
 )
@@ -76,7 +77,9 @@ STARTED_S: Final = 0.5
 
 HEAD_S: Final = 1.0
 QUEUE_S_MAX: Final = 3600.0
-HOPELESS: Final = (FunctionNotFound, BadInput, BodyTooLarge, EnvironmentNotFound)
+HOPELESS: Final = (
+    FunctionNotFound, BadInput, BodyTooLarge, EnvironmentNotFound, PackageDamaged,
+)  # fmt: skip
 RunState = Literal[
     "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
 ]
