@@ -115,7 +115,7 @@ class Management:
             return await handler(request)
         except PlatformError as error:
             return events.platform_problem(error)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return events.platform_problem(BadInput(str(error)))
 
     # ---- health -------------------------------------------------------------------------------

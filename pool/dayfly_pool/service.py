@@ -246,7 +246,7 @@ class Service:
             self.functions[stored.id] = stored
 
     async def _drop_packages(self) -> None:
-        """Remove those that no function and no job needs any more."""
+        """Remove those that no function, job or workflow needs any more."""
         used = {stored.spec.package for stored in self.functions.values()}
         used.add(self._empty_package)
         used |= await self.jobs.packages() | await self.runs.packages()
