@@ -37,7 +37,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Dayfly admin plane", "version": dayfly.__version__},
-        "paths": _paths() | _event_paths() | _job_paths() | _run_paths(),
+        "paths": _paths() | _event_paths() | _job_paths() | _workflow_paths() | _run_paths(),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -170,16 +170,11 @@ def _job_paths() -> dict[str, Any]:
     }
 
 
-def _run_paths() -> dict[str, Any]:
-    workflow, run = (
+def _workflow_paths() -> dict[str, Any]:
+    workflow, task = (
         "/namespaces/{namespace}/workflows/{name}",
-        "/namespaces/{namespace}/runs/{name}",
+        "/namespaces/{namespace}/tasks/{name}",
     )
-    task = "/namespaces/{namespace}/tasks/{name}"
-    pages = [
-        {"name": name, "in": "query", "schema": {"type": "string"}}
-        for name in ("namespace", "limit", "before")
-    ]
     taken = {"409": "There is another run of that name"}
     return {
         "/workflows": {"get": _operation("All workflows")},
@@ -199,38 +194,37 @@ def _run_paths() -> dict[str, Any]:
             "put": _operation("Declare it", _BAD, schema=""),
             "delete": _operation("Forget it", _BAD | _MISSING, "204"),
         },
+    }
+
+
+def _run_paths() -> dict[str, Any]:
+    run, both = "/namespaces/{namespace}/runs/{name}", _BAD | _MISSING
+    pages = [
+        {"name": name, "in": "query", "schema": {"type": "string"}}
+        for name in ("namespace", "limit", "before")
+    ]
+    token = {"name": "token", "in": "path", "required": True, "schema": {"type": "string"}}
+    below = {
+        "cancel": ("post", _operation("End it; what runs finally does", both, schema="")),
+        "retry": ("post", _operation("Begin another with what succeeded", both, "201")),
+        "decisions": ("post", _operation("Approve or refuse a step", both, "202", schema="")),
+        "logs": ("get", _operation("What its steps wrote last", both)),
+        "provenance": ("get", _operation("What was signed at its end (DSSE)", both)),
+    }
+    return {
         "/runs": {"parameters": pages, "get": _operation("A page of runs, newest first", _BAD)},
         run: {
             "parameters": _NAMED,
             "get": _operation("One run, with its steps", _MISSING),
-            "delete": _operation("Forget one that is over", _BAD | _MISSING, "204"),
+            "delete": _operation("Forget one that is over", both, "204"),
         },
-        f"{run}/cancel": {
-            "parameters": _NAMED,
-            "post": _operation("End it; what runs finally does", _BAD | _MISSING, schema=""),
-        },
-        f"{run}/retry": {
-            "parameters": _NAMED,
-            "post": _operation("Begin another with what succeeded", _BAD | _MISSING, "201"),
+        **{
+            f"{run}/{name}": {"parameters": _NAMED, method: operation}
+            for name, (method, operation) in below.items()
         },
         f"{run}/callbacks/{{token}}": {
-            "parameters": [
-                *_NAMED,
-                {"name": "token", "in": "path", "required": True, "schema": {"type": "string"}},
-            ],
-            "post": _operation("Call back a step that waits", _BAD | _MISSING, "202", schema=""),
-        },
-        f"{run}/decisions": {
-            "parameters": _NAMED,
-            "post": _operation("Approve or refuse a step", _BAD | _MISSING, "202", schema=""),
-        },
-        f"{run}/logs": {
-            "parameters": _NAMED,
-            "get": _operation("What its steps wrote last", _BAD | _MISSING),
-        },
-        f"{run}/provenance": {
-            "parameters": _NAMED,
-            "get": _operation("What was signed at its end (DSSE)", _BAD | _MISSING),
+            "parameters": [*_NAMED, token],
+            "post": _operation("Call back a step that waits", both, "202", schema=""),
         },
         "/provenance/key": {
             "get": _operation("What verifies it", content="application/x-pem-file")
