@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from dayfly_gateway import (
+    cli_artifacts,
     cli_events,
     cli_jobs,
     cli_provenance,
@@ -155,7 +156,9 @@ def _data_folder() -> Path:
     type=PATH,
     help="File with the address of a PostgreSQL that keeps the events; or set DAYFLY_EVENTS_DSN.",
 )
-@click.option("--deploy", type=PATH, help="Deploy every function in this folder when up.")
+@click.option(
+    "--deploy", type=PATH, help="Deploy the functions and workflows in this folder when up."
+)
 @click.option(
     "--log",
     type=click.Choice(["json", "text"]),
@@ -590,6 +593,7 @@ cli.add_command(cli_jobs.job)
 cli.add_command(cli_jobs.queue)
 cli.add_command(cli_workflows.workflow)
 cli.add_command(cli_runs.run)
+cli.add_command(cli_artifacts.artifact)
 cli.add_command(cli_provenance.provenance)
 
 

@@ -66,28 +66,16 @@ def deploy(session: Session, source: str) -> None:
       dayfly workflow deploy pipeline.py
       dayfly workflow deploy flows/pipeline.py:nightly
     """
-    import msgspec
-
-    from dayfly_gateway import deploy as deployment
-    from dayfly_gateway import faces
-    from dayfly_gateway.manifests import FlowPlan
-    from dayfly_pool.workflow.model import WorkflowManifest
+    from dayfly_gateway.deploy import declare_file
 
     path, colon, name = source.rpartition(":")
     if not colon or Path(source).exists():
         path, name = source, ""
     file = Path(path)
-    if not file.is_file():
-        raise Misused(f"there is no file {file}: name a Python file")
-    if file.suffix != ".py":
+    if not file.is_file() or file.suffix != ".py":
         raise Misused(f"{file} is no Python file: apply YAML with `dayfly apply -f`")
-    views = []
     with show.progress() as progress:
-        for flow in faces.from_python(file, name):
-            metadata = msgspec.structs.replace(flow.metadata, namespace=session.namespace)
-            manifest = WorkflowManifest(metadata=metadata, spec=flow.spec)
-            code = file.parent / flow.spec.source if flow.spec.source else None
-            views.append(deployment.declare(session.client, FlowPlan(manifest, code), progress))
+        views = declare_file(session.client, file, session.namespace, progress, name)
     session.show(views, _show_deployed)
 
 

@@ -247,6 +247,16 @@ class Client:
         which = urlencode({"step": step, "tail": str(tail)})
         return self._listed(f"{_path(namespace, 'runs', name)}/logs?{which}")
 
+    def artifact(self, namespace: str, kind: str, digest: str, path: str = "") -> bytes:
+        """What a file holds, or the file at *path* of a folder."""
+        which = f"?{urlencode({'path': path})}" if path else ""
+        where = f"/namespaces/{quote(namespace, '')}/artifacts/{kind}/{digest}{which}"
+        return self.call("GET", where, timeout_s=None).body
+
+    def artifact_entries(self, namespace: str, digest: str) -> list[dict[str, Any]]:
+        """What is in a folder."""
+        return self._listed(f"/namespaces/{quote(namespace, '')}/artifacts/tree/{digest}")
+
     def cancel_run(self, namespace: str, name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """End a run."""
         path = _path(namespace, "runs", name) + "/cancel"

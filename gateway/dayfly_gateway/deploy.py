@@ -1,9 +1,11 @@
 """From a plan to a deployed function: pack, build what it needs, upload, declare."""
 
+from pathlib import Path
 from typing import Any, Protocol, assert_never
 
 import msgspec
 
+from dayfly_gateway import faces
 from dayfly_gateway.client import Client
 from dayfly_gateway.manifests import Applied, FlowPlan, JobPlan, Plan, job_spec
 from dayfly_pool.batch.model import QueueManifest
@@ -74,6 +76,19 @@ def declare(client: Client, plan: FlowPlan, progress: Progress) -> dict[str, Any
         spec["package"] = client.put_package(pack(plan.source), progress.uploaded)
     kind = "workflows" if isinstance(plan.manifest, WorkflowManifest) else "tasks"
     return client.put_spec(metadata.namespace, kind, metadata.name, spec)
+
+
+def declare_file(
+    client: Client, file: Path, namespace: str, progress: Progress, name: str = ""
+) -> list[dict[str, Any]]:
+    """Declare the workflows of a Python file, or the one called *name*; as the API shows them."""
+    views = []
+    for flow in faces.from_python(file, name):
+        metadata = msgspec.structs.replace(flow.metadata, namespace=namespace)
+        manifest = WorkflowManifest(metadata=metadata, spec=flow.spec)
+        code = file.parent / flow.spec.source if flow.spec.source else None
+        views.append(declare(client, FlowPlan(manifest, code), progress))
+    return views
 
 
 def run(client: Client, plan: JobPlan, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from prometheus_client import generate_latest
 import dayfly
 from dayfly_gateway import answers, auth, events, later, openapi, routing
 from dayfly_gateway.app import read_body
+from dayfly_gateway.artifacts import ArtifactsPlane
 from dayfly_gateway.config import GatewayConfig
 from dayfly_gateway.jobs import JobsPlane
 from dayfly_gateway.queues import QueuesPlane
@@ -91,6 +92,7 @@ class Management:
                 *JobsPlane(self._service, self._config).routes(),
                 *QueuesPlane(self._service, self._config).routes(),
                 *RunsPlane(self._service, self._config).routes(),
+                *ArtifactsPlane(self._service).routes(),
                 web.post(f"{function}/redrive", self._redrive),
                 web.get("/events", self._events),
                 web.get("/events/{id}", self._event),

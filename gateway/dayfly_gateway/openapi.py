@@ -226,6 +226,17 @@ def _run_paths() -> dict[str, Any]:
             "parameters": [*_NAMED, token],
             "post": _operation("Call back a step that waits", both, "202", schema=""),
         },
+        "/namespaces/{namespace}/artifacts/{kind}/{digest}": {
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in ("namespace", "kind", "digest")
+            ],
+            "get": _operation(
+                "A file's bytes, or what is in a folder",
+                both | {"410": "It is not stored any more"},
+                content="application/octet-stream",
+            ),
+        },
         "/provenance/key": {
             "get": _operation("What verifies it", content="application/x-pem-file")
         },

@@ -66,6 +66,7 @@ from dayfly_pool.store.sqlite import (
 )
 from dayfly_pool.stores import journals_of
 from dayfly_pool.workflow import graph
+from dayfly_pool.workflow.artifacts import Artifacts
 from dayfly_pool.workflow.bodies import Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.handover import Handover, owner_of
@@ -466,6 +467,11 @@ class Service:
                 raise BadInput(f"task {name!r} is used by {', '.join(sorted(users)[:5])}")
             await self._declarations.delete_spec("Task", namespace, name)
             del self.tasks[namespace, name]
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """What steps have left."""
+        return self._handover.artifacts
 
     def _means(self) -> Means:
         cache = StepCache(self.config.data / "cache")
