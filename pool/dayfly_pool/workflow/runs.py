@@ -17,10 +17,12 @@ from dayfly_pool.errors import BadInput, NameTaken, PlatformError, RunNotFound, 
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import FunctionId, Metadata
 from dayfly_pool.ours import Ours
-from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
+from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 from dayfly_pool.workflow import facts, run
+from dayfly_pool.workflow.artifacts import SCHEME
 from dayfly_pool.workflow.bodies import Body
 from dayfly_pool.workflow.engine import RETRIABLE, Run
+from dayfly_pool.workflow.garbage import Garbage
 from dayfly_pool.workflow.graph import check
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
@@ -81,17 +83,20 @@ class Runs:
 
         self._is_held = False
         self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard)
+        self._garbage = Garbage(journals, means.handover, means.cache, means.garbage_s)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Runs"]:
         """Go on with runs while the block runs. Those that are not over then go on later."""
         async with asyncio.TaskGroup() as group:
             sweeping = group.create_task(self._sweep(), name="runs-sweep")
+            collecting = group.create_task(self._garbage.run(), name="runs-garbage")
             try:
                 async with self._ours.running():
                     yield self
             finally:
                 sweeping.cancel()
+                collecting.cancel()
 
     def hold(self) -> None:
         """Begin nothing more."""
@@ -144,7 +149,7 @@ class Runs:
             definition=definition,
             secret=secrets.token_bytes(32),
         )
-        return await self._create(JournalId(id_), stored, [began], now)
+        return await self._create(JournalId(id_), stored, [began], now, params=bound)
 
     async def retry(self, namespace: str, name: str, by: str = "") -> View:
         """Another run, with what succeeded in this. Raises `RunNotFound`, `BadInput`."""
@@ -159,6 +164,8 @@ class Runs:
         engine.feed(asked)
         if engine.taken == before:
             raise BadInput(f"run {name!r} never began: start another")
+        for part in (run.LEFT, run.KEPT):
+            entries += await run.log_of(self._journals, view.journal.id, part)
         id_, stem = JournalId(new_id()), _AGAIN.sub("", name)
         for number in range(1, RETRIES_MAX + 1):
             stored = msgspec.structs.replace(
@@ -176,10 +183,13 @@ class Runs:
         stored: StoredRun,
         new: list[facts.Fact],
         now: float,
-        before: Sequence[Any] = (),
+        before: Sequence[Entry] = (),
+        params: Any = None,
     ) -> View:
         status = RunStatus(workflow=stored.workflow, started_at=now)
-        copied = [NewEntry(run.LOG, body=entry.body) for entry in before]
+        copied = [NewEntry(entry.part, body=entry.body) for entry in before]
+        if uris := artifacts_in(params, stored.metadata.namespace):
+            copied.append(NewEntry(run.KEPT, body=msgspec.msgpack.encode(uris)))
         journal = await self._journals.create(
             Journal(
                 id=id_,
@@ -383,6 +393,21 @@ class Runs:
             for journal in page:
                 if journal.ended_at <= at:
                     await self._journals.delete(journal.id)
+
+
+def artifacts_in(value: Any, namespace: str) -> list[str]:
+    """The URIs of the namespace's artifacts that a JSON value refers to."""
+    found, todo = [], [value]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            todo += each.values()
+            uri = each.get("uri")
+            if isinstance(uri, str) and uri.startswith(f"{SCHEME}{namespace}/"):
+                found.append(uri)
+        elif isinstance(each, list | tuple):
+            todo += each
+    return found
 
 
 def packages_of(definition: Definition) -> set[str]:
