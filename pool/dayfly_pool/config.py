@@ -56,6 +56,9 @@ class Config(Struct, frozen=True, kw_only=True):
     events_dsn: str = ""
     """The PostgreSQL that keeps the events, as libpq has it; empty for a file of our own."""
 
+    garbage_s: float = 3600.0
+    """What runs left behind, and nothing refers to, is kept for so long."""
+
     uid_first: int = 3_000_000
     """As root, sandbox number n runs as the host uid *uid_first* + n."""
 
@@ -64,7 +67,13 @@ class Config(Struct, frozen=True, kw_only=True):
             raise ValueError("need 0 <= generic-min <= generic-max <= sandboxes-max")
         if self.starts_max < 1 or self.sandboxes_max < 1:
             raise ValueError("starts-max and sandboxes-max must be at least 1")
-        positive = (self.start_timeout_s, self.init_timeout_s, self.grace_s, self.tick_s)
+        positive = (
+            self.start_timeout_s,
+            self.init_timeout_s,
+            self.grace_s,
+            self.tick_s,
+            self.garbage_s,
+        )
         if self.memory_reserve_mb < 0:
             raise ValueError("memory-reserve-mb must not be negative")
         if min(self.zygote_forks_max, self.zygote_s_max, self.zygote_idle_s) <= 0:

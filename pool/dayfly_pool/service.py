@@ -496,6 +496,7 @@ class Service:
             },
             empty_package=self._empty_package,
             flights={},
+            garbage_s=self.config.garbage_s,
         )
 
     def _identify_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:

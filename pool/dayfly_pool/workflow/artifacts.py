@@ -245,6 +245,7 @@ class Artifacts:
         :raises ArtifactDamaged: naming the path that changed. :raises ArtifactGone: run it again.
         """
         with self._places.disk(), self._object(artifact) as (place, path):
+            os.utime(place)  # a moment's peace from `sweep`
             record = _record(place)
             if record.boot not in ("", self._boot) or _has_changed(place, record.entries):
                 self._verify(place, artifact)
@@ -327,7 +328,7 @@ class Artifacts:
     # --- Removing ---
 
     def sweep(self, keep: Callable[[str], bool], before: float) -> int:
-        """Remove each object that came, or was put again, earlier than *before* (seconds since the
+        """Remove each object that came, or was used, earlier than *before* (seconds since the
         epoch) and whose URI *keep* refuses; returns how many. None of them may be in use."""
         removed = 0
         with self._places.disk():
@@ -429,6 +430,13 @@ def place_of(artifact: Artifact) -> str:
     if found is None or found[4] != artifact.sha256 or (found[3] == "tree") != is_tree:
         raise BadInput(f"{trees.shown(artifact.uri)} is not the reference of an artifact")
     return f"{found[1]}/{_key(artifact)}/{CONTENT}"
+
+
+def uri_of(place: str) -> str:
+    """The reference of what is at a `place_of` one."""
+    namespace, key, _ = place.split("/")
+    kind, _, digest = key.partition("-")
+    return f"{SCHEME}{namespace}/{kind}/sha256/{digest}"
 
 
 def _check(namespace: str) -> None:

@@ -7,6 +7,7 @@ inputs. Entries are files, written whole or not at all; one whose artifacts are 
 Every method waits for the disk: call it in a thread.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -31,6 +32,16 @@ class Cached(Struct, frozen=True):
     outputs: dict[str, facts.Artifact]
     run: str
     at: float
+
+    @property
+    def artifacts(self) -> dict[str, facts.Artifact]:
+        """All that it refers to: outputs, and results that were too large to be written down."""
+        found = dict(self.outputs)
+        for name, value in self.results.items():
+            if isinstance(value, dict) and value.keys() == {facts.LARGE}:
+                reference = msgspec.convert(value[facts.LARGE], facts.Artifact)
+                found[f"{name} (a result)"] = reference
+        return found
 
 
 def is_pure(invoke: Invoke) -> bool:
@@ -72,11 +83,9 @@ class StepCache:
 
     def get(self, namespace: str, key: str) -> Cached | None:
         """What the step left; None when it has not run, or its entry cannot be read."""
+        path = self._folder / namespace / key
         try:
-            path = self._folder / namespace / key
-            if path.stat().st_size > ENTRY_BYTES_MAX:
-                return None
-            found = msgspec.json.decode(path.read_bytes(), type=Cached)
+            found = _read(path)
             os.utime(path)
         except (OSError, msgspec.DecodeError):
             return None
@@ -97,15 +106,26 @@ class StepCache:
         """The artifacts that entries refer to."""
         found: set[str] = set()
         for path in self._folder.glob("*/*"):
-            cached = self.get(path.parent.name, path.name)
-            if cached is not None:
-                found |= {artifact.uri for artifact in cached.outputs.values()}
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                found.update(artifact.uri for artifact in _read(path).artifacts.values())
         return found
 
     def sweep(self, now: float | None = None) -> int:
         """Forget what was not asked for lately; returns how many."""
         before = (now if now is not None else time.time()) - KEPT_S
-        old = [path for path in self._folder.glob("*/*") if path.stat().st_mtime < before]
-        for path in old:
-            path.unlink(missing_ok=True)
-        return len(old)
+        removed = 0
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    removed += 1
+        return removed
+
+
+def _read(path: Path) -> Cached:
+    """An entry. Raises `OSError`, and `DecodeError` for what is none."""
+    with path.open("rb") as file:
+        text = file.read(ENTRY_BYTES_MAX + 1)
+    if len(text) > ENTRY_BYTES_MAX:
+        raise msgspec.DecodeError(f"over {ENTRY_BYTES_MAX} bytes")
+    return msgspec.json.decode(text, type=Cached)

@@ -6,7 +6,7 @@ Every method waits for the disk: call it in a thread.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dayfly_pool.errors import BadInput
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
 from dayfly_pool.workflow import facts, workspaces
-from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of
+from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of, uri_of
 from dayfly_pool.workflow.facts import LARGE, Invoke
 from dayfly_pool.workflow.model import Step, TaskSpec
 from dayfly_pool.workflow.steps import StepFolders, Steps
@@ -69,6 +69,8 @@ class Handover:
         self._steps = Steps(data / "steps", owner)
         self._workspaces = Workspaces(data / "workspaces", owner)
         self._owner = owner
+        self._prepared: dict[str, Prepared] = {}
+        """What steps that run have before them, by their folders."""
 
     def open(self) -> None:
         """Have the folders; what a crash left half done is removed."""
@@ -122,7 +124,8 @@ class Handover:
             for name, view in views.items()
         )
         mounts = Mounts(step=folders.id, inputs=inputs, workspaces=mounted)
-        return Prepared(mounts, folders, views, streams)
+        prepared = self._prepared[folders.id] = Prepared(mounts, folders, views, streams)
+        return prepared
 
     def _places(self, namespace: str, name: str, value: Any) -> list[tuple[str, str]]:
         """(where below /in, where below the store) of what an input stands for."""
@@ -197,6 +200,21 @@ class Handover:
         for output in prepared.streams.values():
             output.abandon()
         self._steps.remove(prepared.folders.id)
+        self._prepared.pop(prepared.folders.id, None)
+
+    # ---- garbage ------------------------------------------------------------------------------
+
+    def sweep(self, uris: Container[str], layers: Container[str], before: float) -> int:
+        """Remove what is not among these, no step has before it, and nobody used since *before*.
+
+        Returns how many artifacts and layers that were. Raises `DataFolderUnusable`.
+        """
+        running = list(self._prepared.values())
+        places = {place for each in running for _, place in each.mounts.inputs}
+        in_use = {layer.id for each in running for v in each.views.values() for layer in v.layers}
+        in_use_uris = set(map(uri_of, places))
+        removed = self.artifacts.sweep(lambda uri: uri in uris or uri in in_use_uris, before)
+        return removed + self._workspaces.sweep(lambda id_: id_ in layers or id_ in in_use, before)
 
     # ---- large values -------------------------------------------------------------------------
 

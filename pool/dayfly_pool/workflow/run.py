@@ -150,6 +150,9 @@ class Means(Struct, frozen=True):
     flights: dict[str, asyncio.Future[None]]
     """Steps that are declared pure and run now, by key."""
 
+    garbage_s: float = 3600.0
+    """What nothing refers to is kept for so long: see `garbage`."""
+
 
 class StoredRun(Struct, frozen=True, kw_only=True):
     """What is written once. *secret* makes the tokens of callbacks."""
@@ -739,7 +742,7 @@ class LiveRun:
         try:
             if (found := await asyncio.to_thread(self._found, key)) is not None:
                 self._saw(invoke, body, found.run)
-                self._uris += [artifact.uri for artifact in found.outputs.values()]
+                self._uris += [artifact.uri for artifact in found.artifacts.values()]
                 return Ended(
                     at=self._clock.now(),
                     key=invoke.key,
@@ -763,9 +766,9 @@ class LiveRun:
         if found is None:
             return None
         try:
-            for name, artifact in found.outputs.items():
+            for name, artifact in found.artifacts.items():
                 self._means.handover.found(self.namespace, name, artifact.as_value())
-        except PlatformError:
+        except (PlatformError, msgspec.ValidationError):
             return None  # an artifact of it is gone, or not what it was
         return found
 

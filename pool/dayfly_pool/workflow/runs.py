@@ -5,7 +5,7 @@ import logging
 import re
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
@@ -15,12 +15,14 @@ from msgspec import Struct, structs
 
 from dayfly_pool.errors import BadInput, NameTaken, PlatformError, RunNotFound, WorkflowNotFound
 from dayfly_pool.ids import new_id
-from dayfly_pool.models import FunctionId, Metadata
+from dayfly_pool.models import FunctionId, Invocation, Metadata, Mounts, Outcome
 from dayfly_pool.ours import Ours
-from dayfly_pool.store.journals import Journal, JournalId, NewEntry, Wish
+from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 from dayfly_pool.workflow import facts, run
+from dayfly_pool.workflow.artifacts import SCHEME
 from dayfly_pool.workflow.bodies import Body
 from dayfly_pool.workflow.engine import RETRIABLE, Run
+from dayfly_pool.workflow.garbage import Garbage
 from dayfly_pool.workflow.graph import check
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
@@ -33,6 +35,9 @@ RUNS_MAX: Final = 1000
 """Of one server, that are not over."""
 
 FUNCTION_IDLE_S: Final = 60.0
+WROTE_MAX: Final = 1000
+"""Functions that are gone, whose last lines are kept in memory."""
+
 SWEEP_S: Final = 10.0
 PAGE: Final = 500
 KEPT_S: Final = 7 * 86400.0
@@ -64,14 +69,18 @@ class Runs:
         workflows: Mapping[tuple[str, str], WorkflowSpec],
         tasks: Mapping[tuple[str, str], TaskSpec],
     ) -> None:
-        self._means = structs.replace(means, prepare=self._prepared)
+        self._means = structs.replace(means, prepare=self._prepared, once=self._run_once)
         self._pool, self._journals, self._prepare = means.pool, means.journals, means.prepare
+        self._once = means.once
         self._workflows, self._declared_tasks = workflows, tasks
         journals = means.journals
         self._clock = journals.clock
         self._live: dict[JournalId, LiveRun] = {}
         self._used: dict[FunctionId, float] = {}
         """Functions of steps, and when a run had them last."""
+
+        self._wrote: deque[tuple[str, FunctionId]] = deque()
+        """Functions that are gone, whose lines are still there; with the run, if it was one's."""
 
         self.ended: Counter[str] = Counter()
         """Runs that have ended here, by how."""
@@ -81,17 +90,20 @@ class Runs:
 
         self._is_held = False
         self._ours = Ours(journals, "run", RUNS_MAX, self._go_on, self._heard)
+        self._garbage = Garbage(journals, means.handover, means.cache, means.garbage_s)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Runs"]:
         """Go on with runs while the block runs. Those that are not over then go on later."""
         async with asyncio.TaskGroup() as group:
             sweeping = group.create_task(self._sweep(), name="runs-sweep")
+            collecting = group.create_task(self._garbage.run(), name="runs-garbage")
             try:
                 async with self._ours.running():
                     yield self
             finally:
                 sweeping.cancel()
+                collecting.cancel()
 
     def hold(self) -> None:
         """Begin nothing more."""
@@ -144,7 +156,7 @@ class Runs:
             definition=definition,
             secret=secrets.token_bytes(32),
         )
-        return await self._create(JournalId(id_), stored, [began], now)
+        return await self._create(JournalId(id_), stored, [began], now, params=bound)
 
     async def retry(self, namespace: str, name: str, by: str = "") -> View:
         """Another run, with what succeeded in this. Raises `RunNotFound`, `BadInput`."""
@@ -159,6 +171,8 @@ class Runs:
         engine.feed(asked)
         if engine.taken == before:
             raise BadInput(f"run {name!r} never began: start another")
+        for part in (run.LEFT, run.KEPT):
+            entries += await run.log_of(self._journals, view.journal.id, part)
         id_, stem = JournalId(new_id()), _AGAIN.sub("", name)
         for number in range(1, RETRIES_MAX + 1):
             stored = msgspec.structs.replace(
@@ -176,10 +190,13 @@ class Runs:
         stored: StoredRun,
         new: list[facts.Fact],
         now: float,
-        before: Sequence[Any] = (),
+        before: Sequence[Entry] = (),
+        params: Any = None,
     ) -> View:
         status = RunStatus(workflow=stored.workflow, started_at=now)
-        copied = [NewEntry(run.LOG, body=entry.body) for entry in before]
+        copied = [NewEntry(entry.part, body=entry.body) for entry in before]
+        if uris := artifacts_in(params, stored.metadata.namespace):
+            copied.append(NewEntry(run.KEPT, body=msgspec.msgpack.encode(uris)))
         journal = await self._journals.create(
             Journal(
                 id=id_,
@@ -259,7 +276,10 @@ class Runs:
     def functions(self, view: View) -> list[FunctionId]:
         """Those of the pool that have run its steps, as far as they are known."""
         live = self._live.get(view.journal.id)
-        return sorted(live.functions if live is not None else self._used)
+        if live is not None:
+            return sorted(live.functions)
+        id_ = view.journal.id
+        return sorted({*self._used, *(name for run, name in self._wrote if run in (id_, ""))})
 
     async def ask(self, namespace: str, name: str, asked: Asked) -> View:
         """Want something of a run; whoever goes on with it hears of it.
@@ -355,6 +375,14 @@ class Runs:
             self._used[id_] = time.monotonic()
         return id_
 
+    async def _run_once(
+        self, id_: FunctionId, body: Body, mounts: Mounts, invocation: Invocation
+    ) -> Outcome:
+        try:
+            return await self._once(id_, body, mounts, invocation)
+        finally:
+            self._keep_lines(invocation.id.partition("/")[0], id_)
+
     async def _sweep(self) -> None:
         """Forget runs that ended long ago, and functions of steps that nobody has needed lately."""
         while True:
@@ -372,7 +400,16 @@ class Runs:
         for id_, at in list(self._used.items()):
             if id_ not in needed and now - at >= FUNCTION_IDLE_S:
                 del self._used[id_]
-                self._pool.remove(id_)
+                self._pool.remove(id_, keep_logs=True)
+                self._keep_lines("", id_)
+
+    def _keep_lines(self, run: str, id_: FunctionId) -> None:
+        """Have what a function wrote for as long as few others have written since."""
+        self._wrote.append((run, id_))
+        if len(self._wrote) > WROTE_MAX:
+            _, oldest = self._wrote.popleft()
+            if oldest not in self._used:
+                self._pool.logs.forget(oldest)
 
     async def _forget_old(self) -> None:
         """Ids are in the order of time, so that only those that can be old are looked at."""
@@ -383,6 +420,21 @@ class Runs:
             for journal in page:
                 if journal.ended_at <= at:
                     await self._journals.delete(journal.id)
+
+
+def artifacts_in(value: Any, namespace: str) -> list[str]:
+    """The URIs of the namespace's artifacts that a JSON value refers to."""
+    found, todo = [], [value]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            todo += each.values()
+            uri = each.get("uri")
+            if isinstance(uri, str) and uri.startswith(f"{SCHEME}{namespace}/"):
+                found.append(uri)
+        elif isinstance(each, list | tuple):
+            todo += each
+    return found
 
 
 def packages_of(definition: Definition) -> set[str]:
