@@ -12,8 +12,6 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-import msgspec
-
 from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
     PROTOCOL,
@@ -40,7 +38,6 @@ from dayfly_pool.models import (
     FunctionSpec,
     Limits,
     Mold,
-    Mounts,
     SandboxId,
     function_id,
 )
@@ -90,8 +87,8 @@ class FakeGuest:
         self.load: Load | None = None
         """The function that it has become."""
 
-        self.mounts: Mounts | None = None
-        """The folders of a step; nobody has mounted them."""
+        self.folders = b""
+        """What `Load` said of a step's folders: a `Mounts` in JSON. Nobody has mounted them."""
 
         self.limits: Limits | None = None
         self.terminated = asyncio.Event()
@@ -157,7 +154,7 @@ class FakeGuest:
         request = decode(frame)
         if isinstance(request, Load):
             self.load = request
-            self.mounts = msgspec.json.decode(frame.body, type=Mounts) if frame.body else None
+            self.folders = frame.body
             await self._become(request)
         elif isinstance(request, Invoke):
             task = asyncio.create_task(self._answer(frame, request))
