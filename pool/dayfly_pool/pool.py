@@ -222,10 +222,10 @@ class Pool:
     ) -> Outcome:
         """Run *invocation* in a sandbox that nobody had before it, and that ends with it.
 
-        *function* has an id of its own, and is known for as long as this takes. When it returns,
-        raises, or was cancelled, every process in the sandbox is dead, so that nobody writes to the
-        function's mounts any more; only who is cancelled again meanwhile does not wait for that.
-        `stop` ends it as it ends any other. Raises `PlatformError` when it could not be run.
+        *function* has an id of its own, and is known for as long as this takes. When it returns or
+        raises, also because it was cancelled, every process in the sandbox is dead, so that nobody
+        writes to the function's mounts any more. `stop` ends it as it ends any other. Raises
+        `PlatformError` when it could not be run.
         """
         mounts, id_ = function.mounts, function.id
         assert id_ not in self.state.functions, id_
@@ -242,14 +242,10 @@ class Pool:
             return await self.invoke(invocation)
         finally:
             self.remove(id_, keep_logs=True)
-            graves = []
             for box in boxes:
-                if box.grave is not None and not box.grave.done():
-                    graves.append(box.grave)
-                    self._carry_out(self.state.died(box.sandbox.id, time.monotonic()))
+                self._carry_out(self.state.died(box.sandbox.id, time.monotonic()))
             try:
-                if graves:
-                    await asyncio.wait(graves)
+                await _all_buried(boxes)
             finally:
                 del self._once[id_]
 
@@ -673,6 +669,18 @@ class Pool:
     def under_way(self) -> int:
         """Invocations waiting or running."""
         return len(self._calls)
+
+
+async def _all_buried(boxes: list[_Box]) -> None:
+    """Wait until they are dead; who is cancelled meanwhile hears of it then, which is soon."""
+    cancelled = None
+    while graves := [box.grave for box in boxes if box.grave and not box.grave.done()]:
+        try:
+            await asyncio.wait(graves)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def _for_once(function: Function) -> Function:

@@ -6,7 +6,6 @@ over a real socket pair, and a Python callable stands for each function's code.
 
 import asyncio
 import contextlib
-import json
 import os
 import platform
 import socket
@@ -39,7 +38,6 @@ from dayfly_pool.models import (
     FunctionSpec,
     Limits,
     Mold,
-    Mounts,
     SandboxId,
     function_id,
 )
@@ -89,8 +87,8 @@ class FakeGuest:
         self.load: Load | None = None
         """The function that it has become."""
 
-        self.mounts: Mounts | None = None
-        """The folders of a step; nobody has mounted them."""
+        self.folders = b""
+        """What `Load` said of a step's folders: a `Mounts` in JSON. Nobody has mounted them."""
 
         self.limits: Limits | None = None
         self.terminated = asyncio.Event()
@@ -156,7 +154,7 @@ class FakeGuest:
         request = decode(frame)
         if isinstance(request, Load):
             self.load = request
-            self.mounts = Mounts(**json.loads(frame.body)) if frame.body else None
+            self.folders = frame.body
             await self._become(request)
         elif isinstance(request, Invoke):
             task = asyncio.create_task(self._answer(frame, request))

@@ -29,7 +29,7 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.records import NEXT, Phase, SandboxRecord, ZygoteLimits
-from dayfly_pool.state import LOST_LOADS_MAX, PoolState
+from dayfly_pool.state import LOST_LOADS_MAX, STEPS_IDLE_S, PoolState
 from dayfly_pool.testing import function
 
 BASE = Mold("base")
@@ -1569,3 +1569,34 @@ def test_a_function_is_blamed_when_sandboxes_die_again_and_again_while_importing
 
     assert number == LOST_LOADS_MAX + 1
     assert [(c.invocation, c.failure and c.failure.kind) for c in refused] == [(I1, "InitCrashed")]
+
+
+# ---- molds for steps ----------------------------------------------------------------------------
+
+
+def test_a_mold_for_steps_outlives_each_of_them_for_a_while():
+    """A step is a function that goes with it; the next one finds what the first has warmed."""
+    for_steps = structs.replace(OWN, steps=True)
+    step = structs.replace(FORKED, mold=for_steps)
+    state = deployed(step)
+    state.warmed(Z1, 0)
+    play(state, state.submit(I1, step.id, 0), 0)
+    state.remove(step.id, 1)
+
+    assert not retired(state.tick(1 + STEPS_IDLE_S / 2))
+    assert state.molds[for_steps].zygote is not None
+    assert retired(state.tick(1 + STEPS_IDLE_S))
+    state.tick(2 + STEPS_IDLE_S)
+    for box in list(state.sandboxes):
+        state.died(box, 2 + STEPS_IDLE_S)
+    state.tick(3 + STEPS_IDLE_S)
+    assert for_steps not in state.molds
+
+
+def test_a_step_has_no_zygote_of_its_own():
+    """Nobody else could use it, and it would have the folders before the sandbox has."""
+    step = function("step", namespace="own", initialize="once")
+    step = structs.replace(step, mold=structs.replace(step.mold, steps=True))
+    state = deployed(step)
+
+    assert state.functions[step.id].once is False

@@ -1,0 +1,96 @@
+"""What a guest takes for a step's folders: what the pool says, and nothing that could mean more."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from dayfly import folders
+from dayfly_pool.models import Mounts
+from dayfly_pool.workflow import steps, words, workspaces
+from dayfly_pool.workflow.workspaces import Layer, Workspace
+
+PLACE = f"default/tree-{'0a' * 32}/content"
+LAYERS = Workspace((Layer("0" * 16, 1), Layer("f" * 16, 2)))
+
+
+def overlay(workspace: Workspace = LAYERS, step: str = "s-1", name: str = "w") -> str:
+    return workspaces.overlay(
+        workspace, step, name, layers="/layers", steps="/steps", empty="/empty"
+    )
+
+
+def read(mounts: Mounts) -> folders.Mounts:
+    return folders.read(msgspec.json.encode(mounts))
+
+
+def test_what_the_pool_says_is_understood():
+    inputs = (
+        ("my_In-put", PLACE),
+        ("many/0", PLACE),
+        ("many/999999", PLACE.replace("tree", "file")),
+    )
+    shared = (("My_w-1", overlay(name="My_w-1")), ("_", overlay(Workspace(), name="_")))
+    found = read(Mounts("s-1", inputs, shared, 5))
+
+    assert found.step == "s-1"
+    assert found.inputs == [list(pair) for pair in inputs]
+    assert found.workspaces == [list(pair) for pair in shared]
+    assert found.file_bytes_max == 5
+
+
+def test_the_deepest_stack_of_layers_is_taken():
+    layers = tuple(Layer(f"{n:016x}", 1) for n in range(workspaces.LAYERS_MAX))
+
+    assert read(Mounts("s-1", (), (("w", overlay(Workspace(layers))),)))
+
+
+WRONG: list[tuple[str, Any]] = [
+    *(("step", name) for name in ("", ".", "..", "a/b", "A", "a,b", "a" * 64, "a\n")),
+    *(
+        ("inputs", ((name, PLACE),))
+        for name in ("", "..", "a/..", "a/b", "a/", "/a", "a/1/1", "1", "a.b", "a" * 64, "a\n")
+    ),
+    *(
+        ("inputs", (("a", place),))
+        for place in ("", "/etc", PLACE + "/..", "../" + PLACE, PLACE.replace("tree", "link"),
+                      PLACE.replace("default", ".."), PLACE + "\n")
+    ),
+    ("inputs", (("a", PLACE), ("a", PLACE))),
+    ("inputs", tuple((f"a{n}", PLACE) for n in range(folders.INPUTS_MAX + 1))),
+    *(("workspaces", ((name, overlay(name=name)),)) for name in ("", "..", "a/b", "a,b", "1")),
+    *(
+        ("workspaces", (("w", options),))
+        for options in (
+            "",
+            overlay(step="another"),
+            overlay(name="another"),
+            overlay() + ",lowerdir=/steps",
+            overlay().replace("lowerdir=", "lowerdir=/steps:"),
+            overlay().replace("/tree", ""),
+            overlay().replace("userxattr,", ""),
+            overlay().replace("/layers/", "/layers/../steps/"),
+            "lowerdir=/empty",
+        )
+    ),
+    ("workspaces", (("w", overlay()), ("w", overlay()))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_what_it_cannot_mean_is_refused(field: str, value: Any):
+    """Nothing is mounted then."""
+    mounts: dict[str, Any] = {"step": "s-1", field: value}
+    with pytest.raises(ValueError, match=r"not in|not the options|over|the same name"):
+        read(Mounts(**mounts))
+
+
+def test_both_ends_say_the_same():
+    """The guest cannot import what the pool is made of."""
+    assert folders.OVERLAY_OPTIONS == workspaces.OVERLAY_OPTIONS
+    assert (folders.IN, folders.OUT, folders.WORKSPACES) == (
+        words.INPUTS_AT,
+        words.OUTPUTS_AT,
+        words.WORKSPACES_AT,
+    )
+    assert folders._STEP.pattern == steps._ID.pattern
