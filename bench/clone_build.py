@@ -133,9 +133,7 @@ def workflows(server: harness.Server) -> None:
     for name in ("make", "one", "clone", "clone_and_copy", "build"):
         limits = {"memoryMb": MEMORY_MB, "cpu": 2}
         function = name.replace("_", "-")
-        server.deploy(
-            function, package, handler=f"main:{name}", limits=limits, timeoutSeconds=600
-        )
+        server.deploy(function, package, handler=f"main:{name}", limits=limits, timeoutSeconds=600)
     make = {"name": "make", "function": "make", "params": {"large": "$(params.large)"}}
     declare(
         server,

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 from bench import harness
@@ -135,14 +136,14 @@ def run(server: harness.Server, workflow: str) -> tuple[float, Any]:
     took_s = time.perf_counter() - started
     if status["state"] != "Succeeded":
         raise RuntimeError(status)
-    return took_s, server.admin("GET", path)["tree"]
+    return took_s, server.admin("GET", path)["view"]["tree"]
 
 
 def chain(server: harness.Server) -> tuple[float, list[float]]:
     """(seconds in all, seconds from each end to the next), of a run of the chain."""
     took_s, tree = run(server, "chain")
-    ends = [tree["began_at"], *(step["ended_at"] for step in tree["children"])]
-    return took_s, [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    ends = [tree["beganAt"], *(step["endedAt"] for step in tree["children"])]
+    return took_s, [after - before for before, after in pairwise(ends)]
 
 
 def other(code: str, number: int, *arguments: str) -> float:

@@ -72,7 +72,9 @@ def deploy(session: Session, source: str) -> None:
     if not colon or Path(source).exists():
         path, name = source, ""
     file = Path(path)
-    if not file.is_file() or file.suffix != ".py":
+    if not file.is_file():
+        raise Misused(f"there is no file {file}: name a Python file")
+    if file.suffix != ".py":
         raise Misused(f"{file} is no Python file: apply YAML with `dayfly apply -f`")
     with show.progress() as progress:
         views = declare_file(session.client, file, session.namespace, progress, name)

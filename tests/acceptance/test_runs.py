@@ -92,11 +92,11 @@ class Flows(Shell):
         found = {}
 
         def look(shown: Any) -> None:
-            for child in shown["children"]:
+            for child in shown.get("children", []):
                 found[child["key"]] = child["state"]
                 look(child)
 
-        look(self.json("run", "show", name)["tree"])
+        look(self.json("run", "show", name)["view"]["tree"])
         return found
 
 

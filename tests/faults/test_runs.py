@@ -192,11 +192,11 @@ class Runs:
         steps: dict[str, tuple[str, int]] = {}
 
         def look(shown: Any) -> None:
-            for child in shown["children"]:
-                steps[child["key"]] = child["state"], child["retries"]
+            for child in shown.get("children", []):
+                steps[child["key"]] = child["state"], child.get("retries", 0)
                 look(child)
 
-        look(view["tree"])
+        look(view["view"]["tree"])
         status = view["status"]
         counts = status["succeeded"], status["failed"]
         return status["state"], status["results"], status["kind"], counts, steps
