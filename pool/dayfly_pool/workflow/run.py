@@ -216,6 +216,7 @@ class LiveRun:
         empty_package: str,
     ) -> None:
         self.id, self.namespace = journal.id, journal.namespace
+        self.journal = msgspec.structs.replace(journal, spec=b"")
         self.stored = msgspec.json.decode(journal.spec, type=StoredRun)
         self.status = msgspec.json.decode(journal.head, type=RunStatus)
         self.name = f"{journal.namespace}/{journal.name}"

@@ -74,6 +74,7 @@ class Runs:
         self._empty_package = empty_package
         self._clock = journals.clock
         self._live: dict[JournalId, LiveRun] = {}
+        self._named: dict[tuple[str, str], LiveRun] = {}
         self._used: dict[FunctionId, float] = {}
         """Functions of steps, and when a run had them last."""
 
@@ -197,11 +198,19 @@ class Runs:
 
     async def get(self, namespace: str, name: str) -> View:
         """One run. Raises `RunNotFound`."""
-        journal, status = await self.brief(namespace, name)
-        return View(journal, msgspec.json.decode(journal.spec, type=StoredRun), status)
+        journal = await self._journals.store.find("run", namespace, name)
+        if journal is None:
+            raise RunNotFound(f"no run {namespace}/{name}")
+        stored = msgspec.json.decode(journal.spec, type=StoredRun)
+        return View(journal, stored, self._status(journal))
 
     async def brief(self, namespace: str, name: str) -> tuple[Journal, RunStatus]:
-        """How far a run is. Raises `RunNotFound`."""
+        """How far a run is. Raises `RunNotFound`.
+
+        Of one that goes on here nothing is read: whoever waits for its end asks again and again.
+        """
+        if (live := self._named.get((namespace, name))) is not None and not live.status.ended_at:
+            return live.journal, self._status(live.journal)
         journal = await self._journals.store.find("run", namespace, name)
         if journal is None:
             raise RunNotFound(f"no run {namespace}/{name}")
@@ -317,7 +326,7 @@ class Runs:
             self._prepared,
             self._empty_package(),
         )
-        self._live[journal.id] = live
+        self._live[journal.id] = self._named[journal.namespace, journal.name] = live
         for wish in self._ours.wishes(journal.id):
             live.hear(wish)
         if self._is_held:
@@ -327,7 +336,7 @@ class Runs:
             if live.status.ended_at:
                 self.ended[live.status.state] += 1
         finally:
-            del self._live[journal.id]
+            del self._live[journal.id], self._named[journal.namespace, journal.name]
 
     def _heard(self, id_: JournalId, wish: Wish) -> bool:
         if (live := self._live.get(id_)) is None:
