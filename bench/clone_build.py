@@ -1,4 +1,4 @@
-"""Clone, then build: as two tasks beside their data, as one merged by hand, and with a copy between.
+"""Clone, then build: as two tasks beside their data, as one by hand, and with a copy between.
 
     python -m bench.clone_build [MB]
 

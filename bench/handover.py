@@ -1,4 +1,4 @@
-"""Hand-over: what it costs that a step's files become the next step's, and what branches do at once.
+"""Hand-over: what it costs that a step's files become the next one's; branches at once.
 
     python -m bench.handover [MIB]
 

@@ -22,6 +22,7 @@ All take turns, so that a machine that changes changes all, and the best turn of
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -29,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from typing import Any
 
 from bench import harness
@@ -74,7 +74,7 @@ os.environ |= {
     "PREFECT_HOME": tempfile.mkdtemp(dir=sys.path[0]), "PREFECT_API_URL": "",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_ENABLED": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180", "DO_NOT_TRACK": "1",
 }
 from prefect import flow, task
 number = int(sys.argv[1])
@@ -143,7 +143,7 @@ def chain(server: harness.Server) -> tuple[float, list[float]]:
     """(seconds in all, seconds from each end to the next), of a run of the chain."""
     took_s, tree = run(server, "chain")
     ends = [tree["beganAt"], *(step["endedAt"] for step in tree["children"])]
-    return took_s, [after - before for before, after in pairwise(ends)]
+    return took_s, [after - before for before, after in itertools.pairwise(ends)]
 
 
 def other(code: str, number: int, *arguments: str) -> float:

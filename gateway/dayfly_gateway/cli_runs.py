@@ -56,6 +56,8 @@ def start(
       dayfly run start pipeline --params params.json --detach
     """
     given = _params(params, file)
+    if any(not isinstance(value, str) for value in given.values()) and params:
+        _keep_text(given, params, session.client.workflow(session.namespace, workflow))
     wanted = {"params": given, "name": name, "by": _user()}
     view = session.client.start_run(session.namespace, workflow, wanted)
     _begun(session, view, detach)
@@ -121,6 +123,19 @@ def _params(params: Sequence[str], file: str | None) -> dict[str, Any]:
         except ValueError:
             given[key] = value
     return given
+
+
+def _keep_text(given: dict[str, Any], params: Sequence[str], workflow: Mapping[str, Any]) -> None:
+    """What is declared as text is text: `-p version=1.2` means the letters."""
+    texts = {
+        each["name"]
+        for each in workflow["spec"].get("params", [])
+        if each.get("type", "string") == "string"
+    }
+    for text in params:
+        key, _, value = text.partition("=")
+        if key in texts and not isinstance(given[key], str):
+            given[key] = value
 
 
 def _user() -> str:

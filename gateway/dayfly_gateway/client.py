@@ -233,6 +233,10 @@ class Client:
         path = _path(namespace, "workflows", workflow) + "/runs"
         return self._document("POST", path, json.dumps(wanted).encode())
 
+    def workflow(self, namespace: str, name: str) -> dict[str, Any]:
+        """One workflow with its spec."""
+        return self._document("GET", _path(namespace, "workflows", name))
+
     def runs(self, **which: str) -> list[dict[str, Any]]:
         """A page of runs, the newest first."""
         return self._listed(f"/runs?{urlencode(which)}")

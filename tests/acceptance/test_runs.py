@@ -177,6 +177,8 @@ def test_parameters_are_given_as_json_or_text_or_in_a_file(dayfly: Flows):
         "text": "a b",
         "n": 3,
     }
+    assert results(dayfly.start("params", "-p", "text=1.20"))["text"] == "1.20"
+    assert results(dayfly.start("params", "-p", 'text="quoted"'))["text"] == "quoted"
     (dayfly.folder / "p.json").write_text('{"text": "x", "n": 4}')
     assert results(dayfly.start("params", "--params", "p.json", "-p", "n=5"))["n"] == 5
     whole = dayfly("run", "start", "params", "--params", "-", stdin='{"text": "in"}')

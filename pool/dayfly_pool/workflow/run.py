@@ -347,6 +347,7 @@ class LiveRun:
 
     def __init__(self, journal: Journal, means: Means) -> None:
         self.id, self.namespace = journal.id, journal.namespace
+        self.journal = msgspec.structs.replace(journal, spec=b"")
         self.stored = msgspec.json.decode(journal.spec, type=StoredRun)
         self.status = msgspec.json.decode(journal.head, type=RunStatus)
         self.name = f"{journal.namespace}/{journal.name}"

@@ -76,6 +76,7 @@ class Runs:
         journals = means.journals
         self._clock = journals.clock
         self._live: dict[JournalId, LiveRun] = {}
+        self._named: dict[tuple[str, str], LiveRun] = {}
         self._used: dict[FunctionId, float] = {}
         """Functions of steps, and when a run had them last."""
 
@@ -213,11 +214,19 @@ class Runs:
 
     async def get(self, namespace: str, name: str) -> View:
         """One run. Raises `RunNotFound`."""
-        journal, status = await self.brief(namespace, name)
-        return View(journal, msgspec.json.decode(journal.spec, type=StoredRun), status)
+        journal = await self._journals.store.find("run", namespace, name)
+        if journal is None:
+            raise RunNotFound(f"no run {namespace}/{name}")
+        stored = msgspec.json.decode(journal.spec, type=StoredRun)
+        return View(journal, stored, self._status(journal))
 
     async def brief(self, namespace: str, name: str) -> tuple[Journal, RunStatus]:
-        """How far a run is. Raises `RunNotFound`."""
+        """How far a run is. Raises `RunNotFound`.
+
+        Of one that goes on here nothing is read: whoever waits for its end asks again and again.
+        """
+        if (live := self._named.get((namespace, name))) is not None and not live.status.ended_at:
+            return live.journal, self._status(live.journal)
         journal = await self._journals.store.find("run", namespace, name)
         if journal is None:
             raise RunNotFound(f"no run {namespace}/{name}")
@@ -350,7 +359,7 @@ class Runs:
 
     async def _go_on(self, journal: Journal) -> None:
         live = LiveRun(journal, self._means)
-        self._live[journal.id] = live
+        self._live[journal.id] = self._named[journal.namespace, journal.name] = live
         for wish in self._ours.wishes(journal.id):
             live.hear(wish)
         if self._is_held:
@@ -360,7 +369,7 @@ class Runs:
             if live.status.ended_at:
                 self.ended[live.status.state] += 1
         finally:
-            del self._live[journal.id]
+            del self._live[journal.id], self._named[journal.namespace, journal.name]
             self._steps_ended += live.steps_ended
 
     def _heard(self, id_: JournalId, wish: Wish) -> bool:
