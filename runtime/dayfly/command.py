@@ -26,6 +26,9 @@ SHELL = ["/bin/sh", "-e"]
 PLACE = "/tmp/.dayfly-PLACE"
 """In what is to be run, it stands for the folder of the task's own."""
 
+IN, OUT = "/tmp/.dayfly-IN", "/tmp/.dayfly-OUT"
+"""These stand for where a step's inputs are, and where its outputs belong."""
+
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -44,7 +47,7 @@ def run(event: dict[str, Any], context: Context) -> Any:
         names = event.get("results")
         if names:
             os.mkdir(f"{place}/results")
-        _run(event, place)
+        _run(event, {PLACE: place, IN: context.in_folder, OUT: context.out_folder})
         value = _result(f"{place}/result")
         if not names:
             return value
@@ -55,18 +58,19 @@ def run(event: dict[str, Any], context: Context) -> Any:
         _forget(place)
 
 
-def _run(event: dict[str, Any], place: str) -> None:
+def _run(event: dict[str, Any], places: dict[str, str]) -> None:
+    place = places[PLACE]
     given, item = "/dev/null", event.get("item")
     if item is not None:
         import json
 
         given = f"{place}/item"
         _write(given, json.dumps(item, ensure_ascii=False).encode())
-    environment = _environment(place)
+    environment = {name: _placed(text, places) for name, text in _environment(place).items()}
     if event["command"]:
-        command = [word.replace(PLACE, place) for word in event["command"]]
+        command = [_placed(word, places) for word in event["command"]]
     else:
-        command = _script(event["script"].replace(PLACE, place), place)
+        command = _script(_placed(event["script"], places), place)
     if "/" not in command[0]:
         command[0] = _found(command[0], environment["PATH"])
     _keep_ours()
@@ -86,6 +90,12 @@ def _run(event: dict[str, Any], place: str) -> None:
         raise Exit(128 - code, f"killed by signal {-code}")
     if code:
         raise Exit(code, f"exit code {code}")
+
+
+def _placed(text: str, places: dict[str, str]) -> str:
+    for name, place in places.items():
+        text = text.replace(name, place)
+    return text
 
 
 def _keep_ours() -> None:

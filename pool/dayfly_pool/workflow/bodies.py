@@ -19,7 +19,8 @@ TIMEOUT_S: Final = 3600.0
 
 KEEP_ALIVE_S: Final = 30.0
 RESULTS_AT: Final = "/tmp/.dayfly-PLACE/results"
-"""As `dayfly.command` has it."""
+IN_AT, OUT_AT = "/tmp/.dayfly-IN", "/tmp/.dayfly-OUT"
+"""As `dayfly.command` has them: where these are, only the sandbox knows."""
 
 
 class Body(Struct, frozen=True):
@@ -51,6 +52,9 @@ def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
             env=env,
             timeout_s=invoke.timeout_s,
         )
+    if does.handler is None:
+        assert scope is not None
+        scope = _placed(does, scope)
     same, own = {}, _env(step, invoke.task, scope)
     for name, text in ((invoke.task.env if invoke.task is not None else {}) | step.env).items():
         if own[name] == text:  # the same for all: they share sandboxes, and see it on import
@@ -128,8 +132,17 @@ def _env(step: Step, task: TaskSpec | None, scope: Scope | None) -> dict[str, st
 
 def _command(does: Step | TaskSpec, given: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
     assert scope is not None
-    paths = {each.name: f"{RESULTS_AT}/{each.name}" for each in does.results}
-    scope = structs.replace(scope, results=paths)
     command = list(arguments(does.command, scope)) if does.command is not None else None
     script = substitute_text(does.script, scope) if does.script is not None else None
-    return {"command": command, "script": script, "item": given or None, "results": list(paths)}
+    return {"command": command, "script": script, "item": given or None,
+            "results": [each.name for each in does.results]}  # fmt: skip
+
+
+def _placed(does: Step | TaskSpec, scope: Scope) -> Scope:
+    """With what stands for the paths of its inputs, outputs and results."""
+    return structs.replace(
+        scope,
+        inputs={n: f"{IN_AT}{path.removeprefix('/in')}" for n, path in scope.inputs.items()},
+        outputs={n: f"{OUT_AT}{path.removeprefix('/out')}" for n, path in scope.outputs.items()},
+        results={each.name: f"{RESULTS_AT}/{each.name}" for each in does.results},
+    )
