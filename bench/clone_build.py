@@ -68,7 +68,7 @@ def make(event, context):
     git("init", "-q", "-b", "main", place)
     git("-c", "core.compression=0", "add", ".", cwd=place)
     git("commit", "-q", "-m", "all", cwd=place)
-    git("-c", "pack.compression=0", "bundle", "create", "-q", "/out/bundle", "main", cwd=place)
+    git("-c", "pack.compression=0", "bundle", "create", "-q", "/out/bundle", "HEAD", "main", cwd=place)
     shutil.rmtree(place)
     return os.stat("/out/bundle").st_size
 
@@ -203,8 +203,9 @@ def main(megabytes: int) -> None:
             for way, found in runs.items():
                 found.append(run(server, way, bundle=made["bundle"]))
     manifests = {each["manifest"]["sha256"] for found in runs.values() for each in found}
-    if len(manifests) > 1:
-        raise RuntimeError("they have not built the same")
+    files = {each["files"] for found in runs.values() for each in found}
+    if len(manifests) > 1 or files != {SOURCES + large}:
+        raise RuntimeError(f"they have not built the same, or not all of it: {files} files")
     seconds = {way: [each["seconds"] for each in found] for way, found in runs.items()}
     for way, what in WAYS.items():
         last = runs[way][-1]
