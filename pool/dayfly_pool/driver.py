@@ -42,7 +42,9 @@ class Driver(Protocol):
     on the same machine left behind.
 
     What is in the *background* has a processor only when nobody else wants one, on machines where
-    that can be arranged; `give_way` puts a sandbox or a zygote there, and takes it back.
+    that can be arranged; `give_way` puts a sandbox or a zygote there, and takes it back. That is
+    among those of this server. Where it *sets_apart*, those of a mold for batch are made in the
+    background of the whole machine, and stay there; as long as one of them is taken back, all are.
 
     A driver that `can_fork` also makes zygotes: `warm` returns when one is ready, `create` with
     *zygote* has it fork, and `retire` lets it end after the last of its sandboxes. Whoever
@@ -58,6 +60,7 @@ class Driver(Protocol):
 
     isolated: bool
     can_fork: bool
+    sets_apart: bool
     steps_owner: int
 
     async def open(self) -> None: ...

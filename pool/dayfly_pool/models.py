@@ -302,6 +302,7 @@ class Mold(Struct, frozen=True):
     alone; without, each is started by itself and becomes a tenant's with its first function.
     With a *function* (`namespace/name@version`) they are forked after its import. With *steps*
     the stores of artifacts and workspaces are in reach until the lock-down, and of no others.
+    Those for *batch* have what everything else on the machine leaves, from their first moment on.
     """
 
     environment: str
@@ -309,10 +310,12 @@ class Mold(Struct, frozen=True):
     namespace: str = ""
     function: str = ""
     steps: bool = False
+    batch: bool = False
 
     def __str__(self) -> str:
         whose = self.function or self.namespace or "*"
-        return f"{self.environment[:12]}/{self.network}/{whose}{'/steps' if self.steps else ''}"
+        kind = "/steps" * self.steps + "/batch" * self.batch
+        return f"{self.environment[:12]}/{self.network}/{whose}{kind}"
 
 
 class Mounts(Struct, frozen=True):

@@ -49,8 +49,11 @@ from dayfly_pool.sandbox import Lost, Sandbox, left_behind
 log = logging.getLogger("dayfly.pool")
 
 REFILL_DELAY_S: Final = 0.01
-BACKGROUND_S_MAX: Final = 0.25
 """A refill waits this long, not to compete with the cold start that took the last one."""
+
+BACKGROUND_S_MAX: Final = 0.25
+LATE_SHARE: Final = 0.5
+"""Of the time that a start or a load may take, a batch's has what others leave for this share."""
 
 TRACEBACK_LINES_MAX: Final = 200
 
@@ -181,7 +184,7 @@ class Pool:
         self._environments[environment.digest] = environment
         now = time.monotonic()
         if function.mold not in self.state.molds:
-            least = environment.generic_min
+            least = 0 if function.mold.batch else environment.generic_min
             self._carry_out(self.state.add_mold(function.mold, least, now, pinned=False))
         self._carry_out(self.state.deploy(function, now))
 
@@ -462,8 +465,8 @@ class Pool:
         environment = self._environments[command.mold.environment]
         ids = (id_,) if command.zygote is None else (id_, command.zygote)
         try:
-            with self._giving_way(command.behind, *ids):
-                timeout_s = self.config.start_timeout_s
+            timeout_s = self.config.start_timeout_s
+            with self._giving_way(command.behind, *ids, late_s=_late_s(command.mold, timeout_s)):
                 await sandbox.start(
                     command.mold, environment, timeout_s, command.zygote, background=command.behind
                 )
@@ -477,20 +480,23 @@ class Pool:
         self._carry_out(self.state.ready(id_, time.monotonic()))
 
     @contextmanager
-    def _giving_way(self, background: bool, *ids: SandboxId) -> Iterator[None]:
+    def _giving_way(self, background: bool, *ids: SandboxId, late_s: float = 0.0) -> Iterator[None]:
         """While the block runs *ids* let others go first, or are not kept behind any more.
 
         For `BACKGROUND_S_MAX` at most: handlers may want the processors for as long as they like.
+        With *late_s* they are always behind, but for the part of the block after that.
         """
-        self._give_way(ids, background=background)
-        if not background:
+        self._give_way(ids, background=background or late_s > 0)
+        if not background and not late_s:
             yield
             return
-        timer = self._loop.call_later(BACKGROUND_S_MAX, partial(self._give_way, ids))
+        timer = self._loop.call_later(late_s or BACKGROUND_S_MAX, partial(self._give_way, ids))
         try:
             yield
         finally:
             timer.cancel()
+            if late_s:
+                self._give_way(ids, background=True)
 
     def _give_way(self, ids: Iterable[SandboxId], *, background: bool = False) -> None:
         for id_ in ids:
@@ -511,8 +517,10 @@ class Pool:
         started = time.monotonic()
         try:
             if command.function is None:
-                async with asyncio.timeout(self.config.start_timeout_s):
-                    await self._driver.warm(zygote, command.mold, environment)
+                timeout_s = self.config.start_timeout_s
+                with self._giving_way(False, zygote, late_s=_late_s(command.mold, timeout_s)):
+                    async with asyncio.timeout(timeout_s):
+                        await self._driver.warm(zygote, command.mold, environment)
             elif failure := await self._load_zygote(command, command.function):
                 raise ZygoteUnfit(f"{failure.kind}: {failure.message}")
             log.info("zygote ready", extra={"zygote": zygote, "took_s": time.monotonic() - started})
@@ -576,8 +584,10 @@ class Pool:
         box.function = function
         started = time.monotonic()
         environment = self._environments[function.mold.environment]
-        with self._giving_way(command.behind, command.sandbox):
-            loaded = await box.sandbox.load(function, environment, self.config.init_timeout_s)
+        timeout_s = self.config.init_timeout_s
+        late_s = _late_s(function.mold, timeout_s)
+        with self._giving_way(command.behind, command.sandbox, late_s=late_s):
+            loaded = await box.sandbox.load(function, environment, timeout_s)
         self._driver.give_way(command.sandbox, background=function.is_batch)
         now = time.monotonic()
         if loaded is None:
@@ -612,7 +622,8 @@ class Pool:
         self._boxes.pop(box.sandbox.id, None)
         self.metrics.destroyed(reason)
         try:
-            with self._giving_way(box.grave is None, box.sandbox.id):  # does somebody wait for it?
+            is_awaited = box.grave is not None
+            with self._giving_way(not is_awaited, box.sandbox.id):
                 await box.sandbox.destroy()
         finally:
             box.bury()
@@ -681,6 +692,14 @@ async def _all_buried(boxes: list[_Box]) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
+
+
+def _late_s(mold: Mold, timeout_s: float) -> float:
+    """When work on a sandbox of *mold* is late because others keep it from the processors.
+
+    0 for those that are not kept behind for longer than that of others is.
+    """
+    return timeout_s * LATE_SHARE if mold.batch else 0.0
 
 
 def _for_once(function: Function) -> Function:

@@ -133,7 +133,7 @@ class Service:
         """Serve while the block runs; what was declared before is there again."""
         config = self.config
         with _owned(config.data):
-            driver = drivers.load(config.driver, config.data, config.uid_first)
+            driver = self._driver = drivers.load(config.driver, config.data, config.uid_first)
             self._can_fork = driver.can_fork and config.prewarm == "fork"
             self.packages = await asyncio.to_thread(PackageStore, config.data / "packages")
             self._builds = await asyncio.to_thread(EnvironmentStore, config.data / "environments")
@@ -212,6 +212,7 @@ class Service:
         environment = self._environment(namespace, spec.environment)
         self.packages.path(spec.package)
         mold = self._mold(environment, namespace, spec.network, spec.isolation)
+        mold = msgspec.structs.replace(mold, batch=self._driver.sets_apart)
         function = Function(id_, "1", spec, mold, is_batch=True)
         self.pool.deploy(function, environment)
         return function

@@ -70,8 +70,8 @@ SPARE_IDLE_S: Final = 5.0
 """A zygote that is one more goes when it was unused for this long, and a function's while the
 machine is short of memory."""
 
-STEPS_IDLE_S: Final = 60.0
-"""A mold for steps, each of which is a function that goes with it, is kept after the last."""
+PASSING_IDLE_S: Final = 60.0
+"""A mold for steps or batch, whose functions go with them, is kept for so long after the last."""
 
 ZYGOTES_MAX: Final = 8
 """Of one mold."""
@@ -648,13 +648,16 @@ class PoolState:
             self._look_at(mold)
 
     def _is_used(self, mold: MoldRecord, now: float) -> bool:
-        """Whether it is to be kept ready; for steps a while longer, for more of them may come."""
-        is_awaited = mold.mold.steps and now - mold.used_at < STEPS_IDLE_S
+        """Whether it is to be kept ready; of those that pass a while longer: more may come."""
+        is_passing = mold.mold.steps or mold.mold.batch
+        is_awaited = is_passing and now - mold.used_at < PASSING_IDLE_S
         return bool(mold.functions or mold.pinned or is_awaited)
 
     def _target(self, mold: MoldRecord, now: float) -> int:
         if not self._is_used(mold, now) or self.is_short_of_memory or mold.mold.function:
             return 0
+        if mold.mold.batch:
+            return 0  # nobody waits for it
         start_s = mold.start_s or DEFAULT_START_S
         rate = mold.rate.per_s(now)
         return autoscale.desired_generic(rate, start_s, mold.least, self.generic_max)

@@ -230,7 +230,7 @@ class FakeDriver:
         on_load: Hook | None = None,
     ) -> None:
         self.isolated = isolated
-        self.can_fork = True
+        self.can_fork = self.sets_apart = True
         self.steps_owner = os.geteuid()
         self.functions = dict(functions or {})
         self.on_start, self.on_load = on_start or _nothing, on_load or _nothing

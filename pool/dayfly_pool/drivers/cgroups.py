@@ -18,6 +18,9 @@ SERVER_SHARES: Final = 64
 """So many sandboxes together have of a processor what the server has: it waits for none of them."""
 
 NAME: Final = "dayfly-"
+APART: Final = "-apart"
+"""How the name of the group ends that gives way as a whole."""
+
 DELEGATE: Final = "systemd-run --user --scope -p Delegate=yes dayfly up"
 SANDBOX: Final = "sb-"
 """How the name of every sandbox starts; what else is in our groups is not ours to kill."""
@@ -91,11 +94,10 @@ def establish(tree: Tree) -> Tree:
     parent = os.path.dirname(root)
     leaf = os.path.join(root, "server")
     os.makedirs(leaf, exist_ok=True)
-    enable = " ".join(f"+{controller}" for controller in NEEDED)
     _write(os.path.join(leaf, "cgroup.procs"), "0")
     try:
         for folder in (parent, root):
-            _write(os.path.join(folder, "cgroup.subtree_control"), enable)
+            _divide(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             _write(os.path.join(parent, "cgroup.procs"), "0")
@@ -126,6 +128,33 @@ def step_back(tree: Tree) -> None:
     if tree.version == 1:
         with contextlib.suppress(OSError):
             _write(os.path.join(os.path.dirname(tree.roots[-1]), "cgroup.procs"), "0")
+
+
+def set_apart(tree: Tree) -> Tree:
+    """Make a place beside *tree*'s for groups that together give way to all else on the machine.
+
+    A group gives way to those beside it only: one that is to give way to everybody stands as high
+    up as we may go. Memory and processes of v1 stay where the others' are. Returns *tree* itself
+    where there can be none, as on kernels before 5.15.
+    """
+    if not tree.version:
+        return tree
+    apart = Tree(tree.version, (*tree.roots[:-1], tree.roots[-1] + APART))
+    (root,) = apart.roots[-1:]
+    try:
+        os.makedirs(root, exist_ok=True)
+        _write(os.path.join(root, "cpu.idle"), "1")
+        if tree.version == 2:
+            _divide(root)
+    except OSError:
+        remove_tree(root)
+        return tree
+    return apart
+
+
+def counterpart(root: str) -> str:
+    """The other of the two places: of what stands apart and of what does not."""
+    return root.removesuffix(APART) if root.endswith(APART) else root + APART
 
 
 def create(folders: list[str], *, background: bool = False) -> None:
@@ -219,7 +248,7 @@ def leftovers(tree: Tree) -> list[str]:
     for root in tree.roots:
         parent = os.path.dirname(root)
         for name in os.listdir(parent):
-            pid = name.removeprefix(NAME)
+            pid = name.removeprefix(NAME).removesuffix(APART)
             if name.startswith(NAME) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
                 found.append(os.path.join(parent, name))
     return found
@@ -265,6 +294,12 @@ def remove_tree(folder: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def _divide(folder: str) -> None:
+    """With v2: let the groups below *folder* have limits."""
+    enable = " ".join(f"+{controller}" for controller in NEEDED)
+    _write(os.path.join(folder, "cgroup.subtree_control"), enable)
 
 
 def _pair(line: str) -> tuple[str, str, str]:

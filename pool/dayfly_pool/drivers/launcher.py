@@ -396,7 +396,8 @@ class Launcher:
         groups += [folders for _, folders in self._asked.values()]
         for folders in groups:
             cgroups.remove(folders)
-        for root in {os.path.dirname(folder) for folders in groups for folder in folders}:
+        roots = {os.path.dirname(folder) for folders in groups for folder in folders}
+        for root in roots | {cgroups.counterpart(root) for root in roots}:
             cgroups.remove_tree(root)
 
     def _tell(self, answer: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class LinuxDriver:
         self.steps_owner = uid_first - 1 if os.geteuid() == 0 else os.geteuid()
         self._bwrap = ""
         self._sources: dict[str, str] = {}
-        self._tree = cgroups.Tree(0, ())
+        self._tree = self._apart = cgroups.Tree(0, ())
         self._launcher: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
         self._restarting: asyncio.Task[None] | None = None
@@ -84,11 +84,20 @@ class LinuxDriver:
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._uids: dict[str, int] = {}
         self._background: set[SandboxId] = set()
+        self._set_apart: set[SandboxId] = set()
+        self._forward: set[SandboxId] = set()
+        """Of those apart: as long as there are any, all of these are like all others."""
+
         self._pids: dict[SandboxId, int] = {}
         """The topmost process of each."""
 
         self._free_uids: list[int] = []
         self._said: list[str] = []
+
+    @property
+    def sets_apart(self) -> bool:
+        """Whether there is a place for what everything else on the machine comes before."""
+        return self._apart.roots != self._tree.roots
 
     async def open(self) -> None:
         """Start the launcher; raises `DriverUnavailable` with the remedy when this cannot work."""
@@ -99,6 +108,7 @@ class LinuxDriver:
         self._tree = cgroups.establish(cgroups.detect())
         if self._tree.version:
             await self._bury_leftovers()
+            self._apart = cgroups.set_apart(self._tree)
         else:
             log.warning(
                 "no cgroups: memory is limited a process only", extra={"reason": self._tree.reason}
@@ -168,7 +178,7 @@ class LinuxDriver:
         for future in self._exits.values():
             _set(future, Exit(-signal.SIGKILL))
         cgroups.step_back(self._tree)
-        for root in self._tree.roots:
+        for root in self._roots():
             for _ in range(100):
                 if cgroups.remove_tree(root):
                     break
@@ -191,7 +201,9 @@ class LinuxDriver:
         if keeps is not None and not self._tree.version:
             raise ZygoteUnfit(f"there are no control groups to limit it by: {self._tree.reason}")
         ours, theirs = socket.socketpair()
-        request: dict[str, Any] = {"sandbox": sandbox, "folders": self._tree.folders(sandbox)}
+        self._place(sandbox, mold)
+        background = background and sandbox not in self._set_apart
+        request: dict[str, Any] = {"sandbox": sandbox, "folders": self._folders(sandbox)}
         request["background"] = background
         if background:
             self._background.add(sandbox)
@@ -206,7 +218,7 @@ class LinuxDriver:
             with theirs:
                 await self._made(sandbox, request, theirs.fileno())
             if background and sandbox not in self._background:  # not any more
-                cgroups.give_way(self._tree.folders(sandbox), background=False)
+                cgroups.give_way(self._folders(sandbox), background=False)
             if keeps is None:
                 self.limit(sandbox, GENERIC_LIMITS)
             else:
@@ -219,8 +231,9 @@ class LinuxDriver:
 
     async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:
         """Start a zygote; returns when it is ready. Raises `SandboxStartFailed`, `ZygoteUnfit`."""
+        self._place(zygote, mold)
         request: dict[str, Any] = {"do": "zygote", "sandbox": zygote, "background": False}
-        request["folders"] = self._tree.folders(zygote)
+        request["folders"] = self._folders(zygote)
         request |= self._started(zygote, mold, environment, zygote=True)
         ready = self._ready[zygote] = asyncio.get_running_loop().create_future()
         try:
@@ -270,6 +283,19 @@ class LinuxDriver:
             raise
         finally:
             self._waiting.pop(sandbox, None)
+
+    def _place(self, sandbox: SandboxId, mold: Mold) -> None:
+        if mold.batch and self.sets_apart:
+            self._set_apart.add(sandbox)
+
+    def _tree_of(self, sandbox: SandboxId) -> cgroups.Tree:
+        return self._apart if sandbox in self._set_apart else self._tree
+
+    def _folders(self, sandbox: SandboxId) -> list[str]:
+        return self._tree_of(sandbox).folders(sandbox)
+
+    def _roots(self) -> set[str]:
+        return {*self._tree.roots, *self._apart.roots}
 
     def _source(self, name: str) -> str:
         return f"/mnt/{name}" if self._uid_first is not None else self._sources[name]
@@ -336,7 +362,7 @@ class LinuxDriver:
         # four of the sandbox's tasks are ours: bwrap's two, the guest and its thread
         groups = cgroups.Limits(headroom, limits.processes + 4, limits.cpu)
         try:
-            cgroups.limit(self._tree, sandbox, groups)
+            cgroups.limit(self._tree_of(sandbox), sandbox, groups)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
@@ -344,6 +370,9 @@ class LinuxDriver:
 
     def give_way(self, sandbox: SandboxId, *, background: bool) -> None:
         """Let it run only when no others want the processor, or as all others do."""
+        if sandbox in self._set_apart:
+            self._bring_forward(sandbox, wanted=not background)
+            return
         if background == (sandbox in self._background):
             return
         if background:
@@ -352,6 +381,16 @@ class LinuxDriver:
             self._background.remove(sandbox)
         cgroups.give_way(self._tree.folders(sandbox), background=background)
 
+    def _bring_forward(self, sandbox: SandboxId, *, wanted: bool) -> None:
+        """All that stand apart, while it is wanted for any of them."""
+        was_wanted = bool(self._forward)
+        if wanted:
+            self._forward.add(sandbox)
+        else:
+            self._forward.discard(sandbox)
+        if was_wanted != bool(self._forward):
+            cgroups.give_way([*self._apart.roots], background=was_wanted)
+
     def _limit_zygote(self, sandbox: SandboxId, function: Function) -> None:
         """The function's own limits, and what the kernel needs for each of its forks."""
         limits, forks = function.spec.limits, function.spec.max_scale
@@ -359,7 +398,7 @@ class LinuxDriver:
         tables = (limits.memory_mb << 20) // PAGES_A_TABLE_PAGE + FORK_BYTES
         processes = limits.processes + FORKS_PASSING_THROUGH
         groups = cgroups.Limits((memory_mb << 20) + forks * tables, processes, limits.cpu)
-        cgroups.limit(self._tree, sandbox, groups)
+        cgroups.limit(self._tree_of(sandbox), sandbox, groups)
 
     async def terminate(self, sandbox: SandboxId) -> None:
         """Send SIGTERM to the guest."""
@@ -375,6 +414,8 @@ class LinuxDriver:
             await asyncio.wait({self._restarting})  # which makes sure that all of them are dead
         self._exits.pop(sandbox, None)
         self._background.discard(sandbox)
+        self._bring_forward(sandbox, wanted=False)
+        self._set_apart.discard(sandbox)
         self._pids.pop(sandbox, None)
         if sandbox in self._uids:
             self._free_uids.append(self._uids.pop(sandbox))
@@ -389,7 +430,7 @@ class LinuxDriver:
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """What its group uses now; without groups, what its processes do."""
         if self._tree.version:
-            return cgroups.memory_bytes(self._tree, sandbox)
+            return cgroups.memory_bytes(self._tree_of(sandbox), sandbox)
         return memory.of_processes(self._pids[sandbox]) if sandbox in self._pids else 0
 
     async def _ask(self, request: dict[str, Any], descriptor: int | None = None) -> None:
@@ -454,7 +495,7 @@ class LinuxDriver:
         """Another launcher, once nothing is left of the dead one's sandboxes."""
         assert self._launcher is not None
         await self._launcher.wait()
-        for root in self._tree.roots:
+        for root in self._roots():
             for name in os.listdir(root):
                 if name.startswith("sb-"):
                     await self._bury(os.path.join(root, name))

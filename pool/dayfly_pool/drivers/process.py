@@ -29,6 +29,7 @@ class ProcessDriver:
 
     isolated = False
     can_fork = False
+    sets_apart = False
 
     def __init__(self, data: Path, uid_first: int) -> None:
         self._data = data
