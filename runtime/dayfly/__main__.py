@@ -146,8 +146,10 @@ class Guest:
                 from dayfly import lockdown
 
                 self._lockdown = lockdown
-                if settings.stores:
-                    from dayfly import folders  # noqa: F401  (before a package's own of that name)
+                if settings.stores:  # now, before there can be a package's own of that name
+                    from dayfly import folders
+
+                    folders.prepare()
             is_zygote = self._seat is not None
             with open(settings.zygote_seccomp if is_zygote else settings.seccomp, "rb") as file:
                 self._prepared = self._lockdown.prepare(file.read(), is_zygote=is_zygote)
@@ -246,7 +248,7 @@ class Guest:
             mounts = folders.read(body) if body else None
             if mounts is not None:
                 folders.mount(mounts, self._prepared)
-            folders.cover()
+            folders.close()
         except (OSError, ValueError) as error:
             raise _no_folders(error) from None
         return mounts.file_bytes_max if mounts is not None else 0

@@ -66,31 +66,26 @@ def _check(form: re.Pattern[str], text: str) -> None:
         raise ValueError(f"not in a step's folders: {text!r}")
 
 
+def prepare() -> None:
+    """What every step needs, before it is known which: two more file systems take a while."""
+    for place, entries in ((IN, 2 * INPUTS_MAX), (WORKSPACES, WORKSPACES_MAX)):
+        options = f"size=1m,nr_inodes={entries + 1},mode=755"
+        lockdown.mount("dayfly", place, "tmpfs", lockdown.MS_NOSUID | lockdown.MS_NODEV, options)
+
+
 def mount(mounts: Mounts, prepared: lockdown.Prepared) -> None:
     """Have them in this mount namespace, and let the ruleset allow to write where it may."""
     flags = lockdown.MS_NOSUID | lockdown.MS_NODEV
-    if mounts.inputs:
-        _tmpfs(IN, 2 * len(mounts.inputs))
-        for name, place in mounts.inputs:
-            _mount_input(f"{IN}/{name}", f"{STORES['artifacts']}/{place}")
-        lockdown.remount(IN, flags | lockdown.MS_RDONLY)
+    for name, place in mounts.inputs:
+        _mount_input(f"{IN}/{name}", f"{STORES['artifacts']}/{place}")
     lockdown.mount(f"{STORES['steps']}/{mounts.step}/out", OUT, None, lockdown.MS_BIND)
     lockdown.remount(OUT, flags)
     lockdown.allow_writing(prepared, OUT)
-    if mounts.workspaces:
-        _tmpfs(WORKSPACES, len(mounts.workspaces))
-        for name, options in mounts.workspaces:
-            place = f"{WORKSPACES}/{name}"
-            os.mkdir(place, 0o755)
-            lockdown.mount("overlay", place, "overlay", flags, options)
-            lockdown.allow_writing(prepared, place)
-        lockdown.remount(WORKSPACES, flags | lockdown.MS_RDONLY)
-
-
-def _tmpfs(place: str, entries: int) -> None:
-    """Of mountpoints, and nothing else."""
-    options = f"size=1m,nr_inodes={entries + 16},mode=755"
-    lockdown.mount("dayfly", place, "tmpfs", lockdown.MS_NOSUID | lockdown.MS_NODEV, options)
+    for name, options in mounts.workspaces:
+        place = f"{WORKSPACES}/{name}"
+        os.mkdir(place, 0o755)
+        lockdown.mount("overlay", place, "overlay", flags, options)
+        lockdown.allow_writing(prepared, place)
 
 
 def _mount_input(target: str, source: str) -> None:
@@ -106,8 +101,13 @@ def _mount_input(target: str, source: str) -> None:
     lockdown.remount(target, flags)
 
 
-def cover() -> None:
-    """Put the stores out of reach; without capabilities nobody lifts the cover again."""
+def close() -> None:
+    """Whether there was anything to mount or not: no place can be added any more, and the stores
+    are out of reach. Without capabilities nobody lifts their covers again.
+    """
+    for place in (IN, WORKSPACES):
+        flags = lockdown.MS_RDONLY | lockdown.MS_NOSUID | lockdown.MS_NODEV
+        lockdown.remount(place, flags)
     for place in STORES.values():
         lockdown.mount(lockdown.EMPTY, place, None, lockdown.MS_BIND)
 
