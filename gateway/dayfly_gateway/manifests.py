@@ -171,6 +171,28 @@ def _handler_in(file: Path) -> str | None:
     return next((name for name in HANDLERS if name in names), None)
 
 
+def has_workflow(path: Path) -> bool:
+    """Whether the file, or one in the folder, declares a workflow; read, never run."""
+    files = path.glob("*.py") if path.is_dir() else [path]
+    return any(map(_is_workflow, (node for file in files for node in _nodes(file))))
+
+
+def _nodes(file: Path) -> list[ast.stmt]:
+    try:
+        return ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return []
+
+
+def _is_workflow(node: ast.stmt) -> bool:
+    """Whether it is a function with `@workflow`, in one of the ways to write that."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    called = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+    names = [d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "") for d in called]
+    return "workflow" in names
+
+
 def _told(file: Path) -> str:
     names = _names(file)
     if not names:

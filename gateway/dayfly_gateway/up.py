@@ -17,7 +17,7 @@ from dayfly_gateway.deploy import declare_file, reachable
 from dayfly_gateway.deploy import deploy as deploy_plan
 from dayfly_gateway.events import parse_networks
 from dayfly_gateway.logformat import Outbox
-from dayfly_gateway.manifests import plan
+from dayfly_gateway.manifests import has_workflow, plan
 from dayfly_gateway.server import Server
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, PlatformError
@@ -213,6 +213,8 @@ def workflows(path: Path) -> list[Path]:
 
 
 def deployable(folder: Path) -> list[Path]:
-    """The functions in *folder*: its Python files, and its folders that hold some."""
+    """The functions in *folder*: its Python files, and its folders that hold some, but for
+    workflows: to know these, their code would have to be run."""
     found = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
-    return [path for path in found if path.suffix == ".py" or any(path.glob("*.py"))]
+    code = [path for path in found if path.suffix == ".py" or any(path.glob("*.py"))]
+    return [path for path in code if not has_workflow(path)]

@@ -643,3 +643,38 @@ def test_what_is_cloned_is_built_by_a_task_that_knows_nothing_of_it(dayfly: Flow
     assert (said.stdout, said.stderr) == ("Hello, Ada!\n", "")
     again = dayfly.start("clone-build")
     assert states(dayfly, named(again)) == {"clone": "succeeded", "build": "cached"}
+
+
+# ---- docs ---------------------------------------------------------------------------------------
+
+VARIES = [
+    (r"\d+\.\d s", "N s"),
+    (r"\b(generic|forked|created|warm)\b *", "KIND "),
+    (r"([0-9a-f]{6})([0-9a-f]{58}|\.\.\.)", r"\1"),
+]
+"""What is not the same each time."""
+
+
+def masked(text: str) -> list[str]:
+    for form, instead in VARIES:
+        text = re.sub(form, instead, text)
+    return [re.sub(" +", " ", line) for line in text.strip().splitlines()]
+
+
+def test_what_the_documentation_says_of_hand_over_is_what_happens(
+    new_server: Callable[..., Server], tmp_path: Path
+):
+    """Every block that is code is a file, and every command writes what stands below it."""
+    dayfly = Flows(new_server(), tmp_path)
+    text = (ROOT / "docs/handover.md").read_text()
+    ran = 0
+    for kind, block in re.findall(r"```(python|yaml|console)\n(.*?)```", text, re.DOTALL):
+        if kind != "console":
+            (tmp_path / block.split()[1]).write_text(block)
+            continue
+        for part in block.split("$ dayfly ")[1:]:
+            command, _, expected = part.partition("\n")
+            assert masked(dayfly(*command.split())) == masked(expected), command
+            ran += 1
+
+    assert ran == 12

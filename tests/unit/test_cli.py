@@ -828,13 +828,17 @@ def test_errors_of_ours_are_found_inside_groups() -> None:
 
 
 def test_every_function_in_the_folder_is_deployed(tmp_path: Path) -> None:
-    """Folders with Python in them and Python files; not what begins with a dot or underscore."""
-    for name in ("b", "a", ".hidden", "empty"):
+    """Folders with Python in them and Python files; not what begins with a dot or underscore, and
+    no workflows."""
+    for name in ("b", "a", ".hidden", "empty", "flow", "broken"):
         (tmp_path / name).mkdir()
     for name in ("a/main.py", "b/x.py", ".hidden/main.py", "c.py", "_d.py", "README.md"):
         (tmp_path / name).write_text("")
+    for name, line in (("flow/main.py", "@workflow(source='.')"), ("e.py", "@dayfly.workflow")):
+        (tmp_path / name).write_text(f"{line}\ndef flow(): ...")
+    (tmp_path / "broken/main.py").write_text("def (")
 
-    assert [path.name for path in up.deployable(tmp_path)] == ["a", "b", "c.py"]
+    assert [path.name for path in up.deployable(tmp_path)] == ["a", "b", "broken", "c.py"]
 
 
 @pytest.mark.parametrize(
