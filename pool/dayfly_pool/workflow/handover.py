@@ -48,11 +48,15 @@ class Prepared(Struct, frozen=True):
 
 
 class Given(Struct, frozen=True):
-    """What a step has left. *uris* are of all artifacts that must be kept for it."""
+    """What a step has left, which a power loss may take until it is settled."""
 
     outputs: dict[str, facts.Artifact]
     left: list[Left]
-    uris: list[str]
+
+    @property
+    def uris(self) -> list[str]:
+        """All artifacts that must be kept for it."""
+        return [artifact.uri for artifact in self.outputs.values()]
 
 
 def is_furnished(invoke: Invoke) -> bool:
@@ -148,8 +152,7 @@ class Handover:
             raise BadInput(f"input {name!r} is no artifact: give another step's output") from None
         if not uri.startswith(f"dayfly://{namespace}/"):
             raise BadInput(f"input {name!r} is no artifact of namespace {namespace!r}: {uri[:200]}")
-        kind, _, digest = uri.removeprefix(f"dayfly://{namespace}/").partition("/sha256/")
-        artifact = Artifact(uri, digest, "tree" if kind == "tree" else "file", 0, 0)
+        artifact = _referred_to(uri)
         self.artifacts.path(artifact)
         return artifact
 
@@ -169,7 +172,7 @@ class Handover:
         if len(there) > 1:
             base = _common(there)
             policy = invoke.step.merge or "fail"
-            view = self._workspaces.join(base, there, policy, list(merge))
+            view = self._workspaces.join(base, there, policy, list(merge), is_synced=False)
         self._workspaces.lower(view)
         return workspaces.fork(view) if workspace in shared else view
 
@@ -178,22 +181,31 @@ class Handover:
     def take(self, namespace: str, invoke: Invoke, prepared: Prepared) -> Given:
         """Store what a step that succeeded has left; its sandbox is dead.
 
-        Raises `BadInput` for an output that is not there, `BadTree`, `DiskFull`.
+        The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for an output that is not there, `BadTree`, `DiskFull`.
         """
         outputs: dict[str, facts.Artifact] = {}
         for each in (invoke.task or invoke.step).outputs:
             if each.name in prepared.streams:
-                artifact = prepared.streams.pop(each.name).finish()
+                artifact = prepared.streams.pop(each.name).finish(is_synced=False)
             else:
                 path = each.path or each.name
-                artifact = self.artifacts.put(namespace, prepared.folders.out, path)
+                artifact = self.artifacts.put(
+                    namespace, prepared.folders.out, path, is_synced=False
+                )
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []
         for name, view in invoke.workspaces.items():
             upper = prepared.folders.uppers[name]
-            version = self._workspaces.take(prepared.views[name], upper)
+            version = self._workspaces.take(prepared.views[name], upper, is_synced=False)
             left.append(Left(view.workspace, invoke.key, version))
-        return Given(outputs, left, [artifact.uri for artifact in outputs.values()])
+        return Given(outputs, left)
+
+    def settle(self, given: Given) -> None:
+        """After this returns the disk has it. Raises `ArtifactGone`, `DiskFull`."""
+        for stored in given.outputs.values():
+            self.artifacts.settle(_referred_to(stored.uri))
+        for left in given.left:
+            self._workspaces.settle(left.version)
 
     def drop(self, prepared: Prepared) -> None:
         """Forget a step's folders."""
@@ -240,6 +252,11 @@ class Handover:
         if isinstance(value, list | tuple):
             return [self.whole(namespace, each) for each in value]
         return value
+
+
+def _referred_to(uri: str) -> Artifact:
+    place, _, digest = uri.partition("/sha256/")
+    return Artifact(uri, digest, "tree" if place.endswith("/tree") else "file", 0, 0)
 
 
 def _common(branches: Sequence[Workspace]) -> Workspace:
