@@ -1,4 +1,4 @@
-"""Hand-over: what it costs that a step's files become the next step's, and what branches do at once.
+"""Hand-over: what it costs that a step's files become the next one's; and branches side by side.
 
     python -m bench.handover [MIB]
 
@@ -158,7 +158,8 @@ def workflows(server: harness.Server) -> None:
         server,
         "branches",
         {"name": "first", "handler": "main:base"} | shared,
-        {"name": "branch", "handler": "main:branch", "matrix": numbers} | shared
+        {"name": "branch", "handler": "main:branch", "matrix": numbers}
+        | shared
         | {"runAfter": ["first"]},
         {"name": "second", "handler": "main:count", "runAfter": ["branch"]} | shared,
         workspaces=["shared"],
@@ -201,9 +202,7 @@ def files(server: harness.Server, report: harness.Report, mib: int) -> None:
     copied = sum(r["first"]["inode"] != r["second"]["inode"] for r in found["file"])
     moved = sum(r["moved"] for r in found["file"])
     hash_s, sync_s = harness.median(hashed), harness.median(synced)
-    besides = harness.median(
-        [r["gap_s"] - s for r, s in zip(found["file"], hashed, strict=True)]
-    )
+    besides = harness.median([r["gap_s"] - s for r, s in zip(found["file"], hashed, strict=True)])
     what = f"{mib} MiB"
     report.row(f"sha256 of {what}, from memory", ms=milliseconds(hash_s))
     report.row(f"fsync of {what}", ms=milliseconds(sync_s))

@@ -16,7 +16,7 @@ from msgspec import Struct
 from dayfly_pool.errors import BadInput
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
-from dayfly_pool.workflow import facts, workspaces
+from dayfly_pool.workflow import facts, trees, workspaces
 from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of, uri_of
 from dayfly_pool.workflow.facts import LARGE, Invoke
 from dayfly_pool.workflow.model import Step, TaskSpec
@@ -28,6 +28,9 @@ LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
 
 Versions = dict[tuple[str, str], Workspace]
 """By workspace and the key of the step that left it."""
+
+Early = dict[str, trees.Early]
+"""By output: what was hashed while the step was being ended. It is open: close it."""
 
 
 class Left(Struct, frozen=True, array_like=True):
@@ -178,10 +181,21 @@ class Handover:
 
     # ---- after it -----------------------------------------------------------------------------
 
-    def take(self, namespace: str, invoke: Invoke, prepared: Prepared) -> Given:
+    def hash_early(self, invoke: Invoke, prepared: Prepared) -> Early:
+        """Begin with what a step has left that has returned, and is being ended."""
+        found: Early = {}
+        with trees.opened_folder(None, prepared.folders.out) as out:
+            for each in (invoke.task or invoke.step).outputs:
+                early = None if each.stream else trees.seal_early(out, each.path or each.name)
+                if early is not None:
+                    found[each.name] = early
+        return found
+
+    def take(self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early) -> Given:
         """Store what a step that succeeded has left; its sandbox is dead.
 
-        The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for an output that is not there, `BadTree`, `DiskFull`.
+        The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for
+        an output that is not there, `BadTree`, `DiskFull`.
         """
         outputs: dict[str, facts.Artifact] = {}
         for each in (invoke.task or invoke.step).outputs:
@@ -190,7 +204,11 @@ class Handover:
             else:
                 path = each.path or each.name
                 artifact = self.artifacts.put(
-                    namespace, prepared.folders.out, path, is_synced=False
+                    namespace,
+                    prepared.folders.out,
+                    path,
+                    is_synced=False,
+                    early=early.get(each.name),
                 )
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []

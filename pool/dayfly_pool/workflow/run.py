@@ -74,7 +74,15 @@ from dayfly_pool.workflow.facts import (
     Started,
 )
 from dayfly_pool.workflow.graph import Graph, check
-from dayfly_pool.workflow.handover import Given, Handover, Left, Prepared, Versions, is_furnished
+from dayfly_pool.workflow.handover import (
+    Early,
+    Given,
+    Handover,
+    Left,
+    Prepared,
+    Versions,
+    is_furnished,
+)
 from dayfly_pool.workflow.observing import Seen
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.provenance import Statement, statement
@@ -127,8 +135,11 @@ SEEN_MAX: Final = 10_000
 Prepare = Callable[[str, str, Body], FunctionId]
 """Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
 
-Once = Callable[[FunctionId, Body, Mounts, Invocation], Awaitable[Outcome]]
-"""Run it in a sandbox of its own, with these mounts; all of it is dead then."""
+Once = Callable[
+    [FunctionId, Body, Mounts, Invocation, Callable[[Outcome], None]], Awaitable[Outcome]
+]
+"""Run it in a sandbox of its own, with these mounts; all of it is dead then. Whom it is told to
+hears the outcome before that."""
 
 
 class Means(Struct, frozen=True):
@@ -818,20 +829,31 @@ class LiveRun:
         prepared = await asyncio.to_thread(
             means.handover.prepare, self.namespace, invoke, self._versions, self._shared
         )
+        loop = asyncio.get_running_loop()
+        hashing: list[asyncio.Future[Early]] = []
+
+        def returned(outcome: Outcome) -> None:
+            if not isinstance(outcome, Failure):
+                early = means.handover.hash_early
+                hashing.append(loop.run_in_executor(None, early, invoke, prepared))
+
         try:
             invocation = self._invocation_of(invoke, function, body)
-            outcome = await means.once(function, body, prepared.mounts, invocation)
+            outcome = await means.once(function, body, prepared.mounts, invocation, returned)
             mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
             why = f"a sandbox of its own, with {mounted} mounted where they lie"
             end = await self._judged(invoke, outcome, why)
-            if isinstance(end, Failed):
-                self._group.create_task(self._drop(prepared))
-                return end
-            given = await asyncio.to_thread(means.handover.take, self.namespace, invoke, prepared)
+            given = None
+            if isinstance(end, Ended):
+                early = await asyncio.shield(hashing[0]) if hashing else {}
+                take = means.handover.take
+                given = await asyncio.to_thread(take, self.namespace, invoke, prepared, early)
         except BaseException:
-            await asyncio.shield(self._drop(prepared))
+            await asyncio.shield(self._drop(prepared, hashing))
             raise
-        self._group.create_task(self._drop(prepared))
+        self._group.create_task(self._drop(prepared, hashing))
+        if given is None:
+            return end
         self._keep_given(given)
         return structs.replace(end, outputs=given.outputs, at=self._clock.now())
 
@@ -843,9 +865,12 @@ class LiveRun:
         if given.left or given.outputs:
             self._unsettled.append(given)
 
-    async def _drop(self, prepared: Prepared) -> None:
+    async def _drop(self, prepared: Prepared, hashing: list[asyncio.Future[Early]]) -> None:
         """Remove a step's folders; nobody waits for that."""
         try:
+            for found in hashing:
+                for early in (await found).values():
+                    early.close()
             await asyncio.to_thread(self._means.handover.drop, prepared)
         except PlatformError:
             log.exception("a step's folders stay until the next start", extra={"run": self.name})
