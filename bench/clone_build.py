@@ -1,4 +1,4 @@
-"""Clone, then build: as two tasks beside their data, as one by hand, and with a copy between.
+"""Clone, then build: as two tasks beside their data, as one merged by hand, with a copy between.
 
     python -m bench.clone_build [MB]
 
@@ -68,7 +68,7 @@ def make(event, context):
     git("init", "-q", "-b", "main", place)
     git("-c", "core.compression=0", "add", ".", cwd=place)
     git("commit", "-q", "-m", "all", cwd=place)
-    git("-c", "pack.compression=0", "bundle", "create", "-q", "/out/bundle", "HEAD", "main", cwd=place)
+    git("-c", "pack.compression=0", "bundle", "create", "-q", "/out/bundle", "HEAD", cwd=place)
     shutil.rmtree(place)
     return os.stat("/out/bundle").st_size
 

@@ -1,4 +1,4 @@
-"""Hand-over: what it costs that a step's files become the next one's; branches at once.
+"""Hand-over: what it costs that a step's files become the next one's; and branches side by side.
 
     python -m bench.handover [MIB]
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import chain
@@ -221,14 +221,18 @@ class Pool:
             raise
 
     async def run_once(
-        self, function: Function, environment: Environment, invocation: Invocation
+        self,
+        function: Function,
+        environment: Environment,
+        invocation: Invocation,
+        returned: Callable[[Outcome], None] = lambda outcome: None,
     ) -> Outcome:
         """Run *invocation* in a sandbox that nobody had before it, and that ends with it.
 
         *function* has an id of its own, and is known for as long as this takes. When it returns or
         raises, also because it was cancelled, every process in the sandbox is dead, so that nobody
-        writes to the function's mounts any more. `stop` ends it as it ends any other. Raises
-        `PlatformError` when it could not be run.
+        writes to the function's mounts any more; *returned* hears the outcome before that. `stop`
+        ends it as it ends any other. Raises `PlatformError` when it could not be run.
         """
         mounts, id_ = function.mounts, function.id
         assert id_ not in self.state.functions, id_
@@ -242,7 +246,9 @@ class Pool:
         boxes = self._once[id_] = []
         try:
             self.deploy(_for_once(function), environment)
-            return await self.invoke(invocation)
+            outcome = await self.invoke(invocation)
+            returned(outcome)
+            return outcome
         finally:
             self.remove(id_, keep_logs=True)
             for box in boxes:

@@ -508,7 +508,12 @@ class Service:
         return FunctionId(identity(namespace, workflow, body, environment.digest))
 
     async def _run_step(
-        self, id_: FunctionId, body: Body, mounts: Mounts, invocation: Invocation
+        self,
+        id_: FunctionId,
+        body: Body,
+        mounts: Mounts,
+        invocation: Invocation,
+        returned: Callable[[Outcome], None],
     ) -> Outcome:
         """Run a step in a sandbox of its own. Raises `PlatformError`."""
         namespace = id_.partition("/")[0]
@@ -524,7 +529,7 @@ class Service:
         await asyncio.to_thread(self.packages.path, spec.package)
         mold = self._mold(environment, namespace, spec.network, spec.isolation)
         function = Function(id_, "1", spec, mold, mounts=mounts)
-        return await self.pool.run_once(function, environment, invocation)
+        return await self.pool.run_once(function, environment, invocation, returned)
 
     def _prepare_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
         """Have the pool know the function that a step is."""

@@ -123,7 +123,15 @@ class Artifacts:
 
     # --- Putting ---
 
-    def put(self, namespace: str, folder: Path, output: str, *, is_synced: bool = True) -> Artifact:
+    def put(
+        self,
+        namespace: str,
+        folder: Path,
+        output: str,
+        *,
+        is_synced: bool = True,
+        early: trees.Early | None = None,
+    ) -> Artifact:
         """Take over what a dead step left at the path *output* below *folder*.
 
         It is moved, sealed, hashed, and stored unless it is stored already. With *is_synced* it is
@@ -137,7 +145,7 @@ class Artifacts:
         with self._places.disk(), self._places.scratch() as (name, scratch):
             with trees.opened_folder(None, folder) as left:
                 trees.take(left, output, scratch, CONTENT)
-            entries = trees.seal(scratch, CONTENT, self._limits)
+            entries = trees.seal(scratch, CONTENT, self._limits, early=early)
             return self._publish(namespace, name, scratch, entries, is_synced=is_synced)
 
     def put_value(self, namespace: str, value: bytes, *, is_synced: bool = True) -> Artifact:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from dayfly_pool.errors import BadInput
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
-from dayfly_pool.workflow import facts, workspaces
+from dayfly_pool.workflow import facts, trees, workspaces
 from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of, uri_of
 from dayfly_pool.workflow.facts import LARGE, Invoke
 from dayfly_pool.workflow.model import Step, TaskSpec
@@ -28,6 +28,9 @@ LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
 
 Versions = dict[tuple[str, str], Workspace]
 """By workspace and the key of the step that left it."""
+
+Early = dict[str, trees.Early]
+"""By output: what was hashed while the step was being ended. It is open: close it."""
 
 
 class Left(Struct, frozen=True, array_like=True):
@@ -48,11 +51,15 @@ class Prepared(Struct, frozen=True):
 
 
 class Given(Struct, frozen=True):
-    """What a step has left. *uris* are of all artifacts that must be kept for it."""
+    """What a step has left, which a power loss may take until it is settled."""
 
     outputs: dict[str, facts.Artifact]
     left: list[Left]
-    uris: list[str]
+
+    @property
+    def uris(self) -> list[str]:
+        """All artifacts that must be kept for it."""
+        return [artifact.uri for artifact in self.outputs.values()]
 
 
 def is_furnished(invoke: Invoke) -> bool:
@@ -148,8 +155,7 @@ class Handover:
             raise BadInput(f"input {name!r} is no artifact: give another step's output") from None
         if not uri.startswith(f"dayfly://{namespace}/"):
             raise BadInput(f"input {name!r} is no artifact of namespace {namespace!r}: {uri[:200]}")
-        kind, _, digest = uri.removeprefix(f"dayfly://{namespace}/").partition("/sha256/")
-        artifact = Artifact(uri, digest, "tree" if kind == "tree" else "file", 0, 0)
+        artifact = _referred_to(uri)
         self.artifacts.path(artifact)
         return artifact
 
@@ -169,31 +175,55 @@ class Handover:
         if len(there) > 1:
             base = _common(there)
             policy = invoke.step.merge or "fail"
-            view = self._workspaces.join(base, there, policy, list(merge))
+            view = self._workspaces.join(base, there, policy, list(merge), is_synced=False)
         self._workspaces.lower(view)
         return workspaces.fork(view) if workspace in shared else view
 
     # ---- after it -----------------------------------------------------------------------------
 
-    def take(self, namespace: str, invoke: Invoke, prepared: Prepared) -> Given:
+    def hash_early(self, invoke: Invoke, prepared: Prepared) -> Early:
+        """Begin with what a step has left that has returned, and is being ended."""
+        found: Early = {}
+        with trees.opened_folder(None, prepared.folders.out) as out:
+            for each in (invoke.task or invoke.step).outputs:
+                early = None if each.stream else trees.seal_early(out, each.path or each.name)
+                if early is not None:
+                    found[each.name] = early
+        return found
+
+    def take(self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early) -> Given:
         """Store what a step that succeeded has left; its sandbox is dead.
 
-        Raises `BadInput` for an output that is not there, `BadTree`, `DiskFull`.
+        The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for
+        an output that is not there, `BadTree`, `DiskFull`.
         """
         outputs: dict[str, facts.Artifact] = {}
         for each in (invoke.task or invoke.step).outputs:
             if each.name in prepared.streams:
-                artifact = prepared.streams.pop(each.name).finish()
+                artifact = prepared.streams.pop(each.name).finish(is_synced=False)
             else:
                 path = each.path or each.name
-                artifact = self.artifacts.put(namespace, prepared.folders.out, path)
+                artifact = self.artifacts.put(
+                    namespace,
+                    prepared.folders.out,
+                    path,
+                    is_synced=False,
+                    early=early.get(each.name),
+                )
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []
         for name, view in invoke.workspaces.items():
             upper = prepared.folders.uppers[name]
-            version = self._workspaces.take(prepared.views[name], upper)
+            version = self._workspaces.take(prepared.views[name], upper, is_synced=False)
             left.append(Left(view.workspace, invoke.key, version))
-        return Given(outputs, left, [artifact.uri for artifact in outputs.values()])
+        return Given(outputs, left)
+
+    def settle(self, given: Given) -> None:
+        """After this returns the disk has it. Raises `ArtifactGone`, `DiskFull`."""
+        for stored in given.outputs.values():
+            self.artifacts.settle(_referred_to(stored.uri))
+        for left in given.left:
+            self._workspaces.settle(left.version)
 
     def drop(self, prepared: Prepared) -> None:
         """Forget a step's folders."""
@@ -240,6 +270,11 @@ class Handover:
         if isinstance(value, list | tuple):
             return [self.whole(namespace, each) for each in value]
         return value
+
+
+def _referred_to(uri: str) -> Artifact:
+    place, _, digest = uri.partition("/sha256/")
+    return Artifact(uri, digest, "tree" if place.endswith("/tree") else "file", 0, 0)
 
 
 def _common(branches: Sequence[Workspace]) -> Workspace:

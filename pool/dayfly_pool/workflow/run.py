@@ -3,6 +3,9 @@
 What has happened since the last write is one entry of the run's journal, and nothing that it leads
 to is begun before it is on the disk (see `facts`). After a crash the entries are fed to the engine
 again, and what was under way is run again; a step whose end was written never is.
+
+One thing does not wait: a step that takes what another left as files is begun while the disk is
+still at these. What it leads to is written after the other's end, so to a crash it was under way.
 """
 
 import asyncio
@@ -71,7 +74,15 @@ from dayfly_pool.workflow.facts import (
     Started,
 )
 from dayfly_pool.workflow.graph import Graph, check
-from dayfly_pool.workflow.handover import Handover, Left, Versions, is_furnished
+from dayfly_pool.workflow.handover import (
+    Early,
+    Given,
+    Handover,
+    Left,
+    Prepared,
+    Versions,
+    is_furnished,
+)
 from dayfly_pool.workflow.observing import Seen
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.provenance import Statement, statement
@@ -124,8 +135,11 @@ SEEN_MAX: Final = 10_000
 Prepare = Callable[[str, str, Body], FunctionId]
 """Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
 
-Once = Callable[[FunctionId, Body, Mounts, Invocation], Awaitable[Outcome]]
-"""Run it in a sandbox of its own, with these mounts; all of it is dead then."""
+Once = Callable[
+    [FunctionId, Body, Mounts, Invocation, Callable[[Outcome], None]], Awaitable[Outcome]
+]
+"""Run it in a sandbox of its own, with these mounts; all of it is dead then. Whom it is told to
+hears the outcome before that."""
 
 
 class Means(Struct, frozen=True):
@@ -359,6 +373,9 @@ class LiveRun:
         self._versions: Versions = {}
         self._left: list[Left] = []
         self._uris: list[str] = []
+        self._unsettled: list[Given] = []
+        """What the disk must have before anything more is written."""
+
         self._new_seen: list[Seen] = []
         """What is to be written with the next facts."""
 
@@ -473,6 +490,9 @@ class LiveRun:
                     async with asyncio.timeout(wait_s):
                         await self._wake.wait()
             commands = self._feed()
+            if self._unsettled and self._fed == self._granted:
+                self._carry_out(commands)
+                commands = []
             await self._write()
             self._carry_out(commands)
 
@@ -549,6 +569,7 @@ class LiveRun:
         self._granted, self._new_seen = self._fed, []
         if entry is not None:
             self._written.append(self._last + 1)
+        await self._settle()
         entries = [*([entry] if entry is not None else []), *self._others()]
         self._last += len(entries)
         await self._journals.append(
@@ -562,6 +583,13 @@ class LiveRun:
             await self._write()
         self._is_urgent = True
         await self._write()
+
+    async def _settle(self) -> None:
+        """Have the disk have what is to be written of."""
+        while self._unsettled:
+            given, self._unsettled = self._unsettled, []
+            settle = self._means.handover.settle
+            await asyncio.gather(*(asyncio.to_thread(settle, each) for each in given))
 
     def _others(self) -> list[NewEntry]:
         """What else is to be known after a crash."""
@@ -590,6 +618,7 @@ class LiveRun:
         if len(msgspec.json.encode(finish.results)) > HEAD_RESULTS_BYTES_MAX:
             self.status.results, self.status.is_cut = {}, True
         head = msgspec.json.encode(self.status)
+        await self._settle()
         entries = self._others()
         if self._kept:
             entries.append(entry_of(self._kept, self._new_seen))
@@ -743,7 +772,7 @@ class LiveRun:
         try:
             if (found := await asyncio.to_thread(self._found, key)) is not None:
                 self._saw(invoke, body, found.run)
-                self._uris += [artifact.uri for artifact in found.artifacts.values()]
+                self._keep_given(Given(found.artifacts, []))  # its run may not have settled it
                 return Ended(
                     at=self._clock.now(),
                     key=invoke.key,
@@ -801,22 +830,51 @@ class LiveRun:
         prepared = await asyncio.to_thread(
             means.handover.prepare, self.namespace, invoke, self._versions, self._shared
         )
+        loop = asyncio.get_running_loop()
+        hashing: list[asyncio.Future[Early]] = []
+
+        def returned(outcome: Outcome) -> None:
+            if not isinstance(outcome, Failure):
+                early = means.handover.hash_early
+                hashing.append(loop.run_in_executor(None, early, invoke, prepared))
+
         try:
             invocation = self._invocation_of(invoke, function, body)
-            outcome = await means.once(function, body, prepared.mounts, invocation)
+            outcome = await means.once(function, body, prepared.mounts, invocation, returned)
             mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
             why = f"a sandbox of its own, with {mounted} mounted where they lie"
             end = await self._judged(invoke, outcome, why)
-            if isinstance(end, Failed):
-                return end
-            given = await asyncio.to_thread(means.handover.take, self.namespace, invoke, prepared)
-        finally:
-            await asyncio.shield(asyncio.to_thread(means.handover.drop, prepared))
+            given = None
+            if isinstance(end, Ended):
+                early = await asyncio.shield(hashing[0]) if hashing else {}
+                take = means.handover.take
+                given = await asyncio.to_thread(take, self.namespace, invoke, prepared, early)
+        except BaseException:
+            await asyncio.shield(self._drop(prepared, hashing))
+            raise
+        self._group.create_task(self._drop(prepared, hashing))
+        if given is None:
+            return end
+        self._keep_given(given)
+        return structs.replace(end, outputs=given.outputs, at=self._clock.now())
+
+    def _keep_given(self, given: Given) -> None:
         for left in given.left:
             self._versions[left.workspace, left.key] = left.version
         self._left += given.left
         self._uris += given.uris
-        return structs.replace(end, outputs=given.outputs, at=self._clock.now())
+        if given.left or given.outputs:
+            self._unsettled.append(given)
+
+    async def _drop(self, prepared: Prepared, hashing: list[asyncio.Future[Early]]) -> None:
+        """Remove a step's folders; nobody waits for that."""
+        try:
+            for found in hashing:
+                for early in (await found).values():
+                    early.close()
+            await asyncio.to_thread(self._means.handover.drop, prepared)
+        except PlatformError:
+            log.exception("a step's folders stay until the next start", extra={"run": self.name})
 
     def _workflow_of(self, invoke: Invoke) -> str:
         return invoke.workflow or self.stored.workflow

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -385,10 +385,15 @@ class Runs:
         return id_
 
     async def _run_once(
-        self, id_: FunctionId, body: Body, mounts: Mounts, invocation: Invocation
+        self,
+        id_: FunctionId,
+        body: Body,
+        mounts: Mounts,
+        invocation: Invocation,
+        returned: Callable[[Outcome], None],
     ) -> Outcome:
         try:
-            return await self._once(id_, body, mounts, invocation)
+            return await self._once(id_, body, mounts, invocation, returned)
         finally:
             self._keep_lines(invocation.id.partition("/")[0], id_)
 

@@ -76,15 +76,68 @@ class Entry(Struct, frozen=True, array_like=True):
     ctime_ns: int = 0
 
 
-def seal(folder: int, name: str, limits: Limits, *, threads: int = 2) -> list[Entry]:
+class Early:
+    """A file that was sealed and hashed while its step was being ended: see `seal_early`."""
+
+    def __init__(self, file: int, status: os.stat_result, sha256: str) -> None:
+        self._file = file  # open, so that no other file gets its inode
+        self._status = status
+        self.sha256 = sha256
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether this is the file."""
+        was = self._status
+        return (was.st_dev, was.st_ino, was.st_size, was.st_mtime_ns) == (
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._file)
+
+
+def seal_early(folder: int, path: str) -> Early | None:
+    """Hash the file at *path* below the open *folder* before its step is dead; None if that is no
+    large file of one name, or somebody writes to it still.
+
+    Only root can: the file is root's from here on, none of the step's processes has it open for
+    writing (a read lease is had) and none may open it so, whatever they do until they are dead.
+    """
+    *parents, last = path.split("/")
+    if os.geteuid() or not last or {"", ".", ".."} & {*parents, last}:
+        return None
+    try:
+        with contextlib.ExitStack() as stack:
+            for part in parents:
+                folder = stack.enter_context(opened_folder(folder, part))
+            file, status = open_file(folder, last)
+        with contextlib.ExitStack() as closing:
+            closing.callback(os.close, file)
+            if status.st_nlink != 1 or not BIG_BYTES <= status.st_size <= BYTES_MAX:
+                return None
+            os.fchown(file, 0, 0)
+            os.fchmod(file, 0o555)
+            refuse_writers(file, path)
+            status = os.fstat(file)
+            digest = hashed(file, path, status)
+            closing.pop_all()
+            return Early(file, status, digest)
+    except (OSError, BadTree):
+        return None  # whatever it is, `seal` says it better
+
+
+def seal(
+    folder: int, name: str, limits: Limits, *, threads: int = 2, early: Early | None = None
+) -> list[Entry]:
     """Make *name* in the open *folder* unchangeable, and say what it holds, sorted by path.
 
     All of it belongs to this process's user afterwards, files 0444 or 0555 and folders 0555,
-    without extended attributes. Symbolic links stay what they are, wherever they lead: nobody
-    follows them here, and in a sandbox they lead nowhere that it could not go without them.
+    without extended attributes. What is the *early* file is not hashed again. Symbolic links stay
+    what they are, wherever they lead: nobody follows them here, and in a sandbox they lead nowhere
+    that it could not go without them.
     """
     with ThreadPoolExecutor(threads, "hash") as pool:
-        sealing = _Sealing(limits, pool)
+        sealing = _Sealing(limits, pool, early)
         sealing.enter(folder, name, kind_of(os.lstat(name, dir_fd=folder).st_mode), "", 0)
         return sealing.finish()
 
@@ -92,8 +145,11 @@ def seal(folder: int, name: str, limits: Limits, *, threads: int = 2) -> list[En
 class _Sealing:
     """One walk. Small files are hashed as they are met, big ones beside it."""
 
-    def __init__(self, limits: Limits, pool: ThreadPoolExecutor | None) -> None:
+    def __init__(
+        self, limits: Limits, pool: ThreadPoolExecutor | None, early: Early | None = None
+    ) -> None:
         self._limits = limits
+        self._early = early
         self._pool = pool
         self._found: list[tuple[Entry, Future[str] | str]] = []
         self._bytes = 0
@@ -178,6 +234,8 @@ class _Sealing:
         return self._hash(file, path, status)
 
     def _hash(self, file: int, path: str, status: os.stat_result) -> Future[str] | str:
+        if self._early is not None and self._early.is_of(status):
+            return self._early.sha256
         if self._pool is None or status.st_size < BIG_BYTES:
             return hashed(file, path, status)
         if len(self._under_way) >= UNDER_WAY_MAX:
