@@ -157,7 +157,7 @@ def _data_folder() -> Path:
     help="File with the address of a PostgreSQL that keeps the events; or set DAYFLY_EVENTS_DSN.",
 )
 @click.option(
-    "--deploy", type=PATH, help="Deploy the functions and workflows in this folder when up."
+    "--deploy", type=PATH, help="Deploy every function in this folder when up."
 )
 @click.option(
     "--log",

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import os
-import re
 import resource
 from pathlib import Path
 from typing import Final, TypeVar
@@ -13,8 +12,8 @@ from msgspec import Struct
 
 from dayfly_gateway.client import Client, Told
 from dayfly_gateway.config import Address, GatewayConfig
-from dayfly_gateway.deploy import declare_file, reachable
 from dayfly_gateway.deploy import deploy as deploy_plan
+from dayfly_gateway.deploy import reachable
 from dayfly_gateway.events import parse_networks
 from dayfly_gateway.logformat import Outbox
 from dayfly_gateway.manifests import has_workflow, plan
@@ -34,8 +33,6 @@ ZYGOTE_MINUTES_MAX: Final = DEFAULTS.zygote_s_max / 60
 INITIALIZE_ONCE_MS: Final = DEFAULTS.initialize_once_s * 1000
 GC_THRESHOLD: Final = 20_000
 """New objects between two collections; reference counts free nearly all of a request's."""
-
-_WORKFLOW: Final = re.compile(r"^@workflow\b", re.MULTILINE)
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -188,10 +185,6 @@ def _deploy_all(folder: Path, gateway: GatewayConfig, outbox: Outbox) -> None:
     urls = {}
     for path in deployable(folder):
         try:
-            if flows := workflows(path):
-                for flow in flows:
-                    declare_file(client, flow, "default", _Logged())
-                continue
             what = plan(path, name=None, namespace="default", spec={})
             view = deploy_plan(client, what, _Logged())
         except (PlatformError, Told, OSError, UnicodeError) as error:
@@ -204,12 +197,6 @@ def _deploy_all(folder: Path, gateway: GatewayConfig, outbox: Outbox) -> None:
             outbox.say(f"    curl -i {url}")
         else:
             log.info("try it", extra={"function": name, "url": url})
-
-
-def workflows(path: Path) -> list[Path]:
-    """The files at *path* that define workflows; read, not run."""
-    files = [path] if path.is_file() else sorted(path.glob("*.py"))
-    return [file for file in files if _WORKFLOW.search(file.read_text("utf-8"))]
 
 
 def deployable(folder: Path) -> list[Path]:

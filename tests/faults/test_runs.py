@@ -38,8 +38,10 @@ pytestmark = [
 KILLS = int(os.environ.get("DAYFLY_KILLS", "12"))
 SEED = int(os.environ.get("DAYFLY_SEED", "0")) or random.randrange(1, 1 << 30)
 RUNS = 20
-KILL_S_MAX = 0.8
-"""Until the next kill, from when the server is ready again; a quarter of them comes before."""
+LINES_MAX = 120
+"""Said by steps until the next strike; a quarter of the kills comes while the server starts."""
+
+START_S, STRIKE_S = 0.8, 3.0
 
 OVER_S = 120.0
 STATES = {"fan": "Succeeded", "chain": "Succeeded", "flaky": "Completed", "nest": "Succeeded"}
@@ -272,7 +274,11 @@ def disturb(
         if strike is not kill or done == 0 or draw.random() < 0.75:  # else: while it starts
             assert eventually(lambda: server.is_ready, 60), server.log[-20:]
             runs.fill()
-        time.sleep(draw.random() * KILL_S_MAX)
+            lines = len(runs.notes.lines) + draw.randrange(LINES_MAX)
+            eventually(lambda lines=lines: len(runs.notes.lines) >= lines, STRIKE_S)
+            time.sleep(draw.random() / 100)
+        else:
+            time.sleep(draw.random() * START_S)
         strike(server)
         runs.look_at_the_dead()
         server.launch()

@@ -45,7 +45,7 @@ def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
     does: Step | TaskSpec = invoke.task or step
     given, scope = invoke.params, invoke.scope
     if does.function is not None:
-        env = _env(step, invoke.task, scope)
+        env = _env(invoke)
         return Body(
             msgspec.json.encode(given),
             function=does.function,
@@ -55,7 +55,7 @@ def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
     if does.handler is None:
         assert scope is not None
         scope = _placed(does, scope)
-    same, own = {}, _env(step, invoke.task, scope)
+    same, own = {}, _env(structs.replace(invoke, scope=scope))
     for name, text in ((invoke.task.env if invoke.task is not None else {}) | step.env).items():
         if own[name] == text:  # the same for all: they share sandboxes, and see it on import
             same[name] = own.pop(name)
@@ -120,14 +120,15 @@ def _environment(task: TaskSpec | None, workflow: WorkflowSpec) -> str:
     return task.environment if task is not None else workflow.environment
 
 
-def _env(step: Step, task: TaskSpec | None, scope: Scope | None) -> dict[str, str]:
-    env = (task.env if task is not None else {}) | step.env
+def _env(invoke: Invoke) -> dict[str, str]:
+    env, scope = (invoke.task or invoke.step).env, invoke.scope
     if scope is not None:
         env = {name: substitute_text(text, scope) for name, text in env.items()}
+    env = env | invoke.env
     for name, text in env.items():
         if "\0" in text:
             raise BadInput(f"env {name!r} would hold a NUL: no process can be given that")
-    return env
+    return dict(env)
 
 
 def _command(does: Step | TaskSpec, given: dict[str, Any], scope: Scope | None) -> dict[str, Any]:

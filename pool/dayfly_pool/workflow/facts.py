@@ -172,8 +172,9 @@ class Invoke(Struct, frozen=True):
     *scope* is there if its script, command or env may hold references (`references.substitute_text`
     and `arguments`), with the usual paths: who runs it elsewhere says so in it. *workflow* names
     the definition that the step is of (the run's own: ""); *task* is there if the step refers to
-    one. A key is `step`, `step[3]` in a matrix, `outer/inner` in a nested workflow; with the
-    attempt it never comes twice, but for being told again what is under way.
+    one, and then *env* is what the step adds to the task's. A key is `step`, `step[3]` in a matrix,
+    `outer/inner` in a nested workflow; with the attempt it never comes twice, but for being told
+    again what is under way.
     """
 
     key: str
@@ -186,6 +187,7 @@ class Invoke(Struct, frozen=True):
     timeout_s: float | None = None
     workflow: str = ""
     task: TaskSpec | None = None
+    env: dict[str, str] = {}
 
 
 class Expect(Struct, frozen=True):

@@ -20,7 +20,7 @@ from dayfly_pool.workflow.graph import combinations
 from dayfly_pool.workflow.model import Output, Step, TaskSpec, duration_s
 from dayfly_pool.workflow.nodes import Node, Phase, Stage, State
 from dayfly_pool.workflow.plan import Definition, Plan
-from dayfly_pool.workflow.references import Scope, StepEnd, substitute
+from dayfly_pool.workflow.references import Scope, StepEnd, substitute, substitute_text
 from dayfly_pool.workflow.values import bind
 
 GUARD, PARENT, MISSING, EMPTY = "when", "parent skipped", "result missing", "matrix empty"
@@ -200,8 +200,12 @@ class Words:
         assert owner.flow is not None
         params, inputs, item = self.given(node)
         task = self._definition.tasks[step.task] if step.task is not None else None
+        env: dict[str, str] = {}
         if task is not None:
             params = bind(task.params, params)
+            if step.env:
+                scope = self._scope(owner, node, item)
+                env = {name: substitute_text(text, scope) for name, text in step.env.items()}
         there, theirs = self._state.marks.sets[node.base], owner.flow.workspaces
         return Invoke(
             key=node.key,
@@ -217,6 +221,7 @@ class Words:
             timeout_s=None if step.timeout is None else duration_s(step.timeout),
             workflow=owner.flow.workflow,
             task=task,
+            env=env,
         )
 
     def _body_scope(
