@@ -484,9 +484,7 @@ class Pool:
         self._carry_out(self.state.ready(id_, time.monotonic()))
 
     @contextmanager
-    def _giving_way(
-        self, background: bool, *ids: SandboxId, late_s: float = 0.0
-    ) -> Iterator[None]:
+    def _giving_way(self, background: bool, *ids: SandboxId, late_s: float = 0.0) -> Iterator[None]:
         """While the block runs *ids* let others go first, or are not kept behind any more.
 
         For `BACKGROUND_S_MAX` at most: handlers may want the processors for as long as they like.

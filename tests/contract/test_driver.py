@@ -578,7 +578,7 @@ def keepers(linux: Driver, name: str = "dayfly-zygote") -> list[int]:
 def groups(linux: Driver) -> list[str]:
     """The control groups of its sandboxes and zygotes."""
     assert isinstance(linux, LinuxDriver)
-    return [f"{root}/{name}" for root in linux._tree.roots for name in os.listdir(root)
+    return [f"{root}/{name}" for root in linux._roots() for name in os.listdir(root)
             if os.path.isdir(f"{root}/{name}") and name.startswith("sb-")]  # fmt: skip
 
 
@@ -658,6 +658,44 @@ async def test_the_kernel_knows_who_is_in_the_background(linux: Driver, create_l
     linux.give_way(S1, background=False)
     linux.give_way(S2, background=True)
     assert (gives_way(linux, S1), gives_way(linux, S2)) == (False, True)
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["started", "forked"])
+async def test_what_is_for_batch_gives_way_to_the_whole_machine(data: Path, forked: bool):
+    """With limits and accounts as any other has; and all comes forward while one is to."""
+    mold = Mold(BASE, namespace="default" if forked else "", batch=True)
+    async with opened("linux", data) as linux:
+        assert isinstance(linux, LinuxDriver)
+        if not linux.sets_apart:
+            pytest.skip("this kernel has no groups that give way")
+        (root,) = linux._apart.roots[-1:]
+        folder, whole = Path(root, S1), Path(root, "cpu.idle")
+        assert whole.read_text().strip() == "1"
+        if forked:
+            warming = asyncio.ensure_future(linux.warm(Z1, mold, BASE_ENVIRONMENT))
+            await asyncio.sleep(0)
+            linux.give_way(Z1, background=False)  # a busy machine would keep us waiting
+            await within(SOON_S, warming)
+        zygote = Z1 if forked else None
+        guest = Guest(await linux.create(S1, mold, BASE_ENVIRONMENT, zygote, background=True))
+        linux.give_way(S1, background=False)
+        await guest.hear(Hello)
+        assert (folder / "cgroup.procs").read_text().split()
+        assert whole.read_text().strip() == "0"
+        linux.limit(S1, Limits(cpu=0.5))
+        if (quota := folder / "cpu.cfs_quota_us").exists():
+            assert quota.read_text().strip() == "50000"
+        assert linux.memory_bytes(S1) > 1 << 18
+
+        linux.give_way(Z1, background=True)
+        assert whole.read_text().strip() == "0"  # for the other
+        linux.give_way(S1, background=True)
+        assert whole.read_text().strip() == "1"
+        linux.give_way(S1, background=False)
+        await within(SOON_S, linux.destroy(S1))  # who dies forward keeps nobody there
+        assert whole.read_text().strip() == "1"
+        guest.close()
+    assert not os.path.exists(root)
 
 
 async def test_memory_is_known_without_control_groups(
