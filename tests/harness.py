@@ -128,9 +128,9 @@ def cgroup_folders(pid: int) -> list[str]:
     """The control group folders that the server *pid* made for its sandboxes, where they exist."""
     found = []
     for place, folders, _ in os.walk("/sys/fs/cgroup"):
-        if f"dayfly-{pid}" in folders:
-            found.append(os.path.join(place, f"dayfly-{pid}"))
-            folders.remove(f"dayfly-{pid}")
+        for name in {f"dayfly-{pid}", f"dayfly-{pid}-apart"} & {*folders}:
+            found.append(os.path.join(place, name))
+            folders.remove(name)
     return found
 
 

@@ -156,9 +156,7 @@ def _data_folder() -> Path:
     type=PATH,
     help="File with the address of a PostgreSQL that keeps the events; or set DAYFLY_EVENTS_DSN.",
 )
-@click.option(
-    "--deploy", type=PATH, help="Deploy every function in this folder when up."
-)
+@click.option("--deploy", type=PATH, help="Deploy every function in this folder when up.")
 @click.option(
     "--log",
     type=click.Choice(["json", "text"]),

@@ -60,8 +60,10 @@ class Driver(Protocol):
 
     isolated: bool
     can_fork: bool
-    sets_apart: bool
     steps_owner: int
+
+    @property
+    def sets_apart(self) -> bool: ...
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...

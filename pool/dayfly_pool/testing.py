@@ -303,7 +303,7 @@ class FakeDriver:
         if keeps is not None:
             self.zygotes[sandbox] = guest.ended
         self.created.append(sandbox)
-        self.give_way(sandbox, background=background)
+        self.give_way(sandbox, background=background or mold.batch)
         return ours
 
     async def warm(self, zygote: SandboxId, mold: Mold, environment: Environment) -> None:

@@ -578,7 +578,7 @@ def keepers(linux: Driver, name: str = "dayfly-zygote") -> list[int]:
 def groups(linux: Driver) -> list[str]:
     """The control groups of its sandboxes and zygotes."""
     assert isinstance(linux, LinuxDriver)
-    return [f"{root}/{name}" for root in linux._tree.roots for name in os.listdir(root)
+    return [f"{root}/{name}" for root in linux._roots() for name in os.listdir(root)
             if os.path.isdir(f"{root}/{name}") and name.startswith("sb-")]  # fmt: skip
 
 
@@ -597,7 +597,11 @@ def gives_way(linux: Driver, sandbox: SandboxId) -> bool:
     folders = linux._tree.folders(sandbox)
     if not folders or not (told := Path(folders[-1], "cpu.idle")).exists():
         pytest.skip("this kernel has no groups that give way")
-    return told.read_text().strip() == "1"
+    return is_idle(folders[-1])
+
+
+def is_idle(folder: str) -> bool:
+    return Path(folder, "cpu.idle").read_text().strip() == "1"
 
 
 async def within(seconds: float, waited: Any) -> Any:
@@ -658,6 +662,45 @@ async def test_the_kernel_knows_who_is_in_the_background(linux: Driver, create_l
     linux.give_way(S1, background=False)
     linux.give_way(S2, background=True)
     assert (gives_way(linux, S1), gives_way(linux, S2)) == (False, True)
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["started", "forked"])
+async def test_what_is_for_batch_gives_way_to_the_whole_machine(data: Path, forked: bool):
+    """With limits and accounts as any other has; and all comes forward while one is to."""
+    mold = Mold(BASE, namespace="default" if forked else "", batch=True)
+    async with opened("linux", data) as linux:
+        assert isinstance(linux, LinuxDriver)
+        if not linux.sets_apart:
+            pytest.skip("this kernel has no groups that give way")
+        (root,) = linux._apart.roots[-1:]
+        folder = Path(root, S1)
+        assert is_idle(root)
+        if forked:
+            warming = asyncio.ensure_future(linux.warm(Z1, mold, BASE_ENVIRONMENT))
+            await asyncio.sleep(0)
+            linux.give_way(Z1, background=False)  # a busy machine would keep us waiting
+            await within(SOON_S, warming)
+        zygote = Z1 if forked else None
+        guest = Guest(await linux.create(S1, mold, BASE_ENVIRONMENT, zygote, background=True))
+        linux.give_way(S1, background=False)
+        await guest.hear(Hello)
+        assert (folder / "cgroup.procs").read_text().split()
+        assert not is_idle(root)
+        linux.limit(S1, Limits(cpu=0.5))
+        if (quota := folder / "cpu.cfs_quota_us").exists():
+            assert quota.read_text().strip() == "50000"
+        assert linux.memory_bytes(S1) > 1 << 18
+
+        linux.give_way(Z1, background=True)
+        assert not is_idle(root)  # for the other
+        linux.give_way(S1, background=True)
+        assert is_idle(root)
+        linux.give_way(S1, background=False)
+        await within(SOON_S, linux.destroy(S1))  # who dies forward keeps nobody there
+        assert is_idle(root)
+        guest.close()
+        left = folder.parent
+    assert not left.exists()
 
 
 async def test_memory_is_known_without_control_groups(

@@ -238,10 +238,11 @@ def test_what_dead_servers_left_is_found_and_what_living_ones_use_is_not(tmp_pat
     """Each server's folder carries its pid."""
     (parent,) = [files(tmp_path / "scope")]
     dead = 2**22 + 1  # above the kernel's largest pid
-    for name in (f"dayfly-{dead}", "dayfly-1", "dayfly-x", "other"):
+    for name in (f"dayfly-{dead}", f"dayfly-{dead}-apart", "dayfly-1", "dayfly-1-apart", "other"):
         (parent / name).mkdir()
 
-    assert cgroups.leftovers(Tree(2, (f"{parent}/dayfly-2",))) == [f"{parent}/dayfly-{dead}"]
+    left = [f"{parent}/dayfly-{dead}", f"{parent}/dayfly-{dead}-apart"]
+    assert sorted(cgroups.leftovers(Tree(2, (f"{parent}/dayfly-2",)))) == left
 
 
 def test_only_processes_in_sandboxes_are_ours_to_kill(tmp_path: Path):
@@ -269,6 +270,37 @@ def test_with_the_old_trees_the_server_stands_beside_its_sandboxes(tmp_path: Pat
     assert shares[1] > 1024
     cgroups.step_back(tree)
     assert (cpu.parent / "cgroup.procs").read_text() == "0"
+
+
+def test_what_gives_way_to_all_stands_beside_the_others_as_a_whole(tmp_path: Path):
+    """With the old trees only for the processors: memory and processes are counted as ever."""
+    v1(tmp_path)
+    tree = cgroups.establish(cgroups.detect(str(tmp_path), V1_OWN, pid=7))
+    memory, pids, cpu = tree.roots
+    files(Path(f"{cpu}-apart"), cpu__idle="0")
+    apart = cgroups.set_apart(tree)
+
+    assert apart == Tree(1, (memory, pids, f"{cpu}-apart"))
+    assert Path(f"{cpu}-apart", "cpu.idle").read_text() == "1"
+
+
+def test_in_the_unified_tree_it_gets_what_it_may_divide(tmp_path: Path):
+    scope = v2(tmp_path)
+    apart = files(scope / "dayfly-7-apart", cpu__idle="0", cgroup__subtree_control="")
+    tree = cgroups.detect(str(tmp_path), V2_OWN, pid=7)
+
+    assert cgroups.set_apart(tree) == Tree(2, (str(apart),))
+    assert (apart / "cpu.idle").read_text() == "1"
+    assert (apart / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+
+
+def test_where_no_group_gives_way_none_is_set_apart(tmp_path: Path):
+    """A kernel before 5.15; nothing of the attempt stays."""
+    tree = Tree(2, (str(v2(tmp_path) / "dayfly-7"),))
+
+    assert cgroups.set_apart(tree) == tree
+    assert not Path(f"{tree.roots[0]}-apart").exists()
+    assert cgroups.set_apart(Tree(0, ())) == Tree(0, ())
 
 
 def test_where_nothing_can_be_written_the_server_stays_where_it_is(tmp_path: Path):

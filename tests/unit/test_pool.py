@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from dayfly.capabilities import ZYGOTE_CAP_EFF
 from dayfly.protocol import (
@@ -517,6 +518,26 @@ async def test_what_goes_behind_comes_forward_in_time(monkeypatch: pytest.Monkey
         for one in each:
             tasks.create_task(succeed(pool, one))
         await eventually(lambda: len(behind) >= 3)
+
+
+async def test_a_batch_stays_behind_and_comes_forward_before_it_is_too_late(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Its start and its load may take their time, but not all of it."""
+    monkeypatch.setattr("dayfly_pool.pool.LATE_SHARE", 0.001)
+    late: list[SandboxId] = []
+
+    async def come(guest: FakeGuest) -> None:
+        assert guest.sandbox in driver.background
+        await eventually(lambda: guest.sandbox not in driver.background)
+        late.append(guest.sandbox)
+
+    driver = FakeDriver({"main:greet": hello}, on_start=come, on_load=come)
+    batch = structs.replace(GREET, mold=structs.replace(GREET.mold, batch=True), is_batch=True)
+    async with running(driver, batch) as pool:
+        await succeed(pool, batch)
+        assert len(late) == 2
+        assert late[0] in driver.background
 
 
 async def test_a_sandbox_is_killed_before_it_can_see_its_connection_end():

@@ -175,6 +175,17 @@ def test_a_generic_sandbox_answers_a_claim_at_once_and_is_replaced():
     assert state.misses == 0
 
 
+def test_nothing_is_kept_ready_for_a_batch():
+    """Nobody waits for it, and what was made for it would do for nobody else."""
+    batch = structs.replace(GREET, mold=structs.replace(BASE, batch=True), is_batch=True)
+    state = deployed(batch, generic_max=4)
+    for second, invocation in enumerate((I1, I2, I3)):
+        play(state, state.submit(invocation, batch.id, second), second)
+    play(state, state.tick(3), 3)
+
+    assert repr(state) == "<PoolState [3 busy | 0 waiting]>"
+
+
 def test_a_warm_sandbox_is_preferred_to_a_generic_one():
     """A sandbox that already holds the function wins over specializing another."""
     state = deployed(GREET)

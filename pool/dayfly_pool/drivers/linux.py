@@ -287,6 +287,7 @@ class LinuxDriver:
     def _place(self, sandbox: SandboxId, mold: Mold) -> None:
         if mold.batch and self.sets_apart:
             self._set_apart.add(sandbox)
+            self._background.discard(sandbox)  # of which it has no need
 
     def _tree_of(self, sandbox: SandboxId) -> cgroups.Tree:
         return self._apart if sandbox in self._set_apart else self._tree
