@@ -382,7 +382,7 @@ class LiveRun:
         self._seen: list[Seen] = []
         """All of them, for the provenance."""
 
-        self._shared = shared_in(self.stored.definition)
+        self._shared: frozenset[str] = frozenset()
         self.engine = Run(self.stored.definition)
         self.is_ready = False
         """Whether the engine knows all that is written down."""
@@ -416,8 +416,7 @@ class LiveRun:
         """Numbers of the last wish that we know of, that the engine does, that is written down."""
 
         self._written: list[int] = []
-        self._since_snapshot = 0
-        self._is_held = False
+        self._since_snapshot, self._is_held = 0, False
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup
 
@@ -431,6 +430,8 @@ class LiveRun:
         self._count()
         self._written = [entry.number for entry in entries]
         self._seen = seen_in(entries)
+        if self.stored.definition.root.workspaces:
+            self._shared = await asyncio.to_thread(shared_in, self.stored.definition)
         for entry in await log_of(self._journals, self.id, LEFT):
             for left in msgspec.msgpack.decode(entry.body, type=list[Left]):
                 self._versions[left.workspace, left.key] = left.version
