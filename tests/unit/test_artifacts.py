@@ -161,6 +161,56 @@ def test_nobody_may_change_what_was_put(store: Artifacts, out: Path):
 
 
 @AS_ROOT
+def test_a_large_file_is_hashed_before_its_step_is_dead(
+    store: Artifacts, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not again; nobody but root can have changed it since."""
+    content = os.urandom(trees.BIG_BYTES)
+    (out / "file").write_bytes(content)
+    os.chown(out / "file", 4000, 4000)
+    with trees.opened_folder(None, out) as folder:
+        early = trees.seal_early(folder, "file")
+    assert early is not None
+    status = (out / "file").stat()
+    monkeypatch.setattr(trees, "hashed", lambda *_: pytest.fail("it is hashed again"))
+    found = store.put("default", out, "file", early=early)
+    early.close()
+
+    assert (status.st_uid, status.st_mode & 0o777) == (0, 0o555)
+    assert found.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@AS_ROOT
+def test_what_is_not_what_was_hashed_early_is_hashed(store: Artifacts, out: Path):
+    """Another file under its name, or other bytes in it."""
+    for number, change in enumerate(("another", "bytes")):
+        (out / f"{number}").write_bytes(b"a" * trees.BIG_BYTES)
+        with trees.opened_folder(None, out) as folder:
+            early = trees.seal_early(folder, f"{number}")
+        assert early is not None
+        if change == "another":
+            (out / f"{number}").unlink()
+        (out / f"{number}").write_bytes(b"b" * trees.BIG_BYTES)
+        os.utime(out / f"{number}", ns=(0, number))
+        found = store.put("default", out, f"{number}", early=early)
+        early.close()
+
+        assert found.sha256 == hashlib.sha256(b"b" * trees.BIG_BYTES).hexdigest()
+
+
+@AS_ROOT
+def test_what_somebody_writes_to_or_is_no_large_file_is_not_hashed_early(out: Path):
+    (out / "small").write_bytes(b"a")
+    (out / "large").write_bytes(b"a" * trees.BIG_BYTES)
+    (out / "link").symlink_to("large")
+    (out / "named").write_bytes(b"a" * trees.BIG_BYTES)
+    (out / "twice").hardlink_to(out / "named")
+    with trees.opened_folder(None, out) as folder, (out / "large").open("ab"):
+        for path in ("small", "large", "link", "named", "none", "no/file", "../out/large", ""):
+            assert trees.seal_early(folder, path) is None, path
+
+
+@AS_ROOT
 def test_files_of_other_users_become_ours(store: Artifacts, out: Path):
     fill(out / "tree")
     for found in [out / "tree", *(out / "tree").rglob("*")]:

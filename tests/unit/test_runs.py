@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from dayfly_pool.clock import Clock
 from dayfly_pool.config import Config
 from dayfly_pool.errors import (
     BadInput,
+    DiskFull,
     EnvironmentNotFound,
     FunctionNotFound,
     PackageDamaged,
@@ -42,8 +44,12 @@ from dayfly_pool.models import (
     Function,
     FunctionId,
     FunctionSpec,
+    Invocation,
     Mold,
+    Mounts,
     Outcome,
+    Success,
+    Timing,
     function_id,
 )
 from dayfly_pool.pool import Pool
@@ -52,15 +58,17 @@ from dayfly_pool.store.journals import Append, Entry, JournalId
 from dayfly_pool.store.memory_journals import MemoryJournals
 from dayfly_pool.testing import DIGEST, Ended, FakeDriver, FakeGuest
 from dayfly_pool.workflow import facts
+from dayfly_pool.workflow import facts as facts_module
 from dayfly_pool.workflow import run as run_module
 from dayfly_pool.workflow import runs as module
 from dayfly_pool.workflow.bodies import COMMAND, Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.facts import VALUE_BYTES_MAX
-from dayfly_pool.workflow.handover import Handover, owner_of
+from dayfly_pool.workflow.handover import Given, Handover, owner_of
 from dayfly_pool.workflow.model import (
     Declared,
     Matrix,
+    Output,
     Param,
     Step,
     TaskSpec,
@@ -215,7 +223,13 @@ async def serving(
     journals = Journals(
         store or MemoryJournals(), owner=f"server-{next(owners)}", is_alone=is_alone, **changed
     )
-    known: dict[str, Any] = {"workflows": {}, "tasks": {}, "refusals": [], "functions": {}}
+    known: dict[str, Any] = {
+        "workflows": {},
+        "tasks": {},
+        "refusals": [],
+        "functions": {},
+        "began": [],
+    }
     folders = tempfile.TemporaryDirectory()
     known["data"] = Path(folders.name)
 
@@ -234,8 +248,20 @@ async def serving(
     def identify(namespace: str, workflow: str, body: Body) -> FunctionId:
         return FunctionId(identity(namespace, workflow, body, BASE))
 
-    async def once(*_: Any) -> Outcome:
-        raise AssertionError("no step here has mounts")
+    async def once(
+        function: FunctionId,
+        body: Body,
+        mounts: Mounts,
+        invocation: Invocation,
+        returned: Callable[[Outcome], None],
+    ) -> Outcome:
+        """What it has as params it leaves as a file."""
+        known["began"].append(invocation.env["DAYFLY_STEP"])
+        out = known["data"] / "steps" / "steps" / mounts.step / "out"
+        (out / "file").write_bytes(body.event)
+        done = Success(b"null", Timing())
+        returned(done)
+        return done
 
     cache = StepCache(known["data"] / "cache")
     cache.open()
@@ -1249,3 +1275,56 @@ async def test_variables_of_a_step_that_is_a_task_are_the_workflows_words():
 
     assert view.status.message == ""
     assert (work.env["a"]["TASKS"], work.env["a"]["STEPS"]) == ("inner", "o")
+
+
+# ---- files that are handed over ------------------------------------------------------------------
+
+FILES = (
+    step("a", outputs=(Output(name="file"),)),
+    step("b", inputs={"file": "$(steps.a.outputs.file)"}, outputs=(Output(name="file"),)),
+)
+
+
+async def test_the_next_step_begins_while_the_disk_is_at_what_the_last_one_left(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """And the end of that one is written when the disk has it, before the end of the next."""
+    settled, gate = threading.Event(), threading.Event()
+    settle = Handover.settle
+
+    def settle_later(self: Handover, given: Given) -> None:
+        assert gate.wait(SOON_S)
+        settle(self, given)
+        settled.set()
+
+    monkeypatch.setattr(Handover, "settle", settle_later)
+    async with serving(Work()) as server:
+        server.declare(*FILES)
+        await server.start()
+        await until(lambda: server.known["began"] == ["a", "b"])
+        written = (await server.get()).status.succeeded, settled.is_set()
+        told = [fact for fact in await server.runs.told(await server.get())]
+        gate.set()
+        view = await server.over()
+
+    assert not any(isinstance(fact, facts_module.Ended) for fact in told)
+    assert not written[1]
+    assert view.status.state == "Succeeded"
+
+
+async def test_what_the_disk_refuses_is_not_written_down(monkeypatch: pytest.MonkeyPatch):
+    """The run goes on from what is: the step runs again."""
+    refusals, settle = [DiskFull("there is no room left")], Handover.settle
+
+    def refuse(self: Handover, given: Given) -> None:
+        if refusals:
+            raise refusals.pop()
+        settle(self, given)
+
+    monkeypatch.setattr(Handover, "settle", refuse)
+    async with serving(Work()) as server:
+        view = await server.run(*FILES)
+        began = Counter(server.known["began"])
+
+    assert view.status.state == "Succeeded"
+    assert began["a"] == 2
