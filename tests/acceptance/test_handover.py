@@ -582,6 +582,46 @@ def test_a_disk_that_is_full_fails_the_step_and_is_usable_afterwards(
     )
 
 
+# ---- a server that is killed --------------------------------------------------------------------
+
+
+def test_what_was_handed_over_is_there_after_the_server_was_killed(
+    new_server: Callable[..., Server], tmp_path: Path
+):
+    """Outputs, workspaces, large values and the cache; no step that was over runs again."""
+    server = new_server()
+    (tmp_path / "flow.py").write_text(
+        "import time\n"
+        "from dayfly import File, Workspace, approval, out, step, workflow, workspace\n\n"
+        "@step\ndef make(site: Workspace) -> File:\n"
+        "    (site / 'at').write_text(str(time.time_ns()))\n"
+        "    out().write_text((site / 'at').read_text())\n    return out()\n\n"
+        "@step(cache=True)\ndef large() -> str:\n    return 'x' * 1_000_000\n\n"
+        "@step\ndef use(site: Workspace, made: File, text: str) -> list:\n"
+        "    return [made.read_text() == (site / 'at').read_text(), len(text)]\n\n"
+        "@workflow\ndef survives():\n    site = workspace('site')\n"
+        "    made, text = make(site), large()\n    ok = approval('go on?').after(made, text)\n"
+        "    return {'used': use(site, made, text).after(ok)}\n"
+    )
+    dayfly = Flows(server, tmp_path)
+    dayfly("workflow", "deploy", "flow.py")
+    dayfly("run", "start", "survives", "--name", "one", "-d")
+    assert eventually(lambda: dayfly.json("run", "show", "one")["expected"], 30)
+    server.kill()
+    server.wait()
+    server.start()
+    assert eventually(lambda: dayfly.json("run", "show", "one")["expected"], 30)
+    dayfly("run", "approve", "one", "approval")
+    eventually(lambda: dayfly.json("run", "show", "one")["status"]["endedAt"], 30)
+    view = dayfly.json("run", "show", "one")
+
+    assert results(view) == {"used": [True, 1_000_000]}
+    assert view["status"]["succeeded"] == 3
+    dayfly("run", "start", "survives", "--name", "two", "-d")
+    assert eventually(lambda: states(dayfly, "two").get("large") == "cached", 30)
+    dayfly("run", "cancel", "two", "--hard")
+
+
 # ---- garbage ------------------------------------------------------------------------------------
 
 
@@ -621,7 +661,8 @@ def test_the_pipeline_trains_three_models_and_tells_which_is_best(dayfly: Flows)
     found, run = results(view), named(view)
 
     assert (found["model"], found["euros"]) == ("neighbours", 24922)
-    report = content(dayfly.server, found["report"]).read_text()
+    dayfly("artifact", "get", found["report"]["uri"], "-o", "report.md")
+    report = (dayfly.folder / "report.md").read_text()
     assert "The best model is **neighbours**" in report
     assert len(report.splitlines()) == 9
     assert set(states(dayfly, run)) >= {"fetch", "clean", "train[0]", "train[2]", "report"}
@@ -633,8 +674,7 @@ def test_what_is_cloned_is_built_by_a_task_that_knows_nothing_of_it(dayfly: Flow
     dayfly("apply", "-f", str(EXAMPLES / "clone_build"))
     view = dayfly.start("clone-build")
     found = results(view)
-    program = content(dayfly.server, found["program"])
-    (dayfly.folder / "greet.pyz").write_bytes(program.read_bytes())
+    dayfly("artifact", "get", found["program"]["uri"], "-o", "greet.pyz")
     said = subprocess.run(
         ["python3", "greet.pyz", "Ada"], cwd=dayfly.folder, capture_output=True, text=True
     )

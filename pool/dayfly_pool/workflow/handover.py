@@ -227,10 +227,10 @@ class Handover:
 
     def drop(self, prepared: Prepared) -> None:
         """Forget a step's folders."""
+        self._prepared.pop(prepared.folders.id, None)
         for output in prepared.streams.values():
             output.abandon()
         self._steps.remove(prepared.folders.id)
-        self._prepared.pop(prepared.folders.id, None)
 
     # ---- garbage ------------------------------------------------------------------------------
 
