@@ -595,7 +595,7 @@ def gives_way(linux: Driver, sandbox: SandboxId) -> bool:
     """What the kernel says of its control group."""
     assert isinstance(linux, LinuxDriver)
     folders = linux._tree.folders(sandbox)
-    if not folders or not (told := Path(folders[-1], "cpu.idle")).exists():
+    if not folders or not Path(folders[-1], "cpu.idle").exists():
         pytest.skip("this kernel has no groups that give way")
     return is_idle(folders[-1])
 
