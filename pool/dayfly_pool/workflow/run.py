@@ -785,7 +785,8 @@ class LiveRun:
                 )
             end = await self._run_step(invoke, body)
             if isinstance(end, Ended):
-                kept = Cached(end.results, end.outputs, self.name, self._clock.now())
+                name = self.stored.metadata.name
+                kept = Cached(end.results, end.outputs, name, self._clock.now())
                 await asyncio.to_thread(means.cache.put, self.namespace, key, kept)
             return end
         finally:
