@@ -337,8 +337,6 @@ def hashed(file: int, path: str, status: os.stat_result) -> str:
     else:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while size := os.preadv(file, [buffer], done):
-            if done % WRITE_BACK_BYTES == 0:
-                begin_writing(file, done)
             digest.update(buffer[:size])
             done += size
             if done > status.st_size:
@@ -352,7 +350,7 @@ def hashed(file: int, path: str, status: os.stat_result) -> str:
 def begin_writing(file: int, start: int) -> None:
     """Have the disk begin with the WRITE_BACK_BYTES of a file from *start* on, if they are new.
 
-    While it is at it they can be hashed, and who synchronizes the file later waits less.
+    Who synchronizes the file later waits less. The call itself waits when the disk has much to do.
     """
     offset, length = ctypes.c_int64(start), ctypes.c_int64(WRITE_BACK_BYTES)
     _libc.sync_file_range(file, offset, length, _SYNC_FILE_RANGE_WRITE)
