@@ -363,7 +363,7 @@ def _show_applied(views: Sequence[dict[str, Any]]) -> None:
                 what = f"{status['total']} tasks"
             case _:
                 what = status.get("next") or show.listens_to(view)
-        click.echo(f"{view['kind']} {metadata['namespace']}/{metadata['name']} {what}")
+        click.echo(f"{view['kind']} {metadata['namespace']}/{metadata['name']} {what}".rstrip())
 
 
 # ---- using --------------------------------------------------------------------------------------

@@ -301,6 +301,7 @@ async def log_of(journals: Journals, id_: JournalId, part: int = LOG) -> list[En
     return entries
 
 
+ALONE: Final = "a sandbox of its own, which what it leaves is taken from"
 WHY: Final = {
     "warm": "a sandbox that holds this function was free",
     "generic": "no sandbox held it; a ready one took it",
@@ -844,7 +845,7 @@ class LiveRun:
             invocation = self._invocation_of(invoke, function, body)
             outcome = await means.once(function, body, prepared.mounts, invocation, returned)
             mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
-            why = f"a sandbox of its own, with {mounted} mounted where they lie"
+            why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
             end = await self._judged(invoke, outcome, why)
             given = None
             if isinstance(end, Ended):
