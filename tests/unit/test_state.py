@@ -29,7 +29,7 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.records import NEXT, Phase, SandboxRecord, ZygoteLimits
-from dayfly_pool.state import LOST_LOADS_MAX, STEPS_IDLE_S, PoolState
+from dayfly_pool.state import LOST_LOADS_MAX, PASSING_IDLE_S, PoolState
 from dayfly_pool.testing import function
 
 BASE = Mold("base")
@@ -1594,13 +1594,13 @@ def test_a_mold_for_steps_outlives_each_of_them_for_a_while():
     play(state, state.submit(I1, step.id, 0), 0)
     state.remove(step.id, 1)
 
-    assert not retired(state.tick(1 + STEPS_IDLE_S / 2))
+    assert not retired(state.tick(1 + PASSING_IDLE_S / 2))
     assert state.molds[for_steps].zygote is not None
-    assert retired(state.tick(1 + STEPS_IDLE_S))
-    state.tick(2 + STEPS_IDLE_S)
+    assert retired(state.tick(1 + PASSING_IDLE_S))
+    state.tick(2 + PASSING_IDLE_S)
     for box in list(state.sandboxes):
-        state.died(box, 2 + STEPS_IDLE_S)
-    state.tick(3 + STEPS_IDLE_S)
+        state.died(box, 2 + PASSING_IDLE_S)
+    state.tick(3 + PASSING_IDLE_S)
     assert for_steps not in state.molds
 
 
