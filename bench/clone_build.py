@@ -23,7 +23,7 @@ from typing import Any
 
 from bench import harness
 
-TURNS, RATIO_MAX = 1, 1.05
+TURNS, RATIO_MAX = 3, 1.05
 SOURCES, SOURCE_FUNCTIONS, LARGE_BYTES = 2000, 16, 8_000_000
 MEMORY_MB = 2048
 WAYS = {"one": "one task, merged by hand", "two": "two tasks", "volume": "two tasks and a volume"}
