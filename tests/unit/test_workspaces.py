@@ -180,6 +180,14 @@ def test_a_path_that_two_branches_changed_is_named(
         assert lost.get(path) == state[path] or is_named or found & set(merging.parents(path))
 
 
+def test_a_file_removed_in_a_folder_that_another_branch_removed_is_a_conflict():
+    """Whose layer lies above would decide whether the folder is there."""
+    inside = [Change("b", "through"), Change("b/a", "removed")]
+
+    for branches in ([inside, [Change("b", "removed")]], [[Change("b", "removed")], inside]):
+        assert [conflict.path for conflict in merging.conflicts(branches)] == ["b/a"]
+
+
 def test_disjoint_edits_never_conflict():
     edits: list[list[Edit]] = [
         [("write", f"{letter}/{name}", 0) for name in "abc"] + [("renew", f"{letter}/c", 0)]
@@ -208,7 +216,7 @@ CASES: dict[str, tuple[list[Change], list[Change], list[str]]] = {
     "part of a folder gone": (
         [Change("a", "removed")],
         [Change("a", "through"), Change("a/b", "removed")],
-        [],
+        ["a/b"],
     ),
     "the same new folder": (
         [Change("a", "folder", 0o755), file("a/b")],

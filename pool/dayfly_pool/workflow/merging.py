@@ -90,9 +90,8 @@ def conflicts(branches: Sequence[Iterable[Change]]) -> tuple[Conflict, ...]:
                 if other != number and not _agree(change, theirs):
                     found.setdefault(path, set()).update((number, other))
             for other, theirs in above:
-                takes_all = theirs.kind in _CLAIMS_ALL_BELOW
-                both_remove = change.kind == theirs.kind == "removed"
-                if other != number and takes_all and not both_remove:
+                # also two removals: whose layer is uppermost would decide whether the folder is there
+                if other != number and theirs.kind in _CLAIMS_ALL_BELOW:
                     found.setdefault(path, set()).update((number, other))
     return tuple(Conflict(path, tuple(sorted(found[path]))) for path in sorted(found))
 
