@@ -90,7 +90,7 @@ def conflicts(branches: Sequence[Iterable[Change]]) -> tuple[Conflict, ...]:
                 if other != number and not _agree(change, theirs):
                     found.setdefault(path, set()).update((number, other))
             for other, theirs in above:
-                # also two removals: whose layer is uppermost would decide whether the folder is there
+                # also two removals: the uppermost layer would decide whether the folder is there
                 if other != number and theirs.kind in _CLAIMS_ALL_BELOW:
                     found.setdefault(path, set()).update((number, other))
     return tuple(Conflict(path, tuple(sorted(found[path]))) for path in sorted(found))

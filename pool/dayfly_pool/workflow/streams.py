@@ -5,6 +5,7 @@ them. A pipe is open here for reading and for writing, so it ends when the step 
 when one of its programs closes it; several may write to it one after the other.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -33,6 +34,10 @@ class Stream:
         self._size = 0
         self._digest = hashlib.sha256()
         self._error: Exception | None = None
+        self._buffer: bytearray | None = None
+        self._filled = 0
+        """How much of the buffer is."""
+
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._pipe = -1
         try:
@@ -111,6 +116,7 @@ class Stream:
                 if self._pipe in ready:
                     self._take()
                 elif self._stop in ready:
+                    self._pass_on()
                     return
         except Exception as error:  # whatever it is: part of a stream is no stream
             self._error = error
@@ -120,15 +126,27 @@ class Stream:
             self._full.put(None)
 
     def _take(self) -> None:
-        """One buffer from the pipe into the file, and on to be hashed."""
-        buffer = self._free.get()
-        try:
-            size = os.readv(self._pipe, [buffer])
-        except BlockingIOError:
-            self._free.put(buffer)
+        """What there is, into the buffer; a full one goes on.
+
+        A pipe gives what a program wrote at once, often little: each part by itself would be a
+        dozen changes of threads.
+        """
+        if self._buffer is None:
+            self._buffer, self._filled = self._free.get(), 0
+        with contextlib.suppress(BlockingIOError):
+            while self._filled < PIPE_BYTES:
+                rest = memoryview(self._buffer)[self._filled :]
+                self._filled += os.readv(self._pipe, [rest])
+                if self._size + self._filled > self._most:
+                    what = trees.shown(self._output)
+                    raise BadTree(f"{what} is over {self._most} bytes: write less")
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """The buffer into the file, and on to be hashed."""
+        if self._buffer is None or not self._filled:
             return
-        if self._size + size > self._most:
-            raise BadTree(f"{trees.shown(self._output)} is over {self._most} bytes: write less")
+        buffer, size, self._buffer = self._buffer, self._filled, None
         view = memoryview(buffer)[:size]
         done = 0
         while done < size:
