@@ -17,6 +17,8 @@ MIB = 1 << 20
 FILES = """
 from dayfly import File, Folder, out, step, workflow
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 
 @step
 def numbers(most: int) -> File:

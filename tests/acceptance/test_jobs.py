@@ -15,6 +15,8 @@ SIX = (FUNCTIONS / "requires" / "requirements.txt").read_text()
 SQUARE = """
 import os
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 def handler(event, context):
     index = int(os.environ["JOB_INDEX"])
     print("square of", index)

@@ -20,6 +20,8 @@ PIPELINE = '''
 
 from dayfly import finally_, function, script, status, step, text, workflow
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 
 @step
 def numbers(most: int) -> list[int]:
