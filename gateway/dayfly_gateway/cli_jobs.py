@@ -4,7 +4,6 @@ import functools
 import json
 import secrets
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +12,8 @@ import click
 
 from dayfly_gateway import show
 from dayfly_gateway.client import Misused, Told, printable
-from dayfly_gateway.session import PATH, Session, client_command, options, variables
+from dayfly_gateway.session import PATH, Session, client_command, looks, options, variables
 
-LOOK_S: Final = 0.25
 OVER: Final = ("Complete", "Failed", "Cancelled")
 INTERRUPTED: Final = 130
 TASK_NUMBER: Final = click.IntRange(0)
@@ -169,12 +167,12 @@ def _wait(session: Session, name: str) -> None:
 
 def _watch(session: Session, name: str) -> dict[str, Any]:
     with show.tasks(name) as moved:
-        while True:
+        for _ in looks():
             view = session.client.job(session.namespace, name, is_brief=True)
             moved(view["status"])
             if view["status"]["state"] in OVER:
-                return session.client.job(session.namespace, name)
-            time.sleep(LOOK_S)
+                break
+    return session.client.job(session.namespace, name)
 
 
 def _show_end(view: Mapping[str, Any]) -> None:

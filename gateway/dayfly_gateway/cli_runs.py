@@ -3,7 +3,6 @@
 import getpass
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +11,8 @@ import click
 
 from dayfly_gateway import show
 from dayfly_gateway.client import Misused, Told, printable
-from dayfly_gateway.session import Session, client_command
+from dayfly_gateway.session import Session, client_command, looks
 
-LOOK_S: Final = 0.2
 OVER: Final = ("Succeeded", "Completed", "Failed", "TimedOut", "Cancelled")
 WELL: Final = ("Succeeded", "Completed")
 INTERRUPTED: Final = 130
@@ -81,24 +79,23 @@ def _begun(session: Session, view: Mapping[str, Any], detach: bool) -> None:
 def _watched(session: Session, name: str) -> dict[str, Any]:
     """Until it is over; its steps are drawn on a terminal."""
     if session.is_json or not sys.stdout.isatty():
-        while True:
+        for _ in looks():
             view = session.client.run(session.namespace, name, is_brief=True)
             if view["status"]["state"] in OVER:
-                return session.client.run(session.namespace, name)
-            time.sleep(LOOK_S)
+                break
+        return session.client.run(session.namespace, name)
     from dayfly_gateway import run_tree
 
     last: dict[str, Any] = {}
 
     def views() -> Iterator[Any]:
         nonlocal last
-        while True:
+        for _ in looks():
             last = session.client.run(session.namespace, name)
             if last["view"]["tree"] is not None:
                 yield last["view"]
             if last["status"]["state"] in OVER:
                 return
-            time.sleep(LOOK_S)
 
     run_tree.watch(views())
     return last

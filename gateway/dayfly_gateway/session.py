@@ -4,7 +4,8 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +17,8 @@ from dayfly_pool.errors import BadInput, PlatformError
 
 DEFAULT_URL: Final = "http://127.0.0.1:8081"
 PATH: Final = click.Path(path_type=Path)
+LOOK_FIRST_S: Final = 0.02
+LOOK_S: Final = 0.25
 Command = Callable[..., None]
 
 
@@ -120,3 +123,12 @@ def variables(lines: Iterable[str]) -> dict[str, str]:
             value = value[1:-1]
         found[name.strip()] = value
     return found
+
+
+def looks() -> Iterator[None]:
+    """Look again each time: soon at first, then four times a second."""
+    pause_s = LOOK_FIRST_S
+    while True:
+        yield
+        time.sleep(pause_s)
+        pause_s = min(LOOK_S, pause_s * 2)
