@@ -12,12 +12,12 @@ import pytest
 from tests.acceptance.test_runs import Flows, manifest, numbers, results
 from tests.harness import ROOT, Server, eventually, eventually_none
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 EXAMPLES = ROOT / "examples"
 MIB = 1 << 20
 FILES = """
 from dayfly import File, Folder, out, step, workflow
-
-pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
 
 
 @step

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tests.harness import DAYFLY, FUNCTIONS, Server, eventually
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 SIX = (FUNCTIONS / "requires" / "requirements.txt").read_text()
 SQUARE = """
 import os
-
-pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
 
 def handler(event, context):
     index = int(os.environ["JOB_INDEX"])

@@ -14,13 +14,13 @@ import pytest
 from tests.acceptance.test_jobs import Shell
 from tests.harness import DAYFLY, Server, eventually
 
+pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
+
 numbers = count()
 PIPELINE = '''
 """Squares, their sum, and whether that is large."""
 
 from dayfly import finally_, function, script, status, step, text, workflow
-
-pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
 
 
 @step

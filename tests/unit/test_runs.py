@@ -61,6 +61,7 @@ from dayfly_pool.workflow import facts
 from dayfly_pool.workflow import facts as facts_module
 from dayfly_pool.workflow import run as run_module
 from dayfly_pool.workflow import runs as module
+from dayfly_pool.workflow.attempts import Means
 from dayfly_pool.workflow.bodies import COMMAND, Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.facts import VALUE_BYTES_MAX
@@ -76,7 +77,7 @@ from dayfly_pool.workflow.model import (
     WorkflowSpec,
 )
 from dayfly_pool.workflow.provenance import encode
-from dayfly_pool.workflow.run import AskCancel, Call, Decide, LiveRun, Means, token_of
+from dayfly_pool.workflow.run import AskCancel, Call, Decide, LiveRun, token_of
 from dayfly_pool.workflow.runs import Runs, View
 
 SOON_S = 10.0
