@@ -67,12 +67,12 @@ from dayfly_pool.store.sqlite import (
 from dayfly_pool.stores import journals_of
 from dayfly_pool.workflow import graph
 from dayfly_pool.workflow.artifacts import Artifacts
+from dayfly_pool.workflow.attempts import Means
 from dayfly_pool.workflow.bodies import Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.handover import Handover, owner_of
 from dayfly_pool.workflow.metrics import RunMetrics
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
-from dayfly_pool.workflow.run import Means
 from dayfly_pool.workflow.runs import Runs
 from dayfly_pool.workflow.signing import InstallationKey
 

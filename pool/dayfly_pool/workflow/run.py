@@ -14,49 +14,27 @@ import hashlib
 import hmac
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal, assert_never
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import Struct
 
-from dayfly_pool.clock import Clock
 from dayfly_pool.errors import (
-    ArtifactDamaged,
-    ArtifactGone,
-    BadInput,
-    BadTree,
-    BodyTooLarge,
     Draining,
-    EnvironmentNotFound,
-    FunctionNotFound,
-    PackageDamaged,
     PlatformError,
     StoreFailed,
-    WorkspaceConflict,
 )
-from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
-    Environment,
-    Failure,
     FunctionId,
-    Invocation,
-    InvocationId,
-    Metadata,
-    Mounts,
-    Outcome,
 )
-from dayfly_pool.pool import Pool
-from dayfly_pool.retry import KILLS_MAX
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
-from dayfly_pool.workflow import bodies, cache, facts, observing
-from dayfly_pool.workflow.bodies import Body
-from dayfly_pool.workflow.cache import Cached, StepCache
+from dayfly_pool.workflow import facts, observing
+from dayfly_pool.workflow.attempts import Attempts, Means, StoredRun
 from dayfly_pool.workflow.engine import Run
 from dayfly_pool.workflow.facts import (
-    LARGE,
     Called,
     Cancel,
     CancelAsked,
@@ -69,23 +47,16 @@ from dayfly_pool.workflow.facts import (
     Finish,
     Invoke,
     Passed,
-    Report,
     RunBegan,
     Started,
 )
 from dayfly_pool.workflow.graph import Graph, check
 from dayfly_pool.workflow.handover import (
-    Early,
-    Given,
-    Handover,
     Left,
-    Prepared,
-    Versions,
-    is_furnished,
 )
 from dayfly_pool.workflow.observing import Seen
 from dayfly_pool.workflow.plan import Definition
-from dayfly_pool.workflow.provenance import Statement, statement
+from dayfly_pool.workflow.provenance import statement
 from dayfly_pool.workflow.tree import Shown
 
 log = logging.getLogger("dayfly.runs")
@@ -105,76 +76,16 @@ SNAPSHOT_BYTES_MAX: Final = 12 << 20
 
 HEAD_RESULTS_BYTES_MAX: Final = 32 * 1024
 LAST_WRITE_S: Final = 2.0
-KIND_CHARACTERS_MAX: Final = 128
 STARTED_S: Final = 0.5
 """A step that runs for longer than this is told to have started."""
 
 HEAD_S: Final = 1.0
-QUEUE_S_MAX: Final = 3600.0
-HOPELESS: Final = (
-    FunctionNotFound,
-    BadInput,
-    BodyTooLarge,
-    EnvironmentNotFound,
-    PackageDamaged,
-    ArtifactDamaged,
-    ArtifactGone,
-    BadTree,
-    WorkspaceConflict,
-)
 RunState = Literal[
     "Pending", "Running", "Succeeded", "Completed", "Failed", "TimedOut", "Cancelled"
 ]
 LEFT, KEPT, PROVENANCE = 1, 2, 3
 """Parts of the journal: versions of workspaces, artifacts that must be kept for the run, and what
 was signed at its end."""
-
-SEEN_MAX: Final = 10_000
-"""Of more steps a run's provenance does not tell one by one."""
-
-Prepare = Callable[[str, str, Body], FunctionId]
-"""Have the pool know a step's function: (namespace, workflow, body). Raises `PlatformError`."""
-
-Once = Callable[
-    [FunctionId, Body, Mounts, Invocation, Callable[[Outcome], None]], Awaitable[Outcome]
-]
-"""Run it in a sandbox of its own, with these mounts; all of it is dead then. Whom it is told to
-hears the outcome before that."""
-
-
-class Means(Struct, frozen=True):
-    """What runs need of the server. *identify* says what a step's function is called."""
-
-    pool: Pool
-    journals: Journals
-    clock: Clock
-    prepare: Prepare
-    identify: Prepare
-    once: Once
-    handover: Handover
-    cache: StepCache
-    environment: Callable[[str, str], Environment]
-    """By namespace and name."""
-
-    sign: Callable[[Statement], bytes]
-    internal: dict[str, Any]
-    """What the installation decided, for provenance."""
-
-    empty_package: str
-    flights: dict[str, asyncio.Future[None]]
-    """Steps that are declared pure and run now, by key."""
-
-    garbage_s: float = 3600.0
-    """What nothing refers to is kept for so long: see `garbage`."""
-
-
-class StoredRun(Struct, frozen=True, kw_only=True):
-    """What is written once. *secret* makes the tokens of callbacks."""
-
-    metadata: Metadata
-    workflow: str
-    definition: Definition
-    secret: bytes
 
 
 class RunStatus(Struct, kw_only=True, rename="camel"):
@@ -301,15 +212,6 @@ async def log_of(journals: Journals, id_: JournalId, part: int = LOG) -> list[En
     return entries
 
 
-ALONE: Final = "a sandbox of its own, which what it leaves is taken from"
-WHY: Final = {
-    "warm": "a sandbox that holds this function was free",
-    "generic": "no sandbox held it; a ready one took it",
-    "forked": "no sandbox was ready; one was forked",
-    "created": "no sandbox was ready; one was started",
-}
-
-
 def shared_in(definition: Definition) -> frozenset[str]:
     """The workspaces that steps may have beside one another: those that no chain of steps has."""
     spec = definition.root
@@ -351,12 +253,6 @@ def _outcome(end: Ended | Failed) -> str:
     return "failed" if end.is_counted else "not run"
 
 
-def _has_large(value: Any) -> bool:
-    if isinstance(value, dict):
-        return LARGE in value or any(map(_has_large, value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_large, value))
-
-
 class LiveRun:
     """One run that is ours to go on with."""
 
@@ -366,24 +262,9 @@ class LiveRun:
         self.stored = msgspec.json.decode(journal.spec, type=StoredRun)
         self.status = msgspec.json.decode(journal.head, type=RunStatus)
         self.name = f"{journal.namespace}/{journal.name}"
-        self.functions: set[FunctionId] = set()
-        """Those of the pool that its steps have used."""
-
         self._means = means
         self._pool, self._journals, self._clock = means.pool, means.journals, means.clock
-        self._versions: Versions = {}
-        self._left: list[Left] = []
-        self._uris: list[str] = []
-        self._unsettled: list[Given] = []
-        """What the disk must have before anything more is written."""
-
-        self._new_seen: list[Seen] = []
-        """What is to be written with the next facts."""
-
-        self._seen: list[Seen] = []
-        """All of them, for the provenance."""
-
-        self._shared: frozenset[str] = frozenset()
+        self._attempts = Attempts(journal.id, self.stored, means)
         self.engine = Run(self.stored.definition)
         self.is_ready = False
         """Whether the engine knows all that is written down."""
@@ -406,7 +287,6 @@ class LiveRun:
         self._dropped: set[tuple[str, int]] = set()
         """Attempts that were stopped before they began."""
 
-        self._kills: Counter[str] = Counter()
         self.steps_ended: Counter[str] = Counter()
         """Attempts that have ended here, by how."""
 
@@ -421,6 +301,11 @@ class LiveRun:
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup
 
+    @property
+    def functions(self) -> set[FunctionId]:
+        """Those of the pool that its steps have used."""
+        return self._attempts.functions
+
     # ---- its life -----------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -430,16 +315,17 @@ class LiveRun:
         self.engine, self._counts, self.is_ready = engine, counts, True
         self._count()
         self._written = [entry.number for entry in entries]
-        self._seen = seen_in(entries)
+        self._attempts.seen = seen_in(entries)
         if self.stored.definition.root.workspaces:
-            self._shared = await asyncio.to_thread(shared_in, self.stored.definition)
+            self._attempts.shared = await asyncio.to_thread(shared_in, self.stored.definition)
         for entry in await log_of(self._journals, self.id, LEFT):
             for left in msgspec.msgpack.decode(entry.body, type=list[Left]):
-                self._versions[left.workspace, left.key] = left.version
+                self._attempts.versions[left.workspace, left.key] = left.version
         self._since_snapshot = engine.taken
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                self._attempts.spawn = group.create_task
                 self._carry_out(engine.outstanding())
                 try:
                     await self._go_on()
@@ -492,7 +378,7 @@ class LiveRun:
                     async with asyncio.timeout(wait_s):
                         await self._wake.wait()
             commands = self._feed()
-            if self._unsettled and self._fed == self._granted:
+            if self._attempts.has_unsettled and self._fed == self._granted:
                 self._carry_out(commands)
                 commands = []
             await self._write()
@@ -501,7 +387,7 @@ class LiveRun:
     def _stop_all(self) -> None:
         """Nothing of it is under way here any more; its sandboxes are gone, too."""
         for key, (attempt, task) in self._running.items():
-            self._pool.stop(self._invocation(key, attempt), "its run does not go on here")
+            self._pool.stop(self._attempts.invocation(key, attempt), "its run does not go on here")
             task.cancel()
 
     def _is_at_rest(self) -> bool:
@@ -562,16 +448,16 @@ class LiveRun:
             self._since_snapshot = 0
             if len(snapshot) <= SNAPSHOT_BYTES_MAX:
                 told = (snapshot, self._counts)
-                body = msgspec.msgpack.encode((True, told, self._seen))
+                body = msgspec.msgpack.encode((True, told, self._attempts.seen))
                 entry, replaced = NewEntry(LOG, body=body), self._written
                 self._written = []
         if entry is None and self._kept:
-            entry = entry_of(self._kept, self._new_seen)
+            entry = entry_of(self._kept, self._attempts.new_seen)
         self._kept, self._kept_bytes, self._is_urgent = [], 0, False
-        self._granted, self._new_seen = self._fed, []
+        self._granted, self._attempts.new_seen = self._fed, []
         if entry is not None:
             self._written.append(self._last + 1)
-        await self._settle()
+        await self._attempts.settle()
         entries = [*([entry] if entry is not None else []), *self._others()]
         self._last += len(entries)
         await self._journals.append(
@@ -586,21 +472,14 @@ class LiveRun:
         self._is_urgent = True
         await self._write()
 
-    async def _settle(self) -> None:
-        """Have the disk have what is to be written of."""
-        while self._unsettled:
-            given, self._unsettled = self._unsettled, []
-            settle = self._means.handover.settle
-            await asyncio.gather(*(asyncio.to_thread(settle, each) for each in given))
-
     def _others(self) -> list[NewEntry]:
         """What else is to be known after a crash."""
-        entries = []
-        if self._left:
-            entries.append(NewEntry(LEFT, body=msgspec.msgpack.encode(self._left)))
-        if self._uris:
-            entries.append(NewEntry(KEPT, body=msgspec.msgpack.encode(self._uris)))
-        self._left, self._uris = [], []
+        entries, attempts = [], self._attempts
+        if attempts.left:
+            entries.append(NewEntry(LEFT, body=msgspec.msgpack.encode(attempts.left)))
+        if attempts.uris:
+            entries.append(NewEntry(KEPT, body=msgspec.msgpack.encode(attempts.uris)))
+        attempts.left, attempts.uris = [], []
         return entries
 
     def _head(self) -> bytes | None:
@@ -620,10 +499,10 @@ class LiveRun:
         if len(msgspec.json.encode(finish.results)) > HEAD_RESULTS_BYTES_MAX:
             self.status.results, self.status.is_cut = {}, True
         head = msgspec.json.encode(self.status)
-        await self._settle()
+        await self._attempts.settle()
         entries = self._others()
         if self._kept:
-            entries.append(entry_of(self._kept, self._new_seen))
+            entries.append(entry_of(self._kept, self._attempts.new_seen))
         entries += await self._signed(finish, now)
         await self._journals.append(self.id, entries, head=head, ended_at=now, heard=self._heard)
         log.info("run over", extra={"run": self.name, "state": finish.status, "why": finish.kind})
@@ -652,7 +531,7 @@ class LiveRun:
             msgspec.json.encode(self.stored.definition, order="deterministic"),
             tree,
             [fact for fact in told if isinstance(fact, Ended)],
-            self._seen,
+            self._attempts.seen,
             params=began.params if began is not None else {},
             results=finish.results,
             status=finish.status,
@@ -702,7 +581,9 @@ class LiveRun:
             return
         attempt, _ = self._running.get(command.key, (-1, None))
         if attempt == command.attempt:
-            self._pool.stop(self._invocation(command.key, command.attempt), "it was cancelled")
+            self._pool.stop(
+                self._attempts.invocation(command.key, command.attempt), "it was cancelled"
+            )
             return
         self._dropped.add((command.key, command.attempt))
         now = self._clock.now()
@@ -712,9 +593,6 @@ class LiveRun:
             )
         )
 
-    def _invocation(self, key: str, attempt: int) -> InvocationId:
-        return InvocationId(f"{self.id}/{key}/{attempt}")
-
     # ---- steps --------------------------------------------------------------------------------
 
     async def _attempt(self, invoke: Invoke) -> None:
@@ -723,7 +601,7 @@ class LiveRun:
         began_at = self._clock.now()
         saying = loop.call_later(STARTED_S, self._say_started, invoke, began_at)
         try:
-            end = await self._end_of(invoke)
+            end = await self._attempts.end_of(invoke)
             self.steps_ended[_outcome(end)] += 1
             self._note(end)
         except Draining:
@@ -731,7 +609,7 @@ class LiveRun:
         except Exception as error:
             log.exception("a step fails for a defect of ours", extra={"run": self.name})
             why = f"{type(error).__name__}: the server's log has the cause"
-            self._note(self._failed(invoke, "InternalError", why, is_hopeless=True))
+            self._note(self._attempts.failed(invoke, "InternalError", why, is_hopeless=True))
         finally:
             saying.cancel()
             del self._running[invoke.key]
@@ -739,220 +617,6 @@ class LiveRun:
 
     def _say_started(self, invoke: Invoke, at: float) -> None:
         self._note(Started(at=at, key=invoke.key, attempt=invoke.attempt))
-
-    async def _end_of(self, invoke: Invoke) -> Ended | Failed:
-        definition = self.stored.definition
-        workflow = definition.workflows[invoke.workflow] if invoke.workflow else definition.root
-        try:
-            params = await self._whole(invoke.params)
-            invoke = structs.replace(invoke, params=params)
-            body = bodies.body_of(invoke, workflow, self._means.empty_package)
-            if cache.is_pure(invoke):
-                return await self._cached(invoke, body)
-            return await self._run_step(invoke, body)
-        except Draining:
-            raise
-        except PlatformError as error:
-            is_hopeless = isinstance(error, HOPELESS)
-            return self._failed(
-                invoke,
-                type(error).__name__,
-                str(error),
-                is_counted=is_hopeless,
-                is_hopeless=is_hopeless,
-            )
-
-    async def _cached(self, invoke: Invoke, body: Body) -> Ended | Failed:
-        """What the same step left before, here or in another run; else it is run, once."""
-        means = self._means
-        identity = means.identify(self.namespace, self._workflow_of(invoke), body)
-        given = body.event + msgspec.json.encode(body.env, order="deterministic")
-        key = cache.key_of(identity, given, invoke)
-        while (flight := means.flights.get(key)) is not None:
-            await asyncio.wait((flight,))
-        flight = means.flights[key] = asyncio.get_running_loop().create_future()
-        try:
-            if (found := await asyncio.to_thread(self._found, key)) is not None:
-                self._saw(invoke, body, found.run)
-                self._keep_given(Given(found.artifacts, []))  # its run may not have settled it
-                return Ended(
-                    at=self._clock.now(),
-                    key=invoke.key,
-                    attempt=invoke.attempt,
-                    results=found.results,
-                    outputs=found.outputs,
-                    was_cached=True,
-                    report=Report(why=f"it left the same in run {found.run}"),
-                )
-            end = await self._run_step(invoke, body)
-            if isinstance(end, Ended):
-                name = self.stored.metadata.name
-                kept = Cached(end.results, end.outputs, name, self._clock.now())
-                await asyncio.to_thread(means.cache.put, self.namespace, key, kept)
-            return end
-        finally:
-            del means.flights[key]
-            flight.set_result(None)
-
-    def _found(self, key: str) -> Cached | None:
-        found = self._means.cache.get(self.namespace, key)
-        if found is None:
-            return None
-        try:
-            for name, artifact in found.artifacts.items():
-                self._means.handover.found(self.namespace, name, artifact.as_value())
-        except (PlatformError, msgspec.ValidationError):
-            return None  # an artifact of it is gone, or not what it was
-        return found
-
-    def _saw(self, invoke: Invoke, body: Body, cached_from: str = "") -> None:
-        if len(self._seen) >= SEEN_MAX:
-            return
-        name = body.spec.environment if body.spec is not None else ""
-        digest = self._means.environment(self.namespace, name).digest if name else ""
-        package = body.spec.package if body.spec is not None else ""
-        seen = observing.seen_of(invoke, package, name, digest, body.script, cached_from)
-        self._seen.append(seen)
-        self._new_seen.append(seen)
-
-    async def _run_step(self, invoke: Invoke, body: Body) -> Ended | Failed:
-        self._saw(invoke, body)
-        if is_furnished(invoke):
-            return await self._furnished(invoke, body)
-        function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)
-        self.functions.add(function)
-        outcome = await self._pool.invoke(self._invocation_of(invoke, function, body))
-        return await self._judged(invoke, outcome, WHY[outcome.timing.start])
-
-    async def _furnished(self, invoke: Invoke, body: Body) -> Ended | Failed:
-        """Run it with what it takes where that lies, and keep what it leaves."""
-        means = self._means
-        name = means.identify(self.namespace, self._workflow_of(invoke), body)
-        function = FunctionId(f"{name}.{new_id()[-12:]}")
-        self.functions.add(function)
-        prepared = await asyncio.to_thread(
-            means.handover.prepare, self.namespace, invoke, self._versions, self._shared
-        )
-        loop = asyncio.get_running_loop()
-        hashing: list[asyncio.Future[Early]] = []
-
-        def returned(outcome: Outcome) -> None:
-            if not isinstance(outcome, Failure):
-                early = means.handover.hash_early
-                hashing.append(loop.run_in_executor(None, early, invoke, prepared))
-
-        try:
-            invocation = self._invocation_of(invoke, function, body)
-            outcome = await means.once(function, body, prepared.mounts, invocation, returned)
-            mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
-            why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
-            end = await self._judged(invoke, outcome, why)
-            given = None
-            if isinstance(end, Ended):
-                early = await asyncio.shield(hashing[0]) if hashing else {}
-                take = means.handover.take
-                given = await asyncio.to_thread(take, self.namespace, invoke, prepared, early)
-        except BaseException:
-            await asyncio.shield(self._drop(prepared, hashing))
-            raise
-        self._group.create_task(self._drop(prepared, hashing))
-        if given is None:
-            return end
-        self._keep_given(given)
-        return structs.replace(end, outputs=given.outputs, at=self._clock.now())
-
-    def _keep_given(self, given: Given) -> None:
-        for left in given.left:
-            self._versions[left.workspace, left.key] = left.version
-        self._left += given.left
-        self._uris += given.uris
-        if given.left or given.outputs:
-            self._unsettled.append(given)
-
-    async def _drop(self, prepared: Prepared, hashing: list[asyncio.Future[Early]]) -> None:
-        """Remove a step's folders; nobody waits for that."""
-        try:
-            for found in hashing:
-                for early in (await found).values():
-                    early.close()
-            await asyncio.to_thread(self._means.handover.drop, prepared)
-        except PlatformError:
-            log.exception("a step's folders stay until the next start", extra={"run": self.name})
-
-    def _workflow_of(self, invoke: Invoke) -> str:
-        return invoke.workflow or self.stored.workflow
-
-    def _invocation_of(self, invoke: Invoke, function: FunctionId, body: Body) -> Invocation:
-        return Invocation(
-            id=self._invocation(invoke.key, invoke.attempt),
-            function=function,
-            body=body.event,
-            queue_s_max=QUEUE_S_MAX,
-            timeout_s=body.timeout_s,
-            env=body.env
-            | {
-                "DAYFLY_RUN": self.name,
-                "DAYFLY_STEP": invoke.key,
-                "DAYFLY_ATTEMPT": str(invoke.attempt),
-            },
-        )
-
-    async def _whole(self, params: dict[str, Any]) -> dict[str, Any]:
-        """With large values in place of what stands for them."""
-        if not _has_large(params):
-            return params
-        whole = await asyncio.to_thread(self._means.handover.whole, self.namespace, params)
-        assert isinstance(whole, dict)
-        return whole
-
-    async def _judged(self, invoke: Invoke, outcome: Outcome, why: str) -> Ended | Failed:
-        timing = outcome.timing
-        report = Report(start=timing.start, duration_s=timing.handler_s, why=why)
-        if isinstance(outcome, Failure):
-            self._kills[invoke.key] += outcome.was_killed
-            is_counted = not (outcome.was_killed and self._kills[invoke.key] <= KILLS_MAX)
-            return self._failed(
-                invoke, outcome.kind, outcome.message, is_counted=is_counted, report=report
-            )
-        try:
-            results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
-            if facts.to_refer(results):
-                store = self._means.handover.referred
-                results, uris = await asyncio.to_thread(store, self.namespace, results)
-                self._uris += uris
-            ended = Ended(
-                at=self._clock.now(),
-                key=invoke.key,
-                attempt=invoke.attempt,
-                results=results,
-                report=report,
-            )
-            facts.encode(ended)
-        except (BadInput, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            told = error.detail if isinstance(error, BadInput) else "what it returned is no JSON"
-            return self._failed(invoke, "BadResult", told, report=report)
-        return ended
-
-    def _failed(
-        self,
-        invoke: Invoke,
-        kind: str,
-        message: str,
-        *,
-        is_counted: bool = True,
-        is_hopeless: bool = False,
-        report: Report | None = None,
-    ) -> Failed:
-        return Failed(
-            at=self._clock.now(),
-            key=invoke.key,
-            attempt=invoke.attempt,
-            kind=kind[:KIND_CHARACTERS_MAX],
-            message=message[: facts.MESSAGE_CHARACTERS_MAX],
-            is_counted=is_counted,
-            is_hopeless=is_hopeless,
-            report=report or Report(),
-        )
 
     def _note(self, fact: Fact, wish: int = 0) -> None:
         self._facts.append((fact, wish))

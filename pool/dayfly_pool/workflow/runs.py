@@ -20,13 +20,14 @@ from dayfly_pool.ours import Ours
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 from dayfly_pool.workflow import facts, run
 from dayfly_pool.workflow.artifacts import SCHEME
+from dayfly_pool.workflow.attempts import Means, StoredRun
 from dayfly_pool.workflow.bodies import Body
 from dayfly_pool.workflow.engine import RETRIABLE, Run
 from dayfly_pool.workflow.garbage import Garbage
 from dayfly_pool.workflow.graph import check
 from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
-from dayfly_pool.workflow.run import Asked, LiveRun, Means, RunStatus, StoredRun
+from dayfly_pool.workflow.run import Asked, LiveRun, RunStatus
 from dayfly_pool.workflow.tree import Shown
 from dayfly_pool.workflow.values import bind
 
