@@ -432,7 +432,7 @@ def test_what_a_run_did_can_be_asked_afterwards(sandboxed: Flows):
     assert [line in said for line in ("it is loud", "read it", "plainly")] == [True] * 3
     assert "it is loud" not in sandboxed("run", "logs", run, "--step", "reads")
     explained = sandboxed("run", "explain", run)
-    assert re.search(r"reads +succeeded +\w+ +0 +a sandbox of its own, with 1 mounted", explained)
+    assert re.search(r"reads +succeeded +\w+ +0 +a sandbox of its own; what it takes is mounted: 1", explained)
     page = sandboxed("run", "timeline", run, "-o", "-")
     assert page.lower().startswith("<!doctype html>")
     assert "reads" in page
