@@ -10,6 +10,8 @@ from pathlib import Path
 import msgpack
 import pytest
 
+import dayfly
+
 ROOT = Path(__file__).parents[1]
 FLOORS = ("runtime", "pool", "gateway")
 SOURCES = {
@@ -62,6 +64,13 @@ def test_the_sandbox_imports_nothing_costly_before_it_is_generic():
     loaded = in_a_guest("import dayfly.__main__")
 
     assert loaded & COSTLY == set()
+
+
+def test_no_module_has_the_name_of_what_user_code_imports():
+    """Once it is imported it would be what `from dayfly import` finds."""
+    modules = {path.stem for path in (ROOT / "runtime" / "dayfly").glob("*.py")}
+
+    assert modules.isdisjoint(dayfly.__all__)
 
 
 def test_the_runtime_imports_nothing_of_the_floors_above():

@@ -385,7 +385,8 @@ class Journals:
         except Exception as error:
             is_ours = not isinstance(error, StoreFailed)
             extra = {"number": len(left), "why": str(error)}
-            log.error("journals cannot be written at the end", extra=extra, exc_info=is_ours)
+            level = logging.ERROR if left or is_ours else logging.WARNING
+            log.log(level, "journals cannot be written at the end", extra=extra, exc_info=is_ours)
         for each in left:
             if not each.future.done():
                 each.future.set_exception(StoreFailed("the server goes down"))

@@ -323,14 +323,16 @@ class Mounts(Struct, frozen=True):
 
     *step* is the name of its folders in `steps.Steps`, whose `out` is at `/out`. *inputs* are
     (name, place in the store of artifacts): read-only at `/in/NAME`, of several at `/in/NAME/0` and
-    so on. *workspaces* are (name, what `workspaces.overlay` says), at `/workspaces/NAME`. A file
-    that the step writes has at most *file_bytes_max* bytes; 0: as many as there is room for.
+    so on. *workspaces* are (name, what `workspaces.overlay` says), at `/workspaces/NAME`; each of
+    *branches* is (NAME/0, what `workspaces.read_only` says), at `/workspaces/NAME.branches/0`. A
+    file that the step writes has at most *file_bytes_max* bytes; 0: as many as there is room for.
     """
 
     step: str
     inputs: tuple[tuple[str, str], ...] = ()
     workspaces: tuple[tuple[str, str], ...] = ()
     file_bytes_max: int = 0
+    branches: tuple[tuple[str, str], ...] = ()
 
 
 class Function(Struct, frozen=True):

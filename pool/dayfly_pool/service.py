@@ -79,7 +79,7 @@ from dayfly_pool.workflow.signing import InstallationKey
 log = logging.getLogger("dayfly.service")
 Progress = Callable[[str], None]
 DEFAULT_NAMESPACE: Final = "default"
-COMMAND: Final = "dayfly.command:run"
+COMMAND: Final = "dayfly.process:run"
 """The handler of tasks that are commands or scripts."""
 
 KEPT_S: Final = 100 * 365 * 86400.0

@@ -26,10 +26,20 @@ if TYPE_CHECKING:
         workspace,
     )
     from dayfly.graphs import cel, each, in_, text
-    from dayfly.steps import File, Folder, GraphError, Workspace, out, step, workflow
+    from dayfly.steps import (
+        File,
+        Folder,
+        GraphError,
+        Workspace,
+        branches,
+        conflicts,
+        out,
+        step,
+        workflow,
+    )
 
 _LATER = {
-    "steps": "File Folder GraphError Workspace out step workflow",
+    "steps": "File Folder GraphError Workspace branches conflicts out step workflow",
     "graphs": "cel each in_ text",
     "calls": "approval callback command finally_ function handler nested param script sleep status "
     "task workspace",
@@ -45,9 +55,11 @@ __all__ = [
     "after_fork",
     "approval",
     "before_zygote",
+    "branches",
     "callback",
     "cel",
     "command",
+    "conflicts",
     "each",
     "finally_",
     "function",

@@ -4,7 +4,9 @@ Mounted at `Load`, from the stores that the sandbox was started with, before any
 
     /in/NAME            an artifact, or several at /in/NAME/0 and so on; read-only
     /out                empty; what lies in it when the step is dead is its output
-    /workspaces/NAME    what earlier steps left, and what this one changes, in an overlay
+    /workspaces/NAME    what earlier steps left, and what this one changes, in an overlay; for one
+                        that decides how branches join, NAME.branches/0 and so on are what each of
+                        them left, read-only, and NAME.conflicts the paths that they disagree about
     the stores          covered, for steps and for whoever else becomes a sandbox that had them
 
 Without isolation the first is made of symbolic links, and there is no third.
@@ -18,16 +20,18 @@ from dayfly import lockdown
 from dayfly.context import FOLDERS
 from dayfly.record import Record
 
-INPUTS_MAX, WORKSPACES_MAX = 1000, 32
+INPUTS_MAX, WORKSPACES_MAX, BRANCHES_MAX = 1000, 32, 256
 STORES = {"artifacts": "/artifacts", "steps": "/steps", "layers": "/layers"}
-OVERLAY_OPTIONS = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off,volatile"
+OVERLAY_OPTIONS = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off"
 IN, OUT, WORKSPACES = FOLDERS
 
 _INPUT = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}(/[0-9]{1,6})?")
 _PLACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/(file|tree)-[0-9a-f]{64}/content")
 _STEP = re.compile(r"[a-z0-9][-a-z0-9]{0,62}")
 _WORKSPACE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
+_BRANCH = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,62})/[0-9]{1,3}")
 _LOWER = re.compile(r"lowerdir=(/empty|/layers/[0-9a-f]{16}/tree(:/layers/[0-9a-f]{16}/tree)*)")
+_SEEN = re.compile(rf"(lowerdir=(/layers/[0-9a-f]{{16}}/tree:)+/empty,{OVERLAY_OPTIONS})?")
 
 
 class Mounts(Record):
@@ -37,6 +41,7 @@ class Mounts(Record):
     inputs: list[list[str]]
     workspaces: list[list[str]]
     file_bytes_max: int
+    branches: list[list[str]]
 
 
 def read(body: bytes) -> Mounts:
@@ -45,6 +50,8 @@ def read(body: bytes) -> Mounts:
     _check(_STEP, mounts.step)
     if len(mounts.inputs) > INPUTS_MAX or len(mounts.workspaces) > WORKSPACES_MAX:
         raise ValueError(f"over {INPUTS_MAX} inputs, or {WORKSPACES_MAX} workspaces")
+    if len(mounts.branches) > BRANCHES_MAX:
+        raise ValueError(f"over {BRANCHES_MAX} branches")
     for name, place in mounts.inputs:
         _check(_INPUT, name)
         _check(_PLACE, place)
@@ -53,9 +60,15 @@ def read(body: bytes) -> Mounts:
         lower, own = options.partition(",")[::2]
         _check(_LOWER, lower)
         upper = f"/steps/{mounts.step}/workspaces/{name}"
-        if own != f"upperdir={upper}/upper,workdir={upper}/work,{OVERLAY_OPTIONS}":
+        if own != f"upperdir={upper}/upper,workdir={upper}/work,{OVERLAY_OPTIONS},volatile":
             raise ValueError(f"not the options of workspace {name}: {options!r}")
-    for named in (mounts.inputs, mounts.workspaces):
+    names = {name for name, _ in mounts.workspaces}
+    for name, options in mounts.branches:
+        _check(_BRANCH, name)
+        _check(_SEEN, options)
+        if name.partition("/")[0] not in names:
+            raise ValueError(f"a branch of no workspace of the step: {name!r}")
+    for named in (mounts.inputs, mounts.workspaces, mounts.branches):
         if len({name for name, _ in named}) < len(named):
             raise ValueError("two of a step's folders have the same name")
     return mounts
@@ -68,7 +81,8 @@ def _check(form: re.Pattern[str], text: str) -> None:
 
 def prepare() -> None:
     """What every step needs, before it is known which: two more file systems take a while."""
-    for place, entries in ((IN, 2 * INPUTS_MAX), (WORKSPACES, WORKSPACES_MAX)):
+    workspaces = 3 * WORKSPACES_MAX + BRANCHES_MAX
+    for place, entries in ((IN, 2 * INPUTS_MAX), (WORKSPACES, workspaces)):
         options = f"size=1m,nr_inodes={entries + 1},mode=755"
         lockdown.mount("dayfly", place, "tmpfs", lockdown.MS_NOSUID | lockdown.MS_NODEV, options)
 
@@ -86,12 +100,31 @@ def mount(mounts: Mounts, prepared: lockdown.Prepared) -> None:
         os.mkdir(place, 0o755)
         lockdown.mount("overlay", place, "overlay", flags, options)
         lockdown.allow_writing(prepared, place)
+    _mount_branches(mounts)
+
+
+def _mount_branches(mounts: Mounts) -> None:
+    flags = lockdown.MS_RDONLY | lockdown.MS_NOSUID | lockdown.MS_NODEV
+    for name, options in mounts.branches:
+        workspace, _, number = name.partition("/")
+        folder = f"{WORKSPACES}/{workspace}.branches"
+        if not os.path.isdir(folder):
+            os.mkdir(folder, 0o755)
+            told = f"{STORES['steps']}/{mounts.step}/workspaces/{workspace}/conflicts"
+            _mount_read_only(f"{WORKSPACES}/{workspace}.conflicts", told)
+        os.mkdir(f"{folder}/{number}", 0o755)
+        if options:
+            lockdown.mount("overlay", f"{folder}/{number}", "overlay", flags, options)
 
 
 def _mount_input(target: str, source: str) -> None:
     parent = os.path.dirname(target)
     if parent != IN and not os.path.isdir(parent):
         os.mkdir(parent, 0o755)
+    _mount_read_only(target, source)
+
+
+def _mount_read_only(target: str, source: str) -> None:
     if os.path.isdir(source):
         os.mkdir(target, 0o755)
     else:

@@ -193,6 +193,29 @@ def out(name: str = OUTPUT) -> Path:
     return Path(_folders["out"], name)
 
 
+def branches(place: Path) -> list[Path]:
+    """In a step with `merge="reduce"`: what each branch of the workspace left, read-only.
+
+    In the order of the steps, and of a matrix's combinations. A rehearsal has one folder for all,
+    and no branches.
+    """
+    from pathlib import Path
+
+    folder = Path(f"{place}.branches")
+    return sorted(folder.iterdir(), key=lambda branch: int(branch.name)) if folder.is_dir() else []
+
+
+def conflicts(place: Path) -> list[str]:
+    """In such a step: the paths that the branches disagree about, relative to the workspace.
+
+    It finds there what was there before the branches.
+    """
+    from pathlib import Path
+
+    told = Path(f"{place}.conflicts")
+    return told.read_text().splitlines() if told.exists() else []
+
+
 class Workflow:
     """A function whose calls of steps are a graph."""
 

@@ -266,6 +266,67 @@ def test_in_order_the_later_branch_wins(sandboxed: Flows):
     assert results(view) == {"all": "b a b"}
 
 
+REDUCE = """
+  merge: reduce
+- name: told
+  runAfter: [join]
+  workspaces: {w: shared}
+  script: cd $(workspaces.w.path); cat x a b | xargs > $(results.all.path)
+  results: [{name: all}]
+"""
+
+
+def test_a_step_decides_what_comes_of_a_conflict(sandboxed: Flows):
+    decides = """
+  script: |
+    cd $(workspaces.w.path)
+    test ! -e x && test "$(cat $(workspaces.w.path).conflicts)" = x
+    test "$(ls $(workspaces.w.path).branches | xargs)" = "0 1"
+    ! echo new > $(workspaces.w.path).branches/0/x
+    cat $(workspaces.w.path).branches/*/x > x
+"""
+    steps = CONFLICT[: CONFLICT.index("  script: cd $(workspaces.w.path); cat")]
+    view = sandboxed.flow(
+        steps + decides + REDUCE,
+        "workspaces: [shared]\nresults: {all: $(steps.told.results.all)}",
+    )
+
+    assert results(view) == {"all": "a b a b"}
+
+
+DECIDED = """
+from dayfly import Workspace, branches, conflicts, step, workflow, workspace
+
+
+@step
+def count(place: Workspace, name: str) -> None:
+    with (place / "counts").open("a") as file:
+        file.write(name)
+
+
+@step(merge="reduce")
+def both(place: Workspace) -> list[str]:
+    for path in conflicts(place):
+        (place / path).write_text("".join((one / path).read_text() for one in branches(place)))
+    return [*conflicts(place), (place / "counts").read_text()]
+
+
+@workflow
+def counted():
+    place = workspace("place")
+    count(place.branch(), "a")
+    count(place.branch(), "b")
+    return both(place)
+"""
+
+
+def test_the_same_in_python(sandboxed: Flows):
+    (sandboxed.folder / "counted.py").write_text(DECIDED)
+    sandboxed("workflow", "deploy", "counted.py")
+
+    assert results(sandboxed.start("counted")) == {"result": ["counts", "ab"]}
+
+
 def test_a_run_that_is_tried_again_has_its_workspaces(sandboxed: Flows):
     name = f"again-{next(numbers)}"
     sandboxed.server.deploy("gate", files={"main.py": "def handler(event, context): 1 / 0"})
@@ -432,7 +493,9 @@ def test_what_a_run_did_can_be_asked_afterwards(sandboxed: Flows):
     assert [line in said for line in ("it is loud", "read it", "plainly")] == [True] * 3
     assert "it is loud" not in sandboxed("run", "logs", run, "--step", "reads")
     explained = sandboxed("run", "explain", run)
-    assert re.search(r"reads +succeeded +\w+ +0 +a sandbox of its own; what it takes is mounted: 1", explained)
+    assert re.search(
+        r"reads +succeeded +\w+ +0 +a sandbox of its own; what it takes is mounted: 1", explained
+    )
     page = sandboxed("run", "timeline", run, "-o", "-")
     assert page.lower().startswith("<!doctype html>")
     assert "reads" in page
@@ -572,7 +635,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full_fails_the_step_and_is_usable_afterwards(
     small_disk: Path, new_server: Callable[..., Server], tmp_path: Path
 ):
-    dayfly = Flows(new_server(data=small_disk / "data"), tmp_path)
+    dayfly = Flows(server := new_server(data=small_disk / "data"), tmp_path)
     fill = "- {name: fill, script: head -c NM /dev/zero > $(outputs.x.path), outputs: [{name: x}]}"
     view = dayfly.flow(fill.replace("N", "64"), code=1)
 
@@ -580,6 +643,7 @@ def test_a_disk_that_is_full_fails_the_step_and_is_usable_afterwards(
     assert "x" in results(
         dayfly.flow(fill.replace("N", "4"), "results: {x: $(steps.fill.outputs.x)}")
     )
+    server.log[:] = [line for line in server.log if "journals cannot be written" not in line]
 
 
 # ---- a server that is killed --------------------------------------------------------------------

@@ -410,7 +410,7 @@ def test_what_is_refused_fails(dayfly: Flows):
 
 
 def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
-    sandboxed.apply(manifest("goes-on", "- {name: a, script: sleep 1.5}"))
+    sandboxed.apply(manifest("goes-on", '- {name: a, wait: {approval: "On?"}}'))
     env = os.environ | {"DAYFLY_URL": f"http://{sandboxed.server.admin}"}
     process = subprocess.Popen(
         [DAYFLY, "run", "start", "goes-on", "--name", "goes-on"],
@@ -427,6 +427,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
 
     assert process.returncode == 130
     assert "it goes on: dayfly run show goes-on" in told
+    sandboxed("run", "approve", "goes-on", "a")
     assert eventually(
         lambda: sandboxed.json("run", "show", "goes-on")["status"]["state"] == "Succeeded"
     )

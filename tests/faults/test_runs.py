@@ -145,7 +145,7 @@ async def finished_in(journals: Path) -> set[Finished]:
                 after = entries[-1].number
                 for entry in entries:
                     assert not entry.damage, entry
-                    is_snapshot, new = msgspec.msgpack.decode(entry.body)
+                    is_snapshot, new, *_ = msgspec.msgpack.decode(entry.body)
                     assert not is_snapshot
                     for fact in map(facts.decode, new):
                         if isinstance(fact, facts.Ended | facts.Failed):

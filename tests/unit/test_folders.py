@@ -20,6 +20,10 @@ def overlay(workspace: Workspace = LAYERS, step: str = "s-1", name: str = "w") -
     )
 
 
+def seen(workspace: Workspace) -> str:
+    return workspaces.read_only(workspace, layers="/layers", empty="/empty")
+
+
 def read(mounts: Mounts) -> folders.Mounts:
     return folders.read(msgspec.json.encode(mounts))
 
@@ -31,12 +35,14 @@ def test_what_the_pool_says_is_understood():
         ("many/999999", PLACE.replace("tree", "file")),
     )
     shared = (("My_w-1", overlay(name="My_w-1")), ("_", overlay(Workspace(), name="_")))
-    found = read(Mounts("s-1", inputs, shared, 5))
+    branches = (("_/0", seen(LAYERS)), ("_/255", seen(Workspace())))
+    found = read(Mounts("s-1", inputs, shared, 5, branches))
 
     assert found.step == "s-1"
     assert found.inputs == [list(pair) for pair in inputs]
     assert found.workspaces == [list(pair) for pair in shared]
     assert found.file_bytes_max == 5
+    assert found.branches == [list(pair) for pair in branches]
 
 
 def test_the_deepest_stack_of_layers_is_taken():
@@ -74,20 +80,39 @@ WRONG: list[tuple[str, Any]] = [
         )
     ),
     ("workspaces", (("w", overlay()), ("w", overlay()))),
+    *(
+        ("branches", ((name, seen(LAYERS)),))
+        for name in ("", "w", "w/", "w/a", "w/1000", "x/0", "../0")
+    ),
+    *(
+        ("branches", (("w/0", options),))
+        for options in (
+            "x",
+            overlay(),
+            seen(LAYERS) + ",upperdir=/steps",
+            seen(LAYERS).replace("/empty", "/steps"),
+            seen(LAYERS).replace(":/empty", ""),
+            seen(LAYERS).replace("/layers/", "/layers/../steps/"),
+            seen(LAYERS).replace("userxattr,", ""),
+        )
+    ),
+    ("branches", (("w/0", ""), ("w/0", ""))),
+    ("branches", tuple((f"w/{n}", "") for n in range(folders.BRANCHES_MAX + 1))),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
 def test_what_it_cannot_mean_is_refused(field: str, value: Any):
     """Nothing is mounted then."""
-    mounts: dict[str, Any] = {"step": "s-1", field: value}
-    with pytest.raises(ValueError, match=r"not in|not the options|over|the same name"):
+    mounts: dict[str, Any] = {"step": "s-1", "workspaces": (("w", overlay()),), field: value}
+    with pytest.raises(ValueError, match=r"not in|not the options|over|the same|a branch of"):
         read(Mounts(**mounts))
 
 
 def test_both_ends_say_the_same():
     """The guest cannot import what the pool is made of."""
     assert folders.OVERLAY_OPTIONS == workspaces.OVERLAY_OPTIONS
+    assert folders.BRANCHES_MAX == workspaces.BRANCHES_MAX
     assert (folders.IN, folders.OUT, folders.WORKSPACES) == (
         words.INPUTS_AT,
         words.OUTPUTS_AT,

@@ -180,6 +180,37 @@ def test_a_path_that_two_branches_changed_is_named(
         assert lost.get(path) == state[path] or is_named or found & set(merging.parents(path))
 
 
+@given(EDITS, st.lists(EDITS, min_size=2, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_what_branches_disagree_about_can_be_left_as_it_was(
+    before: list[Edit], branches: list[list[Edit]]
+):
+    base, _ = edited({}, before, "base")
+    made = [layer_of(base, edits, f"b{number}-") for number, edits in enumerate(branches)]
+    layers, states = [layer for layer, _ in made], [state for _, state in made]
+    named = {conflict.path for conflict in merging.conflicts(layers)}
+    kept = [merging.normal(layer, below(base)) for layer in merging.undisputed(layers)]
+
+    assert merging.conflicts(kept) == ()
+    joined = applied(base, stacked(base, kept), states)
+    assert {path: joined.get(path) for path in named} == {path: base.get(path) for path in named}
+    if not named:
+        assert kept == layers
+    for layer, state, rest in zip(layers, states, kept, strict=True):
+        for change in layer:
+            about = [change.path, *merging.parents(change.path)]
+            is_of_it = named & set(about) or any(p.startswith(f"{change.path}/") for p in named)
+            is_kept = is_of_it or change in rest or change.kind == "through"
+            assert is_kept or any(is_claim(each, about) for each in layers), change
+            if change in rest and change.kind != "through":
+                assert joined.get(change.path) == state.get(change.path)
+
+
+def is_claim(layer: Sequence[Change], folders: Sequence[str]) -> bool:
+    """Whether it removes or replaces one of them."""
+    return any(c.path in folders and c.kind in ("removed", "replaced", "file") for c in layer)
+
+
 def test_a_file_removed_in_a_folder_that_another_branch_removed_is_a_conflict():
     """Whose layer lies above would decide whether the folder is there."""
     inside = [Change("b", "through"), Change("b/a", "removed")]
@@ -422,6 +453,21 @@ def test_in_order_a_later_branch_wins(house: House):
     joined = house.workspaces.join(base, branches, "ordered", is_synced=False)
 
     assert house.seen(joined) == {"d": "755", "d/y": "1", "own": "1"}
+
+
+@AS_ROOT
+def test_what_a_step_is_to_decide_is_as_it_was_before_the_branches(house: House):
+    base = house.step(Workspace(), writes(a="1", d__x="1", keep="k"))
+    branches = [
+        house.step(fork(base), writes(a="2", own="1", d__z="1")),
+        house.step(fork(base), lambda w: [(w / "a").unlink(), shutil.rmtree(w / "d")]),
+        house.step(house.step(fork(base), writes(d__y="1", more="3")), writes(e="4")),
+    ]
+
+    joined = house.workspaces.join(base, branches, "reduce")
+
+    expected = {"a": "1", "d": "755", "d/x": "1", "e": "4", "keep": "k", "more": "3", "own": "1"}
+    assert house.seen(joined) == expected
 
 
 @AS_ROOT

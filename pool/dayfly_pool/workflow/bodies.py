@@ -13,14 +13,14 @@ from dayfly_pool.workflow.model import RESULT, Declared, Step, TaskSpec, Workflo
 from dayfly_pool.workflow.references import Scope, arguments, substitute_text
 from dayfly_pool.workflow.values import is_fit, type_of
 
-COMMAND: Final = "dayfly.command:run"
+COMMAND: Final = "dayfly.process:run"
 TIMEOUT_S: Final = 3600.0
 """Of a step that says nothing (Tekton's)."""
 
 KEEP_ALIVE_S: Final = 30.0
 RESULTS_AT: Final = "/tmp/.dayfly-PLACE/results"
 IN_AT, OUT_AT = "/tmp/.dayfly-IN", "/tmp/.dayfly-OUT"
-"""As `dayfly.command` has them: where these are, only the sandbox knows."""
+"""As `dayfly.process` has them: where these are, only the sandbox knows."""
 
 
 class Body(Struct, frozen=True):
@@ -91,7 +91,7 @@ def results_of(invoke: Invoke, returned: Any) -> dict[str, Any]:
     does: Step | TaskSpec = invoke.task or invoke.step
     is_process = does.script is not None or does.command is not None
     left = returned
-    if is_process and does.results:  # else `dayfly.command` returns just the one
+    if is_process and does.results:  # else `dayfly.process` returns just the one
         if not isinstance(returned, dict):
             raise BadInput("its results are not what a process leaves")
         left, returned = returned.get("results"), returned.get("result")

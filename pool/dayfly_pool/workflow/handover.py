@@ -6,7 +6,7 @@ Every method waits for the disk: call it in a thread.
 """
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,21 @@ class Left(Struct, frozen=True, array_like=True):
 
 
 class Prepared(Struct, frozen=True):
-    """A step that can be run: what is to be mounted, and what its workspaces were before."""
+    """A step that can be run: what is to be mounted, and what its workspaces were before.
+
+    *branches* are, by workspace, what it is to decide between."""
 
     mounts: Mounts
     folders: StepFolders
     views: dict[str, Workspace]
+    branches: dict[str, list[Workspace]]
     streams: dict[str, Output]
+
+    def seen(self) -> Iterator[Workspace]:
+        """Whose layers are mounted."""
+        yield from self.views.values()
+        for there in self.branches.values():
+            yield from there
 
 
 class Given(Struct, frozen=True):
@@ -106,18 +115,21 @@ class Handover:
             for name, value in invoke.inputs.items()
             for name, place in self._places(namespace, name, value)
         )
-        views = {
-            name: self._view(invoke, view.workspace, view.merge, versions, shared)
+        branches = {
+            name: [versions.get((view.workspace, key), Workspace()) for key in view.merge]
             for name, view in invoke.workspaces.items()
         }
+        views = {
+            name: self._view(invoke, view.merge, branches[name], view.workspace in shared)
+            for name, view in invoke.workspaces.items()
+        }
+        if invoke.step.merge != "reduce":
+            branches = {}
         folders = self._steps.make(str(new_id()), views)
         streams: dict[str, Output] = {}
         try:
-            for each in (invoke.task or invoke.step).outputs:
-                if each.stream:
-                    streams[each.name] = self.artifacts.stream(
-                        namespace, folders.out, each.path or each.name, self._owner
-                    )
+            seen = self._told(folders, branches)
+            self._open_streams(namespace, invoke, folders, streams)
         except BaseException:
             for output in streams.values():
                 output.abandon()
@@ -130,9 +142,41 @@ class Handover:
             )
             for name, view in views.items()
         )
-        mounts = Mounts(step=folders.id, inputs=inputs, workspaces=mounted)
-        prepared = self._prepared[folders.id] = Prepared(mounts, folders, views, streams)
+        mounts = Mounts(step=folders.id, inputs=inputs, workspaces=mounted, branches=seen)
+        prepared = Prepared(mounts, folders, views, branches, streams)
+        self._prepared[folders.id] = prepared
         return prepared
+
+    def _open_streams(
+        self, namespace: str, invoke: Invoke, folders: StepFolders, streams: dict[str, Output]
+    ) -> None:
+        for each in (invoke.task or invoke.step).outputs:
+            if each.stream:
+                path = each.path or each.name
+                stream = self.artifacts.stream(namespace, folders.out, path, self._owner)
+                streams[each.name] = stream
+
+    def _told(
+        self, folders: StepFolders, branches: Mapping[str, Sequence[Workspace]]
+    ) -> tuple[tuple[str, str], ...]:
+        """What a step sees of the branches that it joins; what they disagree about is in files."""
+        seen = []
+        for name, there in branches.items():
+            conflicts = self._workspaces.conflicts(_common(there), there) if there else ()
+            paths = [conflict.path for conflict in conflicts]
+            if any("\n" in path for path in paths):
+                raise BadInput("parallel branches changed a path that is more than one line:"
+                               " rename it, or have `merge: ordered`")  # fmt: skip
+            self._steps.tell(folders.id, name, paths)
+            for number, branch in enumerate(there):
+                self._workspaces.lower(branch)
+                options = workspaces.read_only(branch, layers=LAYERS, empty=EMPTY)
+                seen.append((f"{name}/{number}", options))
+        if len(seen) > workspaces.BRANCHES_MAX:
+            most = workspaces.BRANCHES_MAX
+            raise BadInput(f"a step decides between {most} branches at most, not {len(seen)}:"
+                           " join some of them in steps before it")  # fmt: skip
+        return tuple(seen)
 
     def _places(self, namespace: str, name: str, value: Any) -> list[tuple[str, str]]:
         """(where below /in, where below the store) of what an input stands for."""
@@ -162,22 +206,19 @@ class Handover:
     def _view(
         self,
         invoke: Invoke,
-        workspace: str,
         merge: Sequence[str],
-        versions: Versions,
-        shared: frozenset[str],
+        there: Sequence[Workspace],
+        is_shared: bool,
     ) -> Workspace:
-        """What a step finds in a workspace."""
-        there = [versions.get((workspace, key), Workspace()) for key in merge]
+        """What a step finds in a workspace: *there* are the branches that *merge* names."""
         if not there:
             return Workspace()
-        view = there[0]
+        view, policy = there[0], invoke.step.merge or "fail"
         if len(there) > 1:
             base = _common(there)
-            policy = invoke.step.merge or "fail"
             view = self._workspaces.join(base, there, policy, list(merge), is_synced=False)
         self._workspaces.lower(view)
-        return workspaces.fork(view) if workspace in shared else view
+        return workspaces.fork(view) if is_shared else view
 
     # ---- after it -----------------------------------------------------------------------------
 
@@ -241,7 +282,7 @@ class Handover:
         """
         running = list(self._prepared.values())
         places = {place for each in running for _, place in each.mounts.inputs}
-        in_use = {layer.id for each in running for v in each.views.values() for layer in v.layers}
+        in_use = {layer.id for each in running for view in each.seen() for layer in view.layers}
         in_use_uris = set(map(uri_of, places))
         removed = self.artifacts.sweep(lambda uri: uri in uris or uri in in_use_uris, before)
         return removed + self._workspaces.sweep(lambda id_: id_ in layers or id_ in in_use, before)

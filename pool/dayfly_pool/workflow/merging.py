@@ -96,6 +96,30 @@ def conflicts(branches: Sequence[Iterable[Change]]) -> tuple[Conflict, ...]:
     return tuple(Conflict(path, tuple(sorted(found[path]))) for path in sorted(found))
 
 
+def undisputed(branches: Sequence[Sequence[Change]]) -> list[list[Change]]:
+    """The branches without what they disagree about: there nothing is changed, by any of them.
+
+    What a branch did to a folder as a whole is left out with all that others did inside of it.
+    """
+    claims: dict[str, list[tuple[int, Change]]] = {}
+    for number, branch in enumerate(branches):
+        for change in branch:
+            claims.setdefault(change.path, []).append((number, change))
+    left_out = {conflict.path for conflict in conflicts(branches)}
+    for path in list(left_out):
+        whose = {number for number, _ in claims[path]}
+        left_out |= {
+            folder
+            for folder in parents(path)
+            for number, change in claims.get(folder, ())
+            if change.kind in _CLAIMS_ALL_BELOW and whose != {number}
+        }
+    return [
+        [c for c in branch if left_out.isdisjoint((c.path, *parents(c.path)))]
+        for branch in branches
+    ]
+
+
 def _agree(one: Change, other: Change) -> bool:
     if one.kind == other.kind == "folder":
         return one.mode == other.mode

@@ -197,7 +197,7 @@ class Step(Model, frozen=True):
     env: dict[str, str] = {}
     network: Network | None = None
     cache: bool = False
-    merge: Literal["fail", "ordered"] | None = None  # how branches of its workspaces are joined
+    merge: Literal["fail", "ordered", "reduce"] | None = None  # how branches are joined for it
 
     def __post_init__(self) -> None:
         self._check_body()

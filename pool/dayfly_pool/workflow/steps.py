@@ -3,6 +3,7 @@
     ROOT/ID/out                       empty; what lies in it when the step is dead is its output
     ROOT/ID/workspaces/NAME/upper     what the step changes in workspace NAME
     ROOT/ID/workspaces/NAME/work      overlayfs' own, on the same file system
+    ROOT/ID/workspaces/NAME/conflicts the paths that its branches disagree about, a line each
 
 They last as long as the step. No step outlives the server, so what `open` finds is removed.
 """
@@ -17,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 
 from dayfly_pool.errors import BadInput
-from dayfly_pool.workflow import trees
+from dayfly_pool.workflow import places, trees
 from dayfly_pool.workflow.places import Places
 
 _ID: Final = re.compile(r"[a-z0-9][-a-z0-9]{0,62}")
@@ -79,6 +80,13 @@ class Steps:
         os.chmod(name, 0o755, dir_fd=folder)  # whatever the umask
         if os.geteuid() == 0:
             os.chown(name, self._owner, self._owner, dir_fd=folder, follow_symlinks=False)
+
+    def tell(self, step: str, workspace: str, paths: Iterable[str]) -> None:
+        """Have `conflicts` in it."""
+        at = f"{step}/workspaces/{workspace}/conflicts"
+        with self._places.disk():
+            places.write(self._places.shelf, at, "".join(f"{p}\n" for p in paths).encode())
+            os.chmod(at, 0o444, dir_fd=self._places.shelf)
 
     def remove(self, step: str) -> None:
         """Remove what is left of a dead step's folders; nothing happens if there are none."""

@@ -36,7 +36,7 @@ from dayfly_pool.workflow.merging import Change, Conflict
 from dayfly_pool.workflow.places import Places
 from dayfly_pool.workflow.trees import Limits
 
-Policy = Literal["fail", "ordered"]
+Policy = Literal["fail", "ordered", "reduce"]
 TREE: Final = "tree"
 RECORD: Final = "record"
 LAYERS_FREE: Final = 8
@@ -45,10 +45,14 @@ LAYERS_FREE: Final = 8
 LAYERS_MAX: Final = 64
 """Forks within forks hold on to theirs; the options of mount(2), 4096 bytes, have room for them."""
 
+BRANCHES_MAX: Final = 256
+"""That one step decides between."""
+
 CONFLICTS_NAMED_MAX: Final = 20
 OPAQUE: Final = "user.overlay.opaque"
-OVERLAY_OPTIONS: Final = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off,volatile"
-"""Without `volatile` every unmount would synchronize the whole file system."""
+OVERLAY_OPTIONS: Final = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off"
+"""And `volatile` where something is written: else every unmount would synchronize the whole file
+system."""
 
 _ID: Final = re.compile(r"[0-9a-f]{16}")
 _SETTING_IDS: Final = stat.S_ISUID | stat.S_ISGID
@@ -76,7 +80,13 @@ def overlay(
     lower = [f"{layers}/{layer.id}/{TREE}" for layer in reversed(workspace.layers)] or [empty]
     own = f"{steps}/{step}/workspaces/{name}"
     mounts = f"lowerdir={':'.join(lower)},upperdir={own}/upper,workdir={own}/work"
-    return f"{mounts},{OVERLAY_OPTIONS}"
+    return f"{mounts},{OVERLAY_OPTIONS},volatile"
+
+
+def read_only(workspace: Workspace, *, layers: str, empty: str) -> str:
+    """The same for one that a step only looks at; nothing for one that is empty."""
+    lower = [f"{layers}/{layer.id}/{TREE}" for layer in reversed(workspace.layers)]
+    return f"lowerdir={':'.join([*lower, empty])},{OVERLAY_OPTIONS}" if lower else ""
 
 
 def fork(workspace: Workspace) -> Workspace:
@@ -194,8 +204,9 @@ class Workspaces:
     ) -> Workspace:
         """*base* with the changes of all *branches* of its `fork`.
 
-        Where they overlap, by `ordered` a later branch wins over an earlier one; by `fail` nothing
-        is done. *names* are what the branches are called in the message.
+        Where they overlap, by `ordered` a later branch wins over an earlier one; by `reduce` all is
+        as in *base*, and who asks decides; by `fail` nothing is done. *names* are what the branches
+        are called in the message.
 
         :raises WorkspaceConflict: naming the paths, and whose they are.
         """
@@ -204,9 +215,12 @@ class Workspaces:
             if policy == "fail" and (found := merging.conflicts(changes)):
                 raise WorkspaceConflict(in_words(found, names))
             layers = list(base.layers)
-            for branch in branches:
+            kept = merging.undisputed(changes) if policy == "reduce" else changes
+            for branch, all_of_it, some in zip(branches, changes, kept, strict=True):
                 own = branch.layers[len(base.layers) :]
-                if len(own) > 1:  # as they are, one would remove what another branch made
+                if len(some) < len(all_of_it):
+                    own = self._layer(base.layers, some, own, is_synced=is_synced)
+                elif len(own) > 1:  # as they are, one would remove what another branch made
                     own = self._one(branch.layers[: len(base.layers)], own, is_synced=is_synced)
                 layers += own
             joined = Workspace(tuple(layers), base.floor)
@@ -235,9 +249,20 @@ class Workspaces:
         self, below: Sequence[Layer], layers: Sequence[Layer], *, is_synced: bool
     ) -> tuple[Layer, ...]:
         """A layer that is the same as *layers* on top of *below*; none if they change nothing."""
-        view = _View([self._tree(layer) for layer in below])
         stacked = merging.stacked([self._changes(layer) for layer in layers])
-        changes = merging.normal(stacked, view.mode)
+        return self._layer(below, stacked, layers, is_synced=is_synced)
+
+    def _layer(
+        self,
+        below: Sequence[Layer],
+        changes: Sequence[Change],
+        layers: Sequence[Layer],
+        *,
+        is_synced: bool,
+    ) -> tuple[Layer, ...]:
+        """A layer of these *changes*, whose content is in *layers*; none if they change nothing."""
+        view = _View([self._tree(layer) for layer in below])
+        changes = merging.normal(changes, view.mode)
         if not changes:
             return ()
         with self._places.scratch() as (name, scratch):

@@ -1,6 +1,5 @@
 """A command or script as a task: what it is given, and what its end means."""
 
-import importlib
 import os
 import sys
 import time
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 from tests.harness import eventually_none, stat
 
+from dayfly import process
 from dayfly.context import Context
 from dayfly.invoker import Exit
 
-command = importlib.import_module("dayfly.command")  # `dayfly.command` is also a decorator
 CONTEXT = Context(
     aws_request_id="i",
     function_name="f",
@@ -24,13 +23,13 @@ CONTEXT = Context(
     deadline=0.0,
     traceparent="",
 )
-FOUND = {"PATH": command.PATH, "HOME": "/tmp"}
+FOUND = {"PATH": process.PATH, "HOME": "/tmp"}
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The sandbox's /tmp; a task leaves nothing in it."""
-    monkeypatch.setattr(command, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(process, "FOLDER", str(tmp_path))
     for name in os.environ:
         monkeypatch.delenv(name)
     for name, value in FOUND.items():
@@ -40,11 +39,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(*words: str, item: Any = None) -> Any:
-    return command.run({"command": list(words), "script": None, "item": item}, CONTEXT)
+    return process.run({"command": list(words), "script": None, "item": item}, CONTEXT)
 
 
 def script(text: str, item: Any = None) -> Any:
-    return command.run({"command": None, "script": text, "item": item}, CONTEXT)
+    return process.run({"command": None, "script": text, "item": item}, CONTEXT)
 
 
 def refused(text: str) -> tuple[object, str]:
@@ -117,7 +116,7 @@ def test_python_is_the_one_of_the_environment_with_its_libraries(
     """In a script and as a command; Python's own folders, our code and the user's are not said."""
     (tmp_path / "environment").mkdir()
     (tmp_path / "environment" / "shiny.py").write_text("VALUE = 7\n")
-    ours = str(Path(command.__file__).parents[1])
+    ours = str(Path(process.__file__).parents[1])
     path = [ours, f"{sys.prefix}/lib", f"{sys.base_prefix}/lib", str(tmp_path / "environment")]
     monkeypatch.setattr(sys, "path", path)
     body = (
