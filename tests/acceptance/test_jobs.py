@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from tests.harness import DAYFLY, FUNCTIONS, Server, eventually
 
-pytestmark = pytest.mark.waits  # for the command, which looks again every 0.2 s
-
 SIX = (FUNCTIONS / "requires" / "requirements.txt").read_text()
 SQUARE = """
 import os

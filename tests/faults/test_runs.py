@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="finds processes by control group"),
     pytest.mark.timeout(1800),
 ]
-KILLS = int(os.environ.get("DAYFLY_KILLS", "12"))
+KILLS = int(os.environ.get("DAYFLY_KILLS", "8"))
 SEED = int(os.environ.get("DAYFLY_SEED", "0")) or random.randrange(1, 1 << 30)
 RUNS = 20
 LINES_MAX = 120
