@@ -276,8 +276,8 @@ _WORDS: Final = frozenset(
     ["approval", "callback", "cel", "command", "each", "finally_", "function", "handler", "nested",
      "param", "script", "sleep", "status", "task", "text", "workflow", "workspace", "File"]
 )  # fmt: skip
-_OPTIONS: Final = ("workspaces", "retries", "timeout", "environment", "env", "network", "cache",
-                   "merge")  # fmt: skip
+_OPTIONS: Final = ("workspaces", "retries", "timeout", "environment", "env", "network", "limits",
+                   "cache", "merge")  # fmt: skip
 _TAKEN: Final = frozenset(
     [*_OPTIONS, "name", "on_error", "params", "inputs", "matrix", "include", "parallelism",
      "results", "outputs", "after", "when", "is_named"]

@@ -311,7 +311,7 @@ def _add(
 
 
 OPTIONS = ("name", "retries", "timeout", "cache", "on_error", "environment", "network", "env",
-           "merge")  # fmt: skip
+           "limits", "merge")  # fmt: skip
 _PARTS = ("params", "inputs", "workspaces", "matrix", "include", "parallelism", "results",
           "outputs", "after", "when")  # fmt: skip
 """What builders take besides their parameters; one that is called so is given in `params=`."""

@@ -56,8 +56,8 @@ OUTPUT = "output"
 """What a step returns as File or Folder, as an output."""
 
 STEP_OPTIONS = frozenset(
-    {"name", "retries", "timeout", "cache", "on_error", "environment", "network", "env", "outputs",
-     "results", "merge"}
+    {"name", "retries", "timeout", "cache", "on_error", "environment", "network", "env", "limits",
+     "outputs", "results", "merge"}
 )  # fmt: skip
 WORKFLOW_OPTIONS = frozenset({"name", "environment", "timeouts", "source", "package", "params"})
 
@@ -248,7 +248,8 @@ def step(function: Any = None, /, **options: Any) -> Any:
     """Make a function a step; bare, or with options.
 
     *name*, *retries* (a number, or `{"limit": 3, "backoffSeconds": 1}`), *timeout* (seconds, or
-    text like `15m`), *cache*, *on_error* (`continue`), *environment*, *network*, *env*, *merge*;
+    text like `15m`), *cache*, *on_error* (`continue`), *environment*, *network*, *env*, *limits*
+    (`{"memoryMb": 512}`), *merge*;
     *outputs*, the names of what it writes to `out(NAME)`; *results*, types by name, for keys of
     the mapping that it returns which are results of their own.
     """

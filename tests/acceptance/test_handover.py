@@ -249,6 +249,30 @@ CONFLICT = """
 """
 
 
+LIMITED = """
+- name: one
+  limits: {openFiles: 77}
+  script: ulimit -n > $(results.n.path)
+  results: [{name: n}]
+- name: two
+  limits: {openFiles: 78}
+  script: ulimit -n > $(outputs.n.path)
+  outputs: [{name: n}]
+- name: three
+  inputs: {n: $(steps.two.outputs.n)}
+  script: cat $(inputs.n.path) > $(results.n.path)
+  results: [{name: n}]
+"""
+
+
+def test_a_step_has_its_limits_whether_it_has_a_sandbox_of_its_own_or_not(sandboxed: Flows):
+    view = sandboxed.flow(
+        LIMITED, "results: {one: $(steps.one.results.n), two: $(steps.three.results.n)}"
+    )
+
+    assert results(view) == {"one": "77", "two": "78"}
+
+
 def test_branches_that_change_the_same_path_conflict_and_are_named(sandboxed: Flows):
     view = sandboxed.flow(CONFLICT, "workspaces: [shared]", code=1)
 

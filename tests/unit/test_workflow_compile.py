@@ -383,6 +383,8 @@ def steps(draw: Any, name: str, params: list[str], earlier: list[dict[str, Any]]
                 lambda names: [{"name": each, "type": "array"} for each in names]),
             "outputs": st.just([{"name": "o"}, {"name": "p", "path": "a/b", "isBuild": True}]),
         }))  # fmt: skip
+        if draw(st.booleans()) and not {"function", "workflow"} & step.keys():
+            step["limits"] = {"memoryMb": 512, "cpu": 0.5}
         outputs = [each["name"] for each in earlier if each.get("outputs")]
         if outputs and draw(st.booleans()):
             step["inputs"] = {"data": f"$(steps.{draw(st.sampled_from(outputs))}.outputs.o)"}

@@ -454,6 +454,18 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "steps[0]: step 'a': 'soon' is no duration: write 90s, 15m, 1h30m or 500ms",
     ),
     (
+        "limits of a function that is deployed",
+        [{"name": "a", "function": "f", "limits": {"memoryMb": 512}}],
+        {},
+        "steps[0]: step 'a': limits are declared where its code is, in 'f'",
+    ),
+    (
+        "limits of what runs nothing",
+        [{"name": "a", "wait": {"timer": "1s"}, "limits": {"memoryMb": 512}}],
+        {},
+        "steps[0]: step 'a' waits and runs nothing: it has no limits",
+    ),
+    (
         "cached, and with a network",
         [step("a", cache=True, network="host")],
         {},

@@ -207,7 +207,7 @@ class Attempts:
     async def _cached(self, invoke: Invoke, body: Body) -> Ended | Failed:
         """What the same step left before, here or in another run; else it is run, once."""
         means = self._means
-        identity = means.identify(self.namespace, self._workflow_of(invoke), body)
+        identity = means.identify(self.namespace, self._workflow_of(invoke), bodies.unlimited(body))
         given = body.event + msgspec.json.encode(body.env, order="deterministic")
         key = cache.key_of(identity, given, invoke)
         while (flight := means.flights.get(key)) is not None:

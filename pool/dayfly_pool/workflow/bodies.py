@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from dayfly_pool.errors import BadInput
-from dayfly_pool.models import FunctionSpec
+from dayfly_pool.models import FunctionSpec, Limits
 from dayfly_pool.workflow.facts import Invoke
 from dayfly_pool.workflow.model import RESULT, Declared, Step, TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.references import Scope, arguments, substitute_text
@@ -65,6 +65,7 @@ def body_of(invoke: Invoke, workflow: WorkflowSpec, empty_package: str) -> Body:
         package=package or empty_package,
         environment=step.environment or _environment(invoke.task, workflow),
         env=same,
+        limits=step.limits or (invoke.task and invoke.task.limits) or Limits(),
         network=step.network or (invoke.task.network if invoke.task is not None else "none"),
         timeout_seconds=86400.0,
         max_scale=10_000,
@@ -84,6 +85,13 @@ def identity(namespace: str, workflow: str, body: Body, environment: str) -> str
     whole = msgspec.json.encode([spec, body.script, environment], order="deterministic")
     what = "script" if spec.handler == COMMAND else spec.handler.rpartition(":")[2]
     return f"{namespace}/{workflow}.{what}.{hashlib.sha256(whole).hexdigest()[:16]}"
+
+
+def unlimited(body: Body) -> Body:
+    """The same, whatever it may use: what it leaves does not depend on that."""
+    if body.spec is None:
+        return body
+    return structs.replace(body, spec=structs.replace(body.spec, limits=Limits()))
 
 
 def results_of(invoke: Invoke, returned: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from dayfly_pool.declared import Model, Name, given
-from dayfly_pool.models import API_VERSION, Metadata, Network
+from dayfly_pool.models import API_VERSION, Limits, Metadata, Network
 
 ParamType = Literal["string", "integer", "number", "boolean", "array", "object", "artifact", "any"]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")]
@@ -196,6 +196,7 @@ class Step(Model, frozen=True):
     environment: Annotated[str, Meta(max_length=64)] | None = None
     env: dict[str, str] = {}
     network: Network | None = None
+    limits: Limits | None = None
     cache: bool = False
     merge: Literal["fail", "ordered", "reduce"] | None = None  # how branches are joined for it
 
@@ -228,6 +229,10 @@ class Step(Model, frozen=True):
             raise ValueError(f"step {self.name!r} needs one of {', '.join(BODIES)}; it has {has}")
         if self.command is not None:
             check_command(self.command, f"step {self.name!r}")
+        if self.limits is not None and (whose := self.function or self.workflow):
+            raise ValueError(
+                f"step {self.name!r}: limits are declared where its code is, in {whose!r}"
+            )
         if (self.task or self.workflow) and (self.results or self.outputs):
             raise ValueError(
                 f"step {self.name!r}: results and outputs are declared where its body is, "
@@ -235,7 +240,7 @@ class Step(Model, frozen=True):
             )
         if self.wait is not None:
             for word in ("inputs", "outputs", "workspaces", "env", "environment", "network",
-                         "cache"):  # fmt: skip
+                         "limits", "cache"):  # fmt: skip
                 if getattr(self, word):
                     raise ValueError(f"step {self.name!r} waits and runs nothing: it has no {word}")
 
@@ -291,6 +296,7 @@ class TaskSpec(Model, frozen=True):
     environment: Annotated[str, Meta(max_length=64)] = "base"
     env: dict[str, str] = {}
     network: Network = "none"
+    limits: Limits | None = None
     cache: bool = False
     package: str = ""
     source: str | None = None
@@ -302,6 +308,8 @@ class TaskSpec(Model, frozen=True):
             raise ValueError(f"a task needs one of {', '.join(BODIES[:4])}; it has {has}")
         if self.command is not None:
             check_command(self.command, "the task")
+        if self.limits is not None and self.function is not None:
+            raise ValueError(f"limits are declared where its code is, in {self.function!r}")
         if self.cache and self.network == "host":
             raise ValueError("what has a network is not cached: leave out cache or network")
         check_env(self.env, "the task")

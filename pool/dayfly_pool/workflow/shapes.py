@@ -26,7 +26,7 @@ NOT_HERE: Final[Mapping[str, str]] = {
     "securityContext": "sandboxes are unprivileged already: leave it out",
     "resolver": "only tasks of the same namespace are referred to: apply the task, and name it",
     "bundle": "only tasks of the same namespace are referred to: apply the task, and name it",
-    "computeResources": "limits belong to functions: use `function: NAME`",
+    "computeResources": "write `limits: {memoryMb: 512, cpu: 1}`",
     "workingDir": "begin the script with `cd`",
     "displayName": "its name is shown; say more in `description`",
     "stdoutConfig": "let the script write to $(results.NAME.path)",
