@@ -67,6 +67,7 @@ def _begun(session: Session, view: Mapping[str, Any], detach: bool) -> None:
         session.show(view, lambda _: click.echo(name))
         return
     try:
+        click.echo(f"{name} begins", err=True)
         view = _watched(session, name)
     except KeyboardInterrupt:
         click.echo(f"\nit goes on: dayfly run show {name}", err=True)

@@ -1,5 +1,6 @@
 """Control groups on made-up trees: where a server finds its place, and what it writes there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,19 @@ def test_only_processes_in_sandboxes_are_ours_to_kill(tmp_path: Path):
     files(tmp_path, cgroup__procs="98\n")
 
     assert cgroups.processes(str(tmp_path)) == [12, 13, 14]
+
+
+def test_what_another_server_buries_too_may_be_gone_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gone = tmp_path / "dayfly-7"
+    assert cgroups.processes(str(gone)) == []
+    assert cgroups.remove_tree(str(gone))
+
+    gone.mkdir()
+    remove = os.rmdir
+    monkeypatch.setattr(os, "rmdir", lambda place: (remove(place), remove(place)))
+    assert cgroups.remove_tree(str(gone))
 
 
 def test_with_the_old_trees_the_server_stands_beside_its_sandboxes(tmp_path: Path):

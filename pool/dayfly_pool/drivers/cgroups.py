@@ -255,10 +255,17 @@ def leftovers(tree: Tree) -> list[str]:
 
 
 def processes(folder: str) -> list[int]:
-    """Every process in the sandboxes' groups below *folder*; never one beside them."""
+    """Every process in the sandboxes' groups below *folder*; never one beside them.
+
+    None when the folder is gone: two servers that start at once bury the same dead one's.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
     return [
         pid
-        for name in sorted(os.listdir(folder))
+        for name in names
         if name.startswith(SANDBOX)
         for place, _, _ in os.walk(os.path.join(folder, name))
         for pid in members(place)
@@ -291,6 +298,8 @@ def remove_tree(folder: str) -> bool:
     for place, _, _ in os.walk(folder, topdown=False):
         try:
             os.rmdir(place)
+        except FileNotFoundError:
+            continue  # somebody else removes it too
         except OSError:
             return False
     return True
