@@ -1,6 +1,7 @@
 """Servers for the tests that need a real one. Shared wherever a test leaves its server well."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,11 @@ IMPATIENT = {
     "write_s_max": 1.0,
 }
 """Deadlines that a test can wait for."""
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore SIGINT, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -412,17 +412,12 @@ def test_what_is_refused_fails(dayfly: Flows):
 def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
     sandboxed.apply(manifest("goes-on", '- {name: a, wait: {approval: "On?"}}'))
     env = os.environ | {"DAYFLY_URL": f"http://{sandboxed.server.admin}"}
-    process = subprocess.Popen(
-        [DAYFLY, "run", "start", "goes-on", "--name", "goes-on"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "goes-on begins\n"
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    command = [DAYFLY, "run", "start", "goes-on", "--name", "goes-on"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "goes-on begins\n"
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
 
     assert process.returncode == 130
     assert "it goes on: dayfly run show goes-on" in told
