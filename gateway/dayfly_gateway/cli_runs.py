@@ -16,6 +16,8 @@ from dayfly_gateway.session import Session, client_command, looks
 OVER: Final = ("Succeeded", "Completed", "Failed", "TimedOut", "Cancelled")
 WELL: Final = ("Succeeded", "Completed")
 INTERRUPTED: Final = 130
+WAIT_S: Final = 30
+"""For a run's end, with one request."""
 
 
 @click.group()
@@ -81,7 +83,7 @@ def _watched(session: Session, name: str) -> dict[str, Any]:
     """Until it is over; its steps are drawn on a terminal."""
     if session.is_json or not sys.stdout.isatty():
         for _ in looks():
-            view = session.client.run(session.namespace, name, is_brief=True)
+            view = session.client.run_over(session.namespace, name, WAIT_S)
             if view["status"]["state"] in OVER:
                 break
         return session.client.run(session.namespace, name)

@@ -241,10 +241,14 @@ class Client:
         """A page of runs, the newest first."""
         return self._listed(f"/runs?{urlencode(which)}")
 
-    def run(self, namespace: str, name: str, *, is_brief: bool = False) -> dict[str, Any]:
-        """One run; if *is_brief*, without its steps."""
+    def run(self, namespace: str, name: str) -> dict[str, Any]:
+        """One run."""
+        return self._document("GET", _path(namespace, "runs", name))
+
+    def run_over(self, namespace: str, name: str, wait_s: int) -> dict[str, Any]:
+        """One run, without its steps; when it is over, or after *wait_s*, at most 60."""
         path = _path(namespace, "runs", name)
-        return self._document("GET", f"{path}?brief=1" if is_brief else path)
+        return self._document("GET", f"{path}?brief=1&wait={wait_s}")
 
     def run_logs(self, namespace: str, name: str, step: str, tail: int) -> list[dict[str, Any]]:
         """The last lines that its steps wrote."""

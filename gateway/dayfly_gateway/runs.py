@@ -21,6 +21,7 @@ from dayfly_pool.workflow.model import plain
 from dayfly_pool.workflow.run import AskCancel, Decide, RunStatus, token_of
 from dayfly_pool.workflow.shapes import task_of, workflow_of
 
+WAIT_S_MAX: Final = 60
 SPEC_BYTES_MAX: Final = 16 << 20
 """Of a graph of 100,000 steps."""
 
@@ -133,7 +134,8 @@ class RunsPlane:
         info = request.match_info
         runs = self._service.runs
         if "brief" in request.query:
-            return answers.json(_listed(*await runs.brief(info["namespace"], info["name"])))
+            wait_s = answers.number(request, "wait", 0, WAIT_S_MAX)
+            return answers.json(_listed(*await runs.over(info["namespace"], info["name"], wait_s)))
         view = await runs.get(info["namespace"], info["name"])
         engine = await runs.engine(view)
         tree = engine.tree()

@@ -484,6 +484,9 @@ class Service:
             prepare=self._prepare_step,
             identify=self._identify_step,
             once=self._run_step,
+            verify=lambda namespace, body: self.packages.path(
+                self._spec_of_step(namespace, body).package
+            ),
             handover=self._handover,
             cache=cache,
             environment=self._environment,
@@ -517,19 +520,20 @@ class Service:
     ) -> Outcome:
         """Run a step in a sandbox of its own. Raises `PlatformError`."""
         namespace = id_.partition("/")[0]
-        if body.spec is None:
-            stored = self.functions.get(function_id(namespace, body.function))
-            if stored is None:
-                raise FunctionNotFound(f"no function {body.function!r}: deploy it first")
-            spec = stored.spec
-        else:
-            spec = body.spec
+        spec = self._spec_of_step(namespace, body)
         spec = msgspec.structs.replace(spec, initialize="each", max_scale=1, min_scale=0)
         environment = self._environment(namespace, spec.environment)
-        await asyncio.to_thread(self.packages.path, spec.package)
         mold = self._mold(environment, namespace, spec.network, spec.isolation)
         function = Function(id_, "1", spec, mold, mounts=mounts)
         return await self.pool.run_once(function, environment, invocation, returned)
+
+    def _spec_of_step(self, namespace: str, body: Body) -> FunctionSpec:
+        if body.spec is not None:
+            return body.spec
+        stored = self.functions.get(function_id(namespace, body.function))
+        if stored is None:
+            raise FunctionNotFound(f"no function {body.function!r}: deploy it first")
+        return stored.spec
 
     def _prepare_step(self, namespace: str, workflow: str, body: Body) -> FunctionId:
         """Have the pool know the function that a step is."""

@@ -230,7 +230,9 @@ async def serving(
         "refusals": [],
         "functions": {},
         "began": [],
+        "verifying": threading.Event(),
     }
+    known["verifying"].set()
     folders = tempfile.TemporaryDirectory()
     known["data"] = Path(folders.name)
 
@@ -275,6 +277,7 @@ async def serving(
         prepare=prepare,
         identify=identify,
         once=once,
+        verify=lambda namespace, body: known["verifying"].wait(),
         handover=handover,
         cache=cache,
         environment=lambda namespace, name: Environment(BASE),
@@ -766,6 +769,22 @@ async def test_steps_that_have_not_begun_are_cancelled_too(monkeypatch: pytest.M
     assert (view.status.state, len(work.ran)) == ("Cancelled", 2)
 
 
+async def test_a_step_that_is_being_made_ready_is_cancelled_too():
+    """The pool does not know of it yet, and is never told of it."""
+    async with serving(Work()) as server:
+        leaves = (Output(name="file"),)
+        server.declare(step("a", outputs=leaves), finally_=(step("last"),))
+        server.known["verifying"].clear()
+        await server.start()
+        await until(lambda: server.runs._live and server.live._running)
+        await server.ask(AskCancel())
+        await until(lambda: server.live._attempts._unwanted)
+        server.known["verifying"].set()
+        view = await server.over()
+
+    assert (view.status.state, server.known["began"]) == ("Cancelled", [])
+
+
 async def test_what_was_cancelled_stays_so_after_a_restart():
     store, work = MemoryJournals(), Work()
     work.gate.clear()
@@ -781,6 +800,40 @@ async def test_what_was_cancelled_stays_so_after_a_restart():
 
     assert view.status.state == "Cancelled"
     assert (work.keys["a"], work.keys["b"], work.ended["last"]) == (1, 0, 1)
+
+
+async def test_who_waits_for_a_runs_end_is_told_of_it():
+    work = Work()
+    work.gate.clear()
+    async with serving(work) as server:
+        server.declare(step("a"))
+        await server.start()
+        _, early = await server.runs.over("default", "one", 0.01)
+        waiting = asyncio.create_task(server.runs.over("default", "one", SOON_S))
+        await until(lambda: work.now)
+        work.gate.set()
+        _, late = await waiting
+        _, after = await server.runs.over("default", "one", SOON_S)
+
+        assert (early.state, late.state, after.state) == ("Running", "Succeeded", "Succeeded")
+        with pytest.raises(RunNotFound):
+            await server.runs.over("default", "none", SOON_S)
+
+
+async def test_nobody_waits_for_the_end_of_a_run_that_another_server_is_to_go_on_with():
+    work = Work()
+    work.gate.clear()
+    async with serving(work) as server:
+        server.declare(step("a"))
+        await server.start()
+        await until(lambda: work.now)
+        waiting = asyncio.create_task(server.runs.over("default", "one", SOON_S))
+        await asyncio.sleep(0)
+        server.runs.hold()
+        _, status = await waiting
+        work.gate.set()
+
+    assert status.state == "Running"
 
 
 async def test_nothing_can_be_wanted_of_a_run_that_is_over():

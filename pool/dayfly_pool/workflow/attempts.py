@@ -96,6 +96,9 @@ class Means(Struct, frozen=True):
     prepare: Prepare
     identify: Prepare
     once: Once
+    verify: Callable[[str, Body], object]
+    """A step's package, before it is run `once`; waits for the disk. (namespace, body)"""
+
     handover: Handover
     cache: StepCache
     environment: Callable[[str, str], Environment]
@@ -113,6 +116,7 @@ class Means(Struct, frozen=True):
     """What nothing refers to is kept for so long: see `garbage`."""
 
 
+CANCELLED: Final = "it was cancelled"
 ALONE: Final = "a sandbox of its own, which what it leaves is taken from"
 WHY: Final = {
     "warm": "a sandbox that holds this function was free",
@@ -164,6 +168,8 @@ class Attempts:
         """What the disk must have before anything more is written."""
 
         self._kills: Counter[str] = Counter()
+        self._unwanted: set[InvocationId] = set()
+        """Attempts under way that are to end, whether their code has begun or not."""
 
     @property
     def has_unsettled(self) -> bool:
@@ -180,6 +186,12 @@ class Attempts:
     def invocation(self, key: str, attempt: int) -> InvocationId:
         """What the pool calls an attempt."""
         return InvocationId(f"{self.id}/{key}/{attempt}")
+
+    def stop(self, key: str, attempt: int) -> None:
+        """End an attempt that is under way; it fails, as one that was stopped."""
+        id_ = self.invocation(key, attempt)
+        self._unwanted.add(id_)
+        self._means.pool.stop(id_, CANCELLED)
 
     async def end_of(self, invoke: Invoke) -> Ended | Failed:
         """Run one attempt of a step to its end. Raises `Draining`."""
@@ -203,6 +215,8 @@ class Attempts:
                 is_counted=is_hopeless,
                 is_hopeless=is_hopeless,
             )
+        finally:
+            self._unwanted.discard(self.invocation(invoke.key, invoke.attempt))
 
     async def _cached(self, invoke: Invoke, body: Body) -> Ended | Failed:
         """What the same step left before, here or in another run; else it is run, once."""
@@ -263,7 +277,10 @@ class Attempts:
             return await self._furnished(invoke, body)
         function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)
         self.functions.add(function)
-        outcome = await self._means.pool.invoke(self._invocation_of(invoke, function, body))
+        invocation = self._invocation_of(invoke, function, body)
+        if invocation.id in self._unwanted:
+            return self._stopped(invoke)
+        outcome = await self._means.pool.invoke(invocation)
         return await self._judged(invoke, outcome, WHY[outcome.timing.start])
 
     async def _furnished(self, invoke: Invoke, body: Body) -> Ended | Failed:
@@ -272,6 +289,7 @@ class Attempts:
         name = means.identify(self.namespace, self._workflow_of(invoke), body)
         function = FunctionId(f"{name}.{new_id()[-12:]}")
         self.functions.add(function)
+        await asyncio.to_thread(means.verify, self.namespace, body)
         prepared = await asyncio.to_thread(
             means.handover.prepare, self.namespace, invoke, self.versions, self.shared
         )
@@ -285,6 +303,9 @@ class Attempts:
 
         try:
             invocation = self._invocation_of(invoke, function, body)
+            if invocation.id in self._unwanted:
+                await self._drop(prepared, hashing)
+                return self._stopped(invoke)
             outcome = await means.once(function, body, prepared.mounts, invocation, returned)
             mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
             why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
@@ -374,6 +395,9 @@ class Attempts:
             told = error.detail if isinstance(error, BadInput) else "what it returned is no JSON"
             return self.failed(invoke, "BadResult", told, report=report)
         return ended
+
+    def _stopped(self, invoke: Invoke) -> Failed:
+        return self.failed(invoke, "Stopped", CANCELLED, is_counted=False)
 
     def failed(
         self,

@@ -266,6 +266,9 @@ class LiveRun:
         self._pool, self._journals, self._clock = means.pool, means.journals, means.clock
         self._attempts = Attempts(journal.id, self.stored, means)
         self.engine = Run(self.stored.definition)
+        self.left = asyncio.Event()
+        """Set when it does not go on here any more, whether it is over or not."""
+
         self.is_ready = False
         """Whether the engine knows all that is written down."""
 
@@ -581,9 +584,7 @@ class LiveRun:
             return
         attempt, _ = self._running.get(command.key, (-1, None))
         if attempt == command.attempt:
-            self._pool.stop(
-                self._attempts.invocation(command.key, command.attempt), "it was cancelled"
-            )
+            self._attempts.stop(command.key, command.attempt)
             return
         self._dropped.add((command.key, command.attempt))
         now = self._clock.now()

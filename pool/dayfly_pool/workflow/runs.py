@@ -39,6 +39,8 @@ FUNCTION_IDLE_S: Final = 60.0
 WROTE_MAX: Final = 1000
 """Functions that are gone, whose last lines are kept in memory."""
 
+LOOK_FIRST_S: Final = 0.005
+LOOK_S: Final = 0.25
 SWEEP_S: Final = 10.0
 PAGE: Final = 500
 KEPT_S: Final = 7 * 86400.0
@@ -112,6 +114,7 @@ class Runs:
         self._is_held = True
         for live in self._live.values():
             live.hold()
+            live.left.set()  # nobody waits here any more
 
     # ---- for callers --------------------------------------------------------------------------
 
@@ -232,6 +235,21 @@ class Runs:
         if journal is None:
             raise RunNotFound(f"no run {namespace}/{name}")
         return journal, self._status(journal)
+
+    async def over(self, namespace: str, name: str, wait_s: float) -> tuple[Journal, RunStatus]:
+        """As `brief`, when the run is over, or after *wait_s*. Raises `RunNotFound`."""
+        pause_s = LOOK_FIRST_S
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not self._is_held:
+                    if (live := self._named.get((namespace, name))) is not None:
+                        await live.left.wait()
+                    elif (await self.brief(namespace, name))[1].ended_at:
+                        break
+                    else:
+                        await asyncio.sleep(pause_s)  # another server has it, or nobody yet
+                        pause_s = min(LOOK_S, pause_s * 2)
+        return await self.brief(namespace, name)
 
     async def page(
         self, namespace: str | None, limit: int, before: JournalId | None
@@ -371,6 +389,7 @@ class Runs:
                 self.ended[live.status.state] += 1
         finally:
             del self._live[journal.id], self._named[journal.namespace, journal.name]
+            live.left.set()
             self._steps_ended += live.steps_ended
 
     def _heard(self, id_: JournalId, wish: Wish) -> bool:
