@@ -1366,6 +1366,29 @@ async def test_the_next_step_begins_while_the_disk_is_at_what_the_last_one_left(
     assert view.status.state == "Succeeded"
 
 
+async def test_the_disk_gets_what_a_step_left_when_the_next_has_its_folders(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A disk that is writing much has nobody make a folder."""
+    did: list[str] = []
+    prepare, settle = Handover.prepare, Handover.settle
+
+    def note_prepare(self: Handover, *given: Any) -> Any:
+        did.append("prepare")
+        return prepare(self, *given)
+
+    def note_settle(self: Handover, given: Given) -> None:
+        did.append("settle")
+        settle(self, given)
+
+    monkeypatch.setattr(Handover, "prepare", note_prepare)
+    monkeypatch.setattr(Handover, "settle", note_settle)
+    async with serving(Work()) as server:
+        await server.run(*FILES)
+
+    assert did == ["prepare", "prepare", "settle", "settle"]
+
+
 async def test_what_the_disk_refuses_is_not_written_down(monkeypatch: pytest.MonkeyPatch):
     """The run goes on from what is: the step runs again."""
     refusals, settle = [DiskFull("there is no room left")], Handover.settle

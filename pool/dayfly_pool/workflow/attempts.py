@@ -6,6 +6,7 @@ the cache first, and runs once, however many runs ask for it at the same moment.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -62,6 +63,10 @@ from dayfly_pool.workflow.provenance import Statement
 
 log = logging.getLogger("dayfly.runs")
 KIND_CHARACTERS_MAX: Final = 128
+CALM_S: Final = 0.5
+STARTING_S: Final = 0.02
+"""What a sandbox takes to begin, about."""
+
 QUEUE_S_MAX: Final = 3600.0
 HOPELESS: Final = (
     FunctionNotFound,
@@ -168,6 +173,11 @@ class Attempts:
         """What the disk must have before anything more is written."""
 
         self._kills: Counter[str] = Counter()
+        self._preparing = 0
+        self._prepared = asyncio.Event()
+        """Set when no step's folders are being made."""
+
+        self._prepared.set()
         self._unwanted: set[InvocationId] = set()
         """Attempts under way that are to end, whether their code has begun or not."""
 
@@ -177,7 +187,12 @@ class Attempts:
         return bool(self._unsettled)
 
     async def settle(self) -> None:
-        """Have the disk have what is to be written of."""
+        """Have the disk have what is to be written of.
+
+        What goes on with it comes first: while a file system writes much, it makes no folder.
+        """
+        if self._unsettled:
+            await self._calm()
         while self._unsettled:
             given, self._unsettled = self._unsettled, []
             settle = self._means.handover.settle
@@ -289,10 +304,7 @@ class Attempts:
         name = means.identify(self.namespace, self._workflow_of(invoke), body)
         function = FunctionId(f"{name}.{new_id()[-12:]}")
         self.functions.add(function)
-        await asyncio.to_thread(means.verify, self.namespace, body)
-        prepared = await asyncio.to_thread(
-            means.handover.prepare, self.namespace, invoke, self.versions, self.shared
-        )
+        prepared = await self._prepare(invoke, body)
         loop = asyncio.get_running_loop()
         hashing: list[asyncio.Future[Early]] = []
 
@@ -323,6 +335,30 @@ class Attempts:
             return end
         self._keep_given(given)
         return structs.replace(end, outputs=given.outputs, at=self._means.clock.now())
+
+    async def _prepare(self, invoke: Invoke, body: Body) -> Prepared:
+        def prepare() -> Prepared:
+            self._means.verify(self.namespace, body)
+            return self._means.handover.prepare(self.namespace, invoke, self.versions, self.shared)
+
+        self._preparing += 1
+        self._prepared.clear()
+        try:
+            return await asyncio.to_thread(prepare)
+        finally:
+            self._preparing -= 1
+            if not self._preparing:
+                self._prepared.set()
+
+    async def _calm(self) -> None:
+        """Until the steps that begin now have their folders and sandboxes, or `CALM_S`."""
+        await asyncio.sleep(0)  # they are tasks that have not begun
+        if not self._preparing:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CALM_S):
+                await self._prepared.wait()
+                await asyncio.sleep(STARTING_S)
 
     def _keep_given(self, given: Given) -> None:
         for left in given.left:
