@@ -116,3 +116,13 @@ def test_descriptors_that_nobody_asked_for_are_closed(talk: Talk):
         talk.say("one", {"say": "ready"}, 0)
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("is_deaf", [False, True])
+def test_a_server_that_is_gone_is_the_end_whether_it_heard_all_or_not(talk: Talk, is_deaf: bool):
+    """The kernel calls a connection reset that was closed with something unread in it."""
+    if is_deaf:
+        talk.launcher._tell({"say": "ready", "sandbox": "one"})
+    talk.server.close()
+
+    assert not talk.launcher._serve()

@@ -102,7 +102,10 @@ class Launcher:
 
     def _serve(self) -> bool:
         """One request of the server's; False when it has closed the connection."""
-        data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM_BYTES_MAX, 1)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM_BYTES_MAX, 1)
+        except ConnectionResetError:
+            return False  # and it had not heard all that it was told
         if not data:
             return False
         request = json.loads(data)
