@@ -410,6 +410,44 @@ async def test_what_a_process_wrote_has_the_type_that_is_declared():
     assert view.status.results == {"n": 5, "text": "5"}
 
 
+async def test_large_values_are_together_no_more_than_a_step_can_be_given():
+    """However little stands for them: 40 references to one are 40 times the one."""
+    large = "x" * VALUE_BYTES_MAX
+    work = Work({"a": [large]})
+    async with serving(work) as server:
+        many = [result("a")] * 40
+        server.declare(step("a"), step("b", params={"n": many}))
+        await server.start()
+        view = await server.over()
+
+    assert (view.status.state, work.keys["b"]) == ("Failed", 0)
+    assert "over 6 MiB" in view.status.message
+
+
+@pytest.mark.parametrize("kind", ["text", "nested", "folder"])
+async def test_what_only_stands_for_a_value_fails_the_step_that_is_given_it(kind: str):
+    """Anybody can write a reference; what it leads to need be no value."""
+    work = Work()
+    async with serving(work) as server:
+        out = server.known["data"] / "out"
+        out.mkdir()
+        if kind == "folder":
+            (out / "x").mkdir()
+        else:
+            (out / "x").write_text("no JSON" if kind == "text" else "[" * 200_000 + "]" * 200_000)
+        handover = server.runs._means.handover
+        kept = handover.artifacts.put("default", out, "x")
+        forged = {"$large": {"uri": kept.uri, "sha256": kept.sha256}}
+        server.declare(
+            step("a", params={"n": "$(params.n)"}), params=(Param(name="n", type="any"),)
+        )
+        await server.start(n=forged)
+        view = await server.over()
+
+    assert (view.status.state, work.ran) == ("Failed", [])
+    assert "is no value" in view.status.message or "not a value" in view.status.message
+
+
 async def test_a_large_value_is_stored_and_the_next_step_is_given_it_whole():
     large = "x" * VALUE_BYTES_MAX
     work = Work({"a": [large]})
@@ -614,6 +652,35 @@ async def test_a_callback_is_answered_once_by_who_has_the_token():
             await server.runs.call_back("default", "one", token, 2)
 
     assert work.bodies["b"] == {"n": {"x": [1]}}
+
+
+@pytest.mark.parametrize("value", [10**30, json.loads("[" * 100 + "]" * 100)])
+async def test_an_answer_that_cannot_be_written_down_is_refused(value: Any):
+    async with serving(Work()) as server:
+        server.declare(*WAITS)
+        await server.start()
+        await expecting(server)
+        token = await server.token("w")
+        with pytest.raises(BadInput):
+            await server.runs.call_back("default", "one", token, value)
+        await server.runs.call_back("default", "one", token, 1)
+        view = await server.over()
+
+    assert view.status.state == "Succeeded"
+
+
+@pytest.mark.parametrize("body", [b"{", msgspec.json.encode(Call("w", 1, [[[[]]]] * 3))[:-1]])
+async def test_a_wish_that_cannot_be_read_stops_no_run(body: bytes):
+    store = MemoryJournals()
+    async with serving(Work(), store) as server:
+        server.declare(*WAITS)
+        view = await server.start()
+        await expecting(server)
+        await server.journals.wish(view.journal.id, body)
+        await server.runs.call_back("default", "one", await server.token("w"), 1)
+        view = await server.over()
+
+    assert view.status.state == "Succeeded"
 
 
 async def test_a_callback_that_came_is_known_after_a_restart_and_not_waited_for():

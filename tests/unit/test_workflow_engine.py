@@ -314,6 +314,18 @@ def test_guards_see_parameters_and_results(condition: Condition, runs: bool):
     assert talk.ended("a", 1) == (["b"] if runs else ["Completed"])
 
 
+@pytest.mark.parametrize("values", [["x" * 200_000], list(range(50_000)), [{"k": ["y"] * 90_000}]])
+def test_a_guard_that_is_long_to_compare_is_no_work_for_the_server(values: list[Any]):
+    talk = Talk(
+        step("a", when=(Condition(input="$(params.list)", operator="in", values=("1",)),)),
+        params=(Param(name="list", type="array"),),
+        given={"list": values},
+    )
+
+    assert talk.said == ["Failed"]
+    assert "128 KiB to compare" in talk.finish().message
+
+
 def test_a_guard_that_is_neither_true_nor_false_fails_its_step():
     talk = Talk(step("a"), step("b", when=(Condition(cel="steps.a.results.result"),)))
 

@@ -43,7 +43,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import ArtifactDamaged, ArtifactGone, BadInput, BadTree
+from dayfly_pool.errors import ArtifactDamaged, ArtifactGone, BadInput, BadTree, BodyTooLarge
 from dayfly_pool.workflow import places, streams, trees
 from dayfly_pool.workflow.places import Places
 from dayfly_pool.workflow.trees import Entry, Limits
@@ -267,14 +267,19 @@ class Artifacts:
         with self._places.disk(), self._object(artifact) as (place, _):
             self._verify(place, artifact)
 
-    def value(self, artifact: Artifact) -> bytes:
-        """The bytes of a value or a file, checked against its digest."""
-        if artifact.bytes > VALUE_BYTES_MAX:
-            raise BadInput(f"{artifact.uri} is over {VALUE_BYTES_MAX >> 20} MiB: read it as a file")
+    def value(self, artifact: Artifact, most: int = VALUE_BYTES_MAX) -> bytes:
+        """The bytes of a value or a file, checked against its digest.
+
+        :raises BodyTooLarge: if they are over *most*, before they are read.
+        """
+        if artifact.kind == "tree":
+            raise BadInput(f"{artifact.uri} is a folder, not a value")
         with self._places.disk(), self._object(artifact) as (place, _), self._reading():
-            file, _ = trees.open_file(place, CONTENT)
+            file, status = trees.open_file(place, CONTENT)
             with open(file, "rb") as opened:
-                found = opened.read(VALUE_BYTES_MAX + 1)
+                if status.st_size > most:
+                    raise BodyTooLarge(f"{artifact.uri} is over {most} bytes: read it as a file")
+                found = opened.read(most + 1)
         if hashlib.sha256(found).hexdigest() != artifact.sha256:
             raise _damaged("")
         return found

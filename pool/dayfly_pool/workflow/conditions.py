@@ -48,6 +48,13 @@ _EACH: Final = re.compile(r"\.\s*(all|exists)\s*\(")
 _PATTERN: Final = re.compile(r"\bmatches\s*\(")
 
 
+SIZE_MAX: Final = 128 << 10
+"""Of what is compared, in characters; it is the server that does."""
+
+VALUE_SIZE: Final = 8
+"""As so many characters a value counts that is no text."""
+
+
 class Expression(NamedTuple):
     """CEL, and what it takes."""
 
@@ -150,15 +157,36 @@ def _holds(condition: Condition, scope: Scope) -> bool:
     given = substitute(condition.input, scope)
     values = substitute(condition.values, scope)
     several = values if isinstance(values, list | tuple) else [values]
-    is_among = any(_is_same(given, value) for value in several)
+    _check_size([given, several])
+    is_among = _is_among(given, several)
     return is_among if condition.operator == "in" else not is_among
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def _is_among(one: Any, several: Sequence[Any]) -> bool:
     """As values, or as texts: Tekton knows texts only."""
-    return text_of(one) == text_of(other) or (
-        type(one) in (int, float) and type(other) in (int, float) and bool(one == other)
+    text, is_number = text_of(one), type(one) in (int, float)
+    return any(
+        text_of(each) == text or (is_number and type(each) in (int, float) and bool(each == one))
+        for each in several
     )
+
+
+def _check_size(value: Any) -> None:
+    """Raise `BadInput` for what takes the server long to compare; looks at no more of it."""
+    todo, left = [value], SIZE_MAX
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            item = [*item, *item.values()] if len(item) < left else [*range(left)]
+        is_several = isinstance(item, list | tuple)
+        left -= len(item) if isinstance(item, str | list | tuple) else VALUE_SIZE
+        if left < 0:
+            raise BadInput(
+                f"when: over {SIZE_MAX >> 10} KiB to compare: have a step compare it, and take"
+                " its result"
+            )
+        if is_several:
+            todo += item
 
 
 def _evaluated(text: str, scope: Scope) -> bool:

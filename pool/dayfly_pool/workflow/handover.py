@@ -6,14 +6,15 @@ Every method waits for the disk: call it in a thread.
 """
 
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import BadInput
+from dayfly.protocol import BODY_BYTES_MAX
+from dayfly_pool.errors import BadInput, BodyTooLarge
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
 from dayfly_pool.workflow import facts, trees, workspaces
@@ -302,20 +303,45 @@ class Handover:
         return found, uris
 
     def whole(self, namespace: str, value: Any) -> Any:
-        """*value* with what stands in it for large ones put back."""
-        if isinstance(value, dict):
-            if value.keys() == {LARGE}:
-                artifact = self.found(namespace, LARGE, value[LARGE])
-                return msgspec.json.decode(self.artifacts.value(artifact))
-            return {key: self.whole(namespace, each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.whole(namespace, each) for each in value]
-        return value
+        """*value* with what stands in it for large ones put back, as JSON that is not decoded.
+
+        Raises `BadInput` if they are more than a step can be given, or one is no JSON.
+        """
+        left = BODY_BYTES_MAX
+
+        def put_back(each: Any) -> Any:
+            if isinstance(each, list | tuple):
+                return list(map(put_back, each))
+            if not isinstance(each, dict):
+                return each
+            return large(each[LARGE]) if each.keys() == {LARGE} else _mapped(put_back, each)
+
+        def large(reference: Any) -> msgspec.Raw:
+            nonlocal left
+            artifact = self.found(namespace, LARGE, reference)
+            try:
+                found = self.artifacts.value(artifact, left)
+            except BodyTooLarge:
+                raise BadInput(
+                    f"what the step is to be given is over {BODY_BYTES_MAX >> 20} MiB: leave it as"
+                    " a file, and take that as an input"
+                ) from None
+            left -= len(found)
+            try:
+                return msgspec.json.decode(found, type=msgspec.Raw)
+            except (msgspec.DecodeError, RecursionError):
+                raise BadInput(f"{artifact.uri} is no value: it is not JSON") from None
+
+        return put_back(value)
 
 
 def _referred_to(uri: str) -> Artifact:
     place, _, digest = uri.partition("/sha256/")
     return Artifact(uri, digest, "tree" if place.endswith("/tree") else "file", 0, 0)
+
+
+def _mapped(change: Callable[[Any], Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: change(each) for key, each in mapping.items()}
 
 
 def _common(branches: Sequence[Workspace]) -> Workspace:

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from dayfly_pool.errors import (
+    BadInput,
     Draining,
     PlatformError,
     StoreFailed,
@@ -253,6 +254,20 @@ def _outcome(end: Ended | Failed) -> str:
     return "failed" if end.is_counted else "not run"
 
 
+def _fact_of(wish: Wish, now: float) -> Fact:
+    match msgspec.json.decode(wish.body, type=Asked):
+        case AskCancel(by=by, hard=hard):
+            return CancelAsked(at=now, by=by, is_hard=hard)
+        case Call(key=key, attempt=attempt, value=value):
+            return Called(at=now, key=key, attempt=attempt, value=value)
+        case Decide(key=key, attempt=attempt, is_approved=is_approved, by=by, note=note):
+            return Decided(
+                at=now, key=key, attempt=attempt, is_approved=is_approved, by=by, note=note
+            )
+        case wanted:
+            assert_never(wanted)
+
+
 class LiveRun:
     """One run that is ours to go on with."""
 
@@ -354,16 +369,13 @@ class LiveRun:
         if wish.number <= self._heard:
             return
         self._heard = wish.number
-        now = self._clock.now()
-        match msgspec.json.decode(wish.body, type=Asked):
-            case AskCancel(by=by, hard=hard):
-                asked: Fact = CancelAsked(at=now, by=by, is_hard=hard)
-            case Call(key=key, attempt=attempt, value=value):
-                asked = Called(at=now, key=key, attempt=attempt, value=value)
-            case Decide(key=key, attempt=attempt, is_approved=is_approved, by=by, note=note):
-                asked = Decided(
-                    at=now, key=key, attempt=attempt, is_approved=is_approved, by=by, note=note
-                )
+        try:
+            asked = _fact_of(wish, self._clock.now())
+            facts.encode(asked)
+        except (BadInput, ValueError, OverflowError, RecursionError) as error:
+            extra = {"run": self.name, "why": str(error)}
+            log.warning("what is wanted of a run cannot be written down", extra=extra)
+            return
         self._note(asked, wish.number)
 
     def tree(self) -> Shown | None:

@@ -29,7 +29,7 @@ from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.run import Asked, LiveRun, RunStatus
 from dayfly_pool.workflow.tree import Shown
-from dayfly_pool.workflow.values import bind
+from dayfly_pool.workflow.values import bind, check_json
 
 log = logging.getLogger("dayfly.runs")
 RUNS_MAX: Final = 1000
@@ -329,6 +329,7 @@ class Runs:
                 continue
             expected = run.token_of(view.stored, command.key, command.attempt)
             if secrets.compare_digest(token.encode(), expected.encode()):
+                check_json(value, "$")
                 asked = run.Call(command.key, command.attempt, value)
                 await self.ask(namespace, name, asked)
                 return
