@@ -4,7 +4,8 @@ Mounted at `Load`, from the stores that the sandbox was started with, before any
 
     /in/NAME            an artifact, or several at /in/NAME/0 and so on; read-only
     /out                empty; what lies in it when the step is dead is its output
-    /workspaces/NAME    what earlier steps left, and what this one changes, in an overlay; for one
+    /workspaces/NAME    what earlier steps left, and what this one changes, in an overlay (if there
+                        is anything, else a folder as /out); for one
                         that decides how branches join, NAME.branches/0 and so on are what each of
                         them left, read-only, and NAME.conflicts the paths that they disagree about
     the stores          covered, for steps and for whoever else becomes a sandbox that had them
@@ -30,7 +31,7 @@ _PLACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/(file|tree)-[0-9a-f]{64
 _STEP = re.compile(r"[a-z0-9][-a-z0-9]{0,62}")
 _WORKSPACE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
 _BRANCH = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,62})/[0-9]{1,3}")
-_LOWER = re.compile(r"lowerdir=(/empty|/layers/[0-9a-f]{16}/tree(:/layers/[0-9a-f]{16}/tree)*)")
+_LOWER = re.compile(r"lowerdir=/layers/[0-9a-f]{16}/tree(:/layers/[0-9a-f]{16}/tree)*")
 _SEEN = re.compile(rf"(lowerdir=(/layers/[0-9a-f]{{16}}/tree:)+/empty,{OVERLAY_OPTIONS})?")
 
 
@@ -57,6 +58,8 @@ def read(body: bytes) -> Mounts:
         _check(_PLACE, place)
     for name, options in mounts.workspaces:
         _check(_WORKSPACE, name)
+        if not options:
+            continue
         lower, own = options.partition(",")[::2]
         _check(_LOWER, lower)
         upper = f"/steps/{mounts.step}/workspaces/{name}"
@@ -98,7 +101,12 @@ def mount(mounts: Mounts, prepared: lockdown.Prepared) -> None:
     for name, options in mounts.workspaces:
         place = f"{WORKSPACES}/{name}"
         os.mkdir(place, 0o755)
-        lockdown.mount("overlay", place, "overlay", flags, options)
+        if options:
+            lockdown.mount("overlay", place, "overlay", flags, options)
+        else:
+            upper = f"{STORES['steps']}/{mounts.step}/workspaces/{name}/upper"
+            lockdown.mount(upper, place, None, lockdown.MS_BIND)
+            lockdown.remount(place, flags)
         lockdown.allow_writing(prepared, place)
     _mount_branches(mounts)
 

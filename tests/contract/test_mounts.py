@@ -149,8 +149,7 @@ class House:
 
     @staticmethod
     def options(step: str, name: str, workspace: Workspace) -> str:
-        places = {"layers": "/layers", "steps": "/steps", "empty": "/empty"}
-        return overlay(workspace, step, name, **places)
+        return overlay(workspace, step, name, layers="/layers", steps="/steps")
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +440,38 @@ found += [[name for name in os.listxattr("d") if "overlay" in name]]
     marks = [os.listxattr(path) for path in upper.rglob("*")]
     assert not {"user.overlay.redirect"} & {mark for each in marks for mark in each}
     assert "d" not in [change.path for change in house.workspaces._changes(first.layers[0])][1:]
+
+
+async def test_what_a_first_step_says_in_overlays_own_words_hides_nothing(house: House):
+    """It has no overlay: what it writes is what will lie below the next one's."""
+    first = await house.changed(
+        Workspace(),
+        """
+for name in ("d", "e"):
+    os.mkdir(name)
+    Path(name, "f").write_text("there")
+Path("empty").touch()
+for place in (".", "d", "d/f", "empty"):
+    for mark in ("opaque", "redirect", "metacopy", "whiteout", "origin", "impure"):
+        for value in (b"y", b"x", b"/e"):
+            told(os.setxattr, place, f"user.overlay.{mark}", value)
+    os.setxattr(place, "user.mine", b"kept")
+os.chmod("d/f", 0o444)
+told(os.mknod, "white", 0o20000, 0)
+""",
+    )
+    program = """
+os.chdir("/workspaces/w")
+result = [sorted(os.listdir(".")), Path("d/f").read_text(), os.listdir("d"),
+          os.getxattr("d/f", "user.mine").decode(), os.stat("d/f").st_mode & 0o777]
+"""
+    found = await house.found(program.replace("result = ", "found = "), {}, {"w": first})
+
+    assert found == [["d", "e", "empty"], "there", ["f"], "kept", 0o444]
+    (layer,) = first.layers
+    tree = house.workspaces._tree(layer)
+    marks = {mark for path in (tree, *tree.rglob("*")) for mark in os.listxattr(path)}
+    assert marks == {"user.mine"}
 
 
 # ---- what nobody sees ---------------------------------------------------------------------------

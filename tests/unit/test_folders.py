@@ -15,9 +15,7 @@ LAYERS = Workspace((Layer("0" * 16, 1), Layer("f" * 16, 2)))
 
 
 def overlay(workspace: Workspace = LAYERS, step: str = "s-1", name: str = "w") -> str:
-    return workspaces.overlay(
-        workspace, step, name, layers="/layers", steps="/steps", empty="/empty"
-    )
+    return workspaces.overlay(workspace, step, name, layers="/layers", steps="/steps")
 
 
 def seen(workspace: Workspace) -> str:
@@ -68,7 +66,7 @@ WRONG: list[tuple[str, Any]] = [
     *(
         ("workspaces", (("w", options),))
         for options in (
-            "",
+            "x",
             overlay(step="another"),
             overlay(name="another"),
             overlay() + ",lowerdir=/steps",
@@ -77,6 +75,7 @@ WRONG: list[tuple[str, Any]] = [
             overlay().replace("userxattr,", ""),
             overlay().replace("/layers/", "/layers/../steps/"),
             "lowerdir=/empty",
+            overlay().replace("lowerdir=", "lowerdir=/empty:"),
         )
     ),
     ("workspaces", (("w", overlay()), ("w", overlay()))),

@@ -328,11 +328,13 @@ class House:
             workspace, step, "w",
             layers=f"{self.root}/workspaces/layers",
             steps=f"{self.root}/steps/steps",
-            empty=f"{self.root}/empty",
         )  # fmt: skip
         libc = ctypes.CDLL(None, use_errno=True)
         seen = bytes(self.root / "seen")
-        assert libc.mount(b"w", seen, b"overlay", 6, options.encode()) == 0, ctypes.get_errno()
+        if options:
+            assert libc.mount(b"w", seen, b"overlay", 6, options.encode()) == 0, ctypes.get_errno()
+        else:
+            assert libc.mount(bytes(upper), seen, None, 4096, None) == 0, ctypes.get_errno()
         try:
             yield self.root / "seen", upper
         finally:

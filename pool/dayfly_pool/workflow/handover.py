@@ -139,7 +139,7 @@ class Handover:
         mounted = tuple(
             (
                 name,
-                workspaces.overlay(view, folders.id, name, layers=LAYERS, steps=STEPS, empty=EMPTY),
+                workspaces.overlay(view, folders.id, name, layers=LAYERS, steps=STEPS),
             )
             for name, view in views.items()
         )

@@ -49,6 +49,7 @@ BRANCHES_MAX: Final = 256
 """That one step decides between."""
 
 CONFLICTS_NAMED_MAX: Final = 20
+OVERLAYS: Final = "user.overlay."
 OPAQUE: Final = "user.overlay.opaque"
 OVERLAY_OPTIONS: Final = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off"
 """And `volatile` where something is written: else every unmount would synchronize the whole file
@@ -73,11 +74,15 @@ class Workspace(Struct, frozen=True):
     floor: int = 0
 
 
-def overlay(
-    workspace: Workspace, step: str, name: str, *, layers: str, steps: str, empty: str
-) -> str:
-    """The options of mount(2) for workspace *name* of *step*, as its sandbox has these folders."""
-    lower = [f"{layers}/{layer.id}/{TREE}" for layer in reversed(workspace.layers)] or [empty]
+def overlay(workspace: Workspace, step: str, name: str, *, layers: str, steps: str) -> str:
+    """The options of mount(2) for workspace *name* of *step*, as its sandbox has these folders.
+
+    Nothing for an empty one: what the step writes to is all there is. An overlay would have the
+    kernel work half as long again for what is written in small pieces.
+    """
+    lower = [f"{layers}/{layer.id}/{TREE}" for layer in reversed(workspace.layers)]
+    if not lower:
+        return ""
     own = f"{steps}/{step}/workspaces/{name}"
     mounts = f"lowerdir={':'.join(lower)},upperdir={own}/upper,workdir={own}/work"
     return f"{mounts},{OVERLAY_OPTIONS},volatile"
@@ -149,7 +154,7 @@ class Workspaces:
                 if os.geteuid() == 0:
                     os.fchown(tree, self._owner, self._owner)
                 os.fchmod(tree, 0o755)
-                found = _Taking(self._limits).changes(tree)
+                found = _Taking(self._limits, is_bare=not workspace.layers).changes(tree)
                 changes = merging.normal(found, below.mode)
                 _make_normal(tree, found, changes)
             if not changes:
@@ -404,15 +409,21 @@ class _View:
 
 
 class _Taking:
-    """Reads an upper layer that a step left, and takes from it what no layer may have."""
+    """Reads an upper layer that a step left, and takes from it what no layer may have.
 
-    def __init__(self, limits: Limits) -> None:
+    In one that *is_bare* the step wrote without an overlay between: what is overlayfs' own language
+    there, the step has said.
+    """
+
+    def __init__(self, limits: Limits, *, is_bare: bool) -> None:
         self._limits = limits
+        self._is_bare = is_bare
         self._bytes = 0
         self._changes: list[Change] = []
 
     def changes(self, tree: int) -> list[Change]:
         """Everything in it, as overlayfs left it."""
+        self._silence(tree, 0o755)
         self._enter(tree, "", 0)
         return self._changes
 
@@ -426,6 +437,7 @@ class _Taking:
             if kind == "folder":
                 with trees.opened_folder(folder, name) as inside:
                     mode = _set_mode(inside, os.fstat(inside), 0o700)
+                    self._silence(inside, mode)
                     is_new = _is_opaque(inside)
                     self._changes.append(Change(below, "replaced" if is_new else "folder", mode))
                     self._enter(inside, below, depth + 1)
@@ -437,7 +449,8 @@ class _Taking:
     def _seal(self, folder: int, name: str, path: str) -> None:
         file, status = trees.open_file(folder, name)
         try:
-            _set_mode(file, status, 0o400)
+            mode = _set_mode(file, status, 0o400)
+            self._silence(file, mode)
             trees.refuse_writers(file, path)
         finally:
             os.close(file)
@@ -446,6 +459,17 @@ class _Taking:
             most = f"{self._limits.bytes} bytes"
             raise BadTree(f"with {trees.shown(path)} it is over {most} (holes count)")
         self._changes.append(Change(path, "file"))
+
+    def _silence(self, file: int, mode: int) -> None:
+        """Take from a file or folder what overlayfs would understand."""
+        names = os.listxattr(file) if self._is_bare else []
+        said = [name for name in names if name.startswith(OVERLAYS)]
+        if not said:
+            return
+        os.fchmod(file, mode | 0o200)  # the attributes are part of what may be written
+        for name in said:
+            os.removexattr(file, name)
+        os.fchmod(file, mode)
 
     def _note(self, path: str, status: os.stat_result) -> None:
         """Links, pipes and sockets do no harm; devices are the kernel's, or nobody's."""
