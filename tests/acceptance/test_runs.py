@@ -152,6 +152,19 @@ def test_a_workflow_in_python_is_deployed_and_run(dayfly: Flows):
     assert results(dayfly.start("twice")) == {"result": 19}
 
 
+def test_a_step_may_import_what_lies_beside_it(dayfly: Flows):
+    folder = dayfly.folder / "beside"
+    folder.mkdir()
+    (folder / "halves.py").write_text("def half(n):\n    return n // 2\n")
+    (folder / "halving.py").write_text(
+        "from dayfly import step, workflow\nfrom halves import half\n\n"
+        "@step\ndef halved(n: int) -> int:\n    return half(n)\n\n"
+        "@workflow\ndef halving(n: int = 8):\n    return halved(n)\n"
+    )
+    assert f"with the folder {folder}" in dayfly("workflow", "deploy", "beside/halving.py")
+    assert results(dayfly.start("halving")) == {"result": 4}
+
+
 def test_both_faces_say_the_same(dayfly: Flows):
     """What is compiled to YAML and back is the workflow that it was."""
     (dayfly.folder / "pipeline.py").write_text(PIPELINE)
