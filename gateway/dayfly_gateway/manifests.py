@@ -16,6 +16,7 @@ import yaml
 from dayfly_pool.batch.model import JobManifest, JobSpec, QueueManifest
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import (
+    API_VERSION,
     BASE,
     EnvironmentManifest,
     EnvironmentSpec,
@@ -26,6 +27,7 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.workflow.model import TaskManifest, WorkflowManifest, plain
 from dayfly_pool.workflow.shapes import task_of, workflow_of
+from dayfly_pool.workflow.values import BadDefinition
 
 MANIFEST_FILE: Final = "dayfly.yaml"
 REQUIREMENTS_FILE: Final = "requirements.txt"
@@ -392,11 +394,19 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
 
 def _shaped(document: Document, spec: dict[str, Any]) -> dict[str, Any]:
     """As we write it, however it was written: Tekton's shapes are known."""
+    from dayfly_pool.workflow.graph import check, check_task
+
     try:
-        found = workflow_of(spec) if document.kind == "Workflow" else task_of(spec)
-    except BadInput as error:
-        raise document.refused(f"{error.detail} - at `$.spec`") from None
-    return plain(found)
+        if document.kind == "Workflow":
+            flow = workflow_of(spec)
+            check(flow, {}, {}, is_all=False)
+            return plain(flow)
+        task = task_of(spec)
+        check_task(task)
+    except BadDefinition as error:
+        where = error.path.removeprefix("$")
+        raise document.refused(f"{error.what} - at `$.spec{where}`") from None
+    return plain(task)
 
 
 def _own_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
@@ -431,6 +441,8 @@ def _explained(message: str, place: str) -> str:
         what = "names are lower-case letters, digits and dashes, at most 63"
     if what.startswith("Expected `str`, got"):
         what += ": put it in quotes"
+    if where == "apiVersion" and what.startswith("Invalid enum value"):
+        what = f"it must be {API_VERSION}"
     return f"{place}: {where}: {what}" if where else f"{place}: {what}"
 
 

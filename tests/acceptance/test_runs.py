@@ -372,7 +372,9 @@ def test_a_run_is_cancelled(dayfly: Flows):
     assert dayfly("run", "cancel", name) == f"{name} is being cancelled\n"
     assert eventually(lambda: dayfly.json("run", "show", name)["status"]["state"] == "Cancelled")
     assert dayfly.tree(name) == {"slow": "cancelled", "last": "succeeded"}
-    assert "is over: Cancelled" in dayfly("run", "cancel", name, code=1)
+    told = dayfly("run", "cancel", name, code=1)
+    assert "is over: Cancelled. `dayfly run retry" in told
+    assert "Correct what" not in told
     assert dayfly("run", "delete", name, "-y") == f"deleted {name}\n"
     assert f"no run default/{name}" in dayfly("run", "show", name, code=1)
 
@@ -396,6 +398,9 @@ def test_a_run_waits_for_an_approval_a_time_and_a_callback(dayfly: Flows):
     assert eventually(lambda: dayfly.json("run", "show", name)["expected"])
     assert "sign-off waits for approval: is" in dayfly("run", "show", name)
     assert "waits for no approval" in dayfly("run", "approve", name, "hook", code=1)
+    wrong = dayfly("run", "approve", name, "nobody", code=1)
+    assert "waits for no approval; those that do: sign-off" in wrong
+    assert "did you mean 'sign-off'? Nothing" in dayfly("run", "approve", name, "sign-of", code=1)
     told = dayfly("run", "approve", name, "sign-off", "--note", "looks good")
     assert told == f"sign-off of {name} is approved\n"
     found = eventually(

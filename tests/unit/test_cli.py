@@ -379,6 +379,28 @@ def test_a_wrong_manifest_is_refused_with_its_line(
         plans("m.yaml", GOOD.replace(old, new, 1), hello.parent, "default")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {name: a, script: x}\n  - {name: b, scrip: y}", r"line 6 .*step 'b': .*`script`"),
+        ("- {name: a, script: x}\n  - {name: b, task: t,\n     runAfter: [c]}", r"line 7 .*'c'"),
+        ("  a: {script: x}", r"line 4 .*spec.steps: a list is wanted.*write `- name: a`"),
+    ],
+)
+def test_a_wrong_step_is_refused_with_its_line(text: str, message: str) -> None:
+    """Before anything is sent; a task that is not in the file may be declared already."""
+    whole = f"kind: Workflow\nmetadata: {{name: w}}\nspec:\n  steps:\n  {text}"
+    with pytest.raises(BadInput, match=message):
+        plans("m.yaml", whole, Path(), "default")
+
+
+def test_another_api_version_is_refused_with_ours() -> None:
+    """And not as an enum's value."""
+    text = "apiVersion: dayfly/v1\nkind: Environment\nmetadata: {name: e}\nspec: {}"
+    with pytest.raises(BadInput, match=r"line 1 .*apiVersion: it must be dayfly.dev/v1"):
+        plans("m.yaml", text, Path(), "default")
+
+
 def test_a_good_manifest_becomes_plans(hello: Path) -> None:
     """`source` is relative to the manifest; the namespace is the command's where it is silent."""
     first, second = plans("m.yaml", GOOD, hello.parent, "ours")
