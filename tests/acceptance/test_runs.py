@@ -464,6 +464,8 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
         ("- {name: a, script: x, timeout: soon}", "", "no duration"),
         ("- {name: a, script: x, retires: 3}", "", "retires"),
         ("- {name: a, handler: 'main:handler'}", "", "package"),
+        ("- {name: a, script: x, environment: nope}", "", "no environment 'nope'"),
+        ("- {name: a, script: x}", "environment: nope", "no environment 'nope'"),
         ("- {name: a, script: x}", "params: [{name: n, type: integer, default: x}]", "integer"),
         ("# none", "", "steps"),
     ],
@@ -478,6 +480,23 @@ def test_a_declaration_that_cannot_be_is_refused_with_its_place(
     assert why in done.stderr
     assert "Traceback" not in done.stderr
     assert sandboxed.server.ask("GET", "/namespaces/default/workflows/wrong").status == 404
+
+
+def test_a_task_needs_its_environment(sandboxed: Flows):
+    task = "kind: Task\nmetadata: {name: bare}\nspec: {script: x, environment: nope}\n"
+
+    assert "no environment 'nope'" in sandboxed.apply(task, code=1)
+    assert "bare" not in {
+        task["metadata"]["name"] for task in sandboxed.server.ask("GET", "/tasks").json()
+    }
+
+
+def test_an_environment_may_stand_behind_what_needs_it(sandboxed: Flows):
+    environment = "---\nkind: Environment\nmetadata: {name: late}\nspec: {preload: [math]}\n"
+    flow = manifest("early", "- {name: a, script: 'true'}", "environment: late")
+
+    assert "default/early 1 steps" in sandboxed.apply(flow + environment)
+    assert results(sandboxed.start("early")) == {}
 
 
 def test_scripts_need_no_package_after_a_restart_too(new_server: Any, tmp_path: Path):
