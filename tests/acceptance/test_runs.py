@@ -416,6 +416,33 @@ def test_a_run_waits_for_an_approval_a_time_and_a_callback(dayfly: Flows):
     assert dayfly.server.ask("POST", f"{path}{token}", {"n": 1}).status == 400
 
 
+def test_who_waits_for_a_run_is_told_what_it_waits_for(dayfly: Flows):
+    name = f"told-{dayfly.server.driver}"
+    dayfly.apply(
+        manifest(
+            name,
+            """
+- {name: sign-off, wait: {approval: "well?"}}
+- {name: hook, wait: {callback: true}, timeout: 2s, onError: continue}
+""",
+        )
+    )
+    done: list[subprocess.CompletedProcess[str]] = []
+    waiting = threading.Thread(
+        target=lambda: done.append(dayfly.try_("run", "start", name, "--name", name))
+    )
+    waiting.start()
+    assert eventually(lambda: "sign-off waits" in dayfly.try_("run", "show", name).stdout)
+    time.sleep(1.5)
+    dayfly("run", "approve", name, "sign-off")
+    waiting.join(20)
+
+    said = done[0].stderr
+    assert f"sign-off waits for approval: well?\n  dayfly run approve {name} sign-off\n" in said
+    assert said.count("waits for") == 2
+    assert f"hook waits for a callback: dayfly run show {name}\n" in said
+
+
 def test_what_is_refused_fails(dayfly: Flows):
     name = f"refused-{dayfly.server.driver}"
     dayfly.apply(manifest(name, '- {name: ok, wait: {approval: "well?"}}'))

@@ -303,9 +303,9 @@ class Runs:
             raise BadInput(f"run {name!r} is {view.status.state}: it has no provenance (yet)")
         return entries[-1].body
 
-    def expected(self, view: View) -> list[facts.Expect]:
+    def expected(self, journal: Journal) -> list[facts.Expect]:
         """What somebody outside is waited for."""
-        live = self._live.get(view.journal.id)
+        live = self._live.get(journal.id)
         return list(live.expected.values()) if live is not None else []
 
     def functions(self, view: View) -> list[FunctionId]:
