@@ -202,7 +202,7 @@ def _table(views: Sequence[Mapping[str, Any]]) -> None:
         steps = f"{status['succeeded']} ok, {status['failed']} failed"
         row = (name, status["workflow"], status["state"], steps, show.took(status), status["kind"])
         rows.append(row)
-    show.table(("NAME", "WORKFLOW", "STATE", "STEPS", "TOOK", "WHY"), rows)
+    show.table(("NAME", "WORKFLOW", "STATE", "ATTEMPTS", "TOOK", "WHY"), rows)
 
 
 @run.command("show")
@@ -321,7 +321,8 @@ def cancel(session: Session, name: str, hard: bool) -> None:
 def retry(session: Session, name: str, detach: bool) -> None:
     """Begin another run with what succeeded in NAME.
 
-    Only what failed, and what never ran, runs.
+    Only what failed, and what never ran, runs; with the code that NAME began with. To try a fix,
+    deploy it and start another run.
 
     \b
       dayfly run retry pipeline-3f2a1b

@@ -452,6 +452,7 @@ def test_what_is_refused_fails(dayfly: Flows):
     assert eventually(lambda: dayfly.json("run", "show", name)["status"]["state"] == "Failed")
 
     assert "not today" in dayfly("run", "show", name)
+    assert "ATTEMPTS" in dayfly("run", "list").splitlines()[0]  # a wait makes none
 
 
 def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
