@@ -81,11 +81,15 @@ def _begun(session: Session, view: Mapping[str, Any], detach: bool) -> None:
 
 def _watched(session: Session, name: str) -> dict[str, Any]:
     """Until it is over; its steps are drawn on a terminal."""
+    told: set[str] = set()
     if session.is_json or not sys.stdout.isatty():
+        wait_s = 1
         for _ in looks():
-            view = session.client.run_over(session.namespace, name, WAIT_S)
+            view = session.client.run_over(session.namespace, name, wait_s)
             if view["status"]["state"] in OVER:
                 break
+            _tell_waits(view, told)
+            wait_s = min(WAIT_S, wait_s * 2)
         return session.client.run(session.namespace, name)
     from dayfly_gateway import run_tree
 
@@ -95,6 +99,7 @@ def _watched(session: Session, name: str) -> dict[str, Any]:
         nonlocal last
         for _ in looks():
             last = session.client.run(session.namespace, name)
+            _tell_waits(last, told)
             if last["view"]["tree"] is not None:
                 yield last["view"]
             if last["status"]["state"] in OVER:
@@ -102,6 +107,20 @@ def _watched(session: Session, name: str) -> dict[str, Any]:
 
     run_tree.watch(views())
     return last
+
+
+def _tell_waits(view: Mapping[str, Any], told: set[str]) -> None:
+    """Say once of each step that waits for somebody how the run goes on."""
+    name = view["metadata"]["name"]
+    for each in view.get("expected", []):
+        if each["key"] in told:
+            continue
+        told.add(each["key"])
+        if each["kind"] == "approval":
+            click.echo(f"{each['key']} waits for approval: {printable(each['what'])}", err=True)
+            click.echo(f"  dayfly run approve {name} {each['key']}", err=True)
+        else:
+            click.echo(f"{each['key']} waits for a callback: dayfly run show {name}", err=True)
 
 
 def _params(params: Sequence[str], file: str | None) -> dict[str, Any]:
@@ -183,7 +202,7 @@ def _table(views: Sequence[Mapping[str, Any]]) -> None:
         steps = f"{status['succeeded']} ok, {status['failed']} failed"
         row = (name, status["workflow"], status["state"], steps, show.took(status), status["kind"])
         rows.append(row)
-    show.table(("NAME", "WORKFLOW", "STATE", "STEPS", "TOOK", "WHY"), rows)
+    show.table(("NAME", "WORKFLOW", "STATE", "ATTEMPTS", "TOOK", "WHY"), rows)
 
 
 @run.command("show")
@@ -302,7 +321,8 @@ def cancel(session: Session, name: str, hard: bool) -> None:
 def retry(session: Session, name: str, detach: bool) -> None:
     """Begin another run with what succeeded in NAME.
 
-    Only what failed, and what never ran, runs.
+    Only what failed, and what never ran, runs; with the code that NAME began with. To try a fix,
+    deploy it and start another run.
 
     \b
       dayfly run retry pipeline-3f2a1b

@@ -58,9 +58,11 @@ def compile_(source: str, to: str | None) -> None:
 @click.argument("source", metavar="FILE[:NAME]")
 @client_command
 def deploy(session: Session, source: str) -> None:
-    """Declare the workflows of a Python file, with the code of its folder.
+    """Declare the workflows of a Python file, with its code.
 
-    Those in YAML are applied: dayfly apply -f FILE.
+    If it imports what lies beside it, all of its folder is sent, but for what .dayflyignore names;
+    what steps open there is sent with `@workflow(source=".")`. A requirements.txt beside it is
+    the environment of workflows that name none. Those in YAML are applied: dayfly apply -f FILE.
 
     \b
       dayfly workflow deploy pipeline.py
@@ -83,7 +85,9 @@ def deploy(session: Session, source: str) -> None:
 
 def _show_deployed(views: Sequence[Mapping[str, Any]]) -> None:
     for view in views:
-        click.echo(f"{view['metadata']['name']}: {view['status']['steps']} steps")
+        sent = view.get("sent")
+        code = f", with the folder {Path(sent).resolve()}" if sent and Path(sent).is_dir() else ""
+        click.echo(f"{view['metadata']['name']}: {view['status']['steps']} steps{code}")
     click.echo(f"  dayfly run start {views[-1]['metadata']['name']}")
 
 

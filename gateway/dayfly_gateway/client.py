@@ -74,7 +74,8 @@ def printable(text: str) -> str:
 def sentence(error: PlatformError) -> str:
     """One of our own errors: what happened, then the remedy."""
     first = (error.detail or error.title()).rstrip(".")
-    return f"{first}. {error.remedy()}" if error.remedy() else first
+    end = "" if first.endswith("?") else "."
+    return f"{first}{end} {error.remedy()}" if error.remedy() else first
 
 
 class Client:

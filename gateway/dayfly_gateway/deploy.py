@@ -7,7 +7,14 @@ import msgspec
 
 from dayfly_gateway import faces
 from dayfly_gateway.client import Client
-from dayfly_gateway.manifests import Applied, FlowPlan, JobPlan, Plan, job_spec
+from dayfly_gateway.manifests import (
+    Applied,
+    FlowPlan,
+    JobPlan,
+    Plan,
+    job_spec,
+    with_requirements,
+)
 from dayfly_pool.batch.model import QueueManifest
 from dayfly_pool.models import EnvironmentManifest, TriggerManifest
 from dayfly_pool.packages import pack
@@ -72,6 +79,8 @@ def declare(client: Client, plan: FlowPlan, progress: Progress) -> dict[str, Any
     """Declare a workflow or task; returns it as the API shows it."""
     metadata, spec = plan.manifest.metadata, plain(plan.manifest.spec)
     spec.pop("source", None)
+    if plan.environment is not None:
+        build(client, plan.environment, progress)
     if plan.source is not None:
         spec["package"] = client.put_package(pack(plan.source), progress.uploaded)
     kind = "workflows" if isinstance(plan.manifest, WorkflowManifest) else "tasks"
@@ -81,13 +90,20 @@ def declare(client: Client, plan: FlowPlan, progress: Progress) -> dict[str, Any
 def declare_file(
     client: Client, file: Path, namespace: str, progress: Progress, name: str = ""
 ) -> list[dict[str, Any]]:
-    """Declare the workflows of a Python file, or the one called *name*; as the API shows them."""
+    """Declare the workflows of a Python file, or the one called *name*.
+
+    As the API shows them, with `sent`: what code went along, if any.
+    """
     views = []
     for flow in faces.from_python(file, name):
         metadata = msgspec.structs.replace(flow.metadata, namespace=namespace)
         manifest = WorkflowManifest(metadata=metadata, spec=flow.spec)
         code = file.parent / flow.spec.source if flow.spec.source else None
-        views.append(declare(client, FlowPlan(manifest, code), progress))
+        plan = FlowPlan(manifest, code)
+        if not flow.is_environment_named:
+            plan = with_requirements(plan, file.parent)
+        sent = {"sent": str(code)} if code is not None else {}
+        views.append(declare(client, plan, progress) | sent)
     return views
 
 

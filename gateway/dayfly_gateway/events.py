@@ -247,7 +247,8 @@ def problem(status: int, title: str, detail: str, **fields: Any) -> web.Response
 
 def platform_problem(error: PlatformError, **fields: Any) -> web.Response:
     """The problem document of one of our own errors."""
-    detail = f"{error.detail}. {error.remedy()}" if error.detail else error.remedy()
+    end = "" if error.detail.endswith("?") else "."
+    detail = f"{error.detail}{end} {error.remedy()}" if error.detail else error.remedy()
     fields |= {"error": type(error).__name__, "retryable": error.retryable} | error.fields
     answer = problem(error.status, error.title(), detail, **fields)
     if error.retry_after_s is not None:

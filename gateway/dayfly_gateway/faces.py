@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import yaml
 
-from dayfly_gateway.manifests import Document, name_of, read
+from dayfly_gateway.manifests import Document, imports_beside, name_of, read
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import API_VERSION, Metadata
 from dayfly_pool.workflow.graph import check, check_task, in_order
@@ -64,6 +64,7 @@ class Flow(NamedTuple):
 
     metadata: Metadata
     spec: WorkflowSpec
+    is_environment_named: bool = True
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -92,8 +93,9 @@ def from_python(file: Path, name: str = "") -> list[Flow]:
         except (BadDefinition, msgspec.ValidationError) as error:
             raise BadInput(f"{file}: workflow {made['name']!r}: {error}") from None
         if not spec.source and any(s.handler for s in (*spec.steps, *spec.finally_)):
-            spec = msgspec.structs.replace(spec, source=file.name)
-        flows.append(Flow(metadata, _ordered(spec)))
+            source = "." if imports_beside(file) else file.name
+            spec = msgspec.structs.replace(spec, source=source)
+        flows.append(Flow(metadata, _ordered(spec), "environment" in made["spec"]))
     workflows = {flow.metadata.name: flow.spec for flow in flows}
     for flow in flows:
         try:

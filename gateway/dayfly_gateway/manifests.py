@@ -6,6 +6,7 @@ Nothing here speaks to a server. What is wrong is `BadInput`, which names the fi
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,6 +16,7 @@ import yaml
 from dayfly_pool.batch.model import JobManifest, JobSpec, QueueManifest
 from dayfly_pool.errors import BadInput
 from dayfly_pool.models import (
+    API_VERSION,
     BASE,
     EnvironmentManifest,
     EnvironmentSpec,
@@ -25,6 +27,7 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.workflow.model import TaskManifest, WorkflowManifest, plain
 from dayfly_pool.workflow.shapes import task_of, workflow_of
+from dayfly_pool.workflow.values import BadDefinition
 
 MANIFEST_FILE: Final = "dayfly.yaml"
 REQUIREMENTS_FILE: Final = "requirements.txt"
@@ -44,10 +47,11 @@ class Plan(NamedTuple):
 
 
 class FlowPlan(NamedTuple):
-    """A workflow or task to be declared: *source* is packed and uploaded first."""
+    """A workflow or task: *source* is packed and uploaded, *environment* is built, both first."""
 
     manifest: WorkflowManifest | TaskManifest
     source: Path | None
+    environment: EnvironmentManifest | None = None
 
 
 class JobPlan(NamedTuple):
@@ -129,6 +133,31 @@ def _own_environment(
         )
     except msgspec.ValidationError as error:
         raise BadInput(_explained(str(error), f"the environment {name!r}")) from None
+
+
+def with_requirements(flow: FlowPlan, folder: Path) -> FlowPlan:
+    """*flow*, whose environment is the one that requirements.txt in *folder* asks for, if any."""
+    metadata = flow.manifest.metadata
+    named = {"name": f"{metadata.name[:54]}-workflow", "namespace": metadata.namespace}
+    own = _own_environment(folder, named, {}, ())
+    if own is None:
+        return flow
+    replaced = msgspec.structs.replace
+    spec = replaced(flow.manifest.spec, environment=own.metadata.name)
+    return FlowPlan(replaced(flow.manifest, spec=spec), flow.source, own)
+
+
+def imports_beside(file: Path) -> bool:
+    """Whether *file* imports what lies in its folder; read, never run."""
+    names: set[str] = set()
+    for node in ast.walk(ast.Module(_nodes(file), [])):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    beside, own = [str(file.resolve().parent)], file.stem
+    found = (PathFinder.find_spec(name, beside) for name in {n.partition(".")[0] for n in names})
+    return any(spec is not None and spec.name != own for spec in found)
 
 
 def name_of(path: Path) -> str:
@@ -334,15 +363,23 @@ def plans(file: str, text: str, folder: Path, namespace: str) -> list[Applied]:
 def _applied(document: Document, folder: Path, namespace: str) -> Applied:
     metadata = {"namespace": namespace, **document.section("metadata")}
     spec = document.section("spec")
+    is_environment_named = "environment" in spec
     if document.kind in ("Workflow", "Task"):
         spec = _shaped(document, spec)
+    listed = spec.get("requirements")
+    if document.kind == "Environment" and isinstance(listed, list):
+        spec["requirements"] = "\n".join(map(str, listed))
     if document.kind != "Function":
         manifest = document.converted({"metadata": metadata, "spec": spec})
         assert not isinstance(manifest, FunctionManifest)
         if isinstance(manifest, JobManifest):
             return JobPlan(manifest, _own_source(document, spec, folder))
         if isinstance(manifest, TaskManifest | WorkflowManifest):
-            return FlowPlan(manifest, _own_source(document, spec, folder))
+            flow = FlowPlan(manifest, _own_source(document, spec, folder))
+            if flow.source is None or is_environment_named:
+                return flow
+            code = flow.source
+            return with_requirements(flow, code if code.is_dir() else code.parent)
         return manifest
     source = _source(document, spec, folder)
     if source is not None and "handler" not in spec:
@@ -357,11 +394,19 @@ def _applied(document: Document, folder: Path, namespace: str) -> Applied:
 
 def _shaped(document: Document, spec: dict[str, Any]) -> dict[str, Any]:
     """As we write it, however it was written: Tekton's shapes are known."""
+    from dayfly_pool.workflow.graph import check, check_task
+
     try:
-        found = workflow_of(spec) if document.kind == "Workflow" else task_of(spec)
-    except BadInput as error:
-        raise document.refused(f"{error.detail} - at `$.spec`") from None
-    return plain(found)
+        if document.kind == "Workflow":
+            flow = workflow_of(spec)
+            check(flow, {}, {}, is_all=False)
+            return plain(flow)
+        task = task_of(spec)
+        check_task(task)
+    except BadDefinition as error:
+        where = error.path.removeprefix("$")
+        raise document.refused(f"{error.what} - at `$.spec{where}`") from None
+    return plain(task)
 
 
 def _own_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
@@ -396,6 +441,8 @@ def _explained(message: str, place: str) -> str:
         what = "names are lower-case letters, digits and dashes, at most 63"
     if what.startswith("Expected `str`, got"):
         what += ": put it in quotes"
+    if where == "apiVersion" and what.startswith("Invalid enum value"):
+        what = f"it must be {API_VERSION}"
     return f"{place}: {where}: {what}" if where else f"{place}: {what}"
 
 

@@ -135,7 +135,12 @@ class RunsPlane:
         runs = self._service.runs
         if "brief" in request.query:
             wait_s = answers.number(request, "wait", 0, WAIT_S_MAX)
-            return answers.json(_listed(*await runs.over(info["namespace"], info["name"], wait_s)))
+            journal, status = await runs.over(info["namespace"], info["name"], wait_s)
+            expected = [
+                {"key": each.key, "kind": each.kind, "what": each.what}
+                for each in runs.expected(journal)
+            ]
+            return answers.json(_listed(journal, status) | {"expected": expected})
         view = await runs.get(info["namespace"], info["name"])
         engine = await runs.engine(view)
         tree = engine.tree()
@@ -158,7 +163,7 @@ class RunsPlane:
                     if each.kind == "callback"
                     else None,
                 }
-                for each in runs.expected(view)
+                for each in runs.expected(view.journal)
             ],
         }
         return answers.json(shown)

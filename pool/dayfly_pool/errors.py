@@ -38,6 +38,13 @@ class BadInput(PlatformError):
     status = 400
 
 
+class RunIsOver(BadInput):
+    """The run is over.
+
+    `dayfly run retry NAME` begins another one with what succeeded, if it failed.
+    """
+
+
 class BadPackage(BadInput):
     """The package was refused.
 

@@ -421,17 +421,20 @@ class Service:
     async def set_workflow(self, namespace: str, name: str, spec: WorkflowSpec) -> None:
         """Declare a workflow; runs that have begun go on as they were.
 
-        Raises `BadInput`, and then changes nothing.
+        Raises `BadInput` or `EnvironmentNotFound`, and then changes nothing.
         """
         spec = msgspec.structs.replace(spec, source=None)
+        steps = (*spec.steps, *spec.finally_)
         if spec.package:
             await self._check_package(spec.package)
-        elif any(step.handler is not None for step in (*spec.steps, *spec.finally_)):
+        elif any(step.handler is not None for step in steps):
             raise BadInput("spec.package is missing: use `dayfly workflow deploy` for handlers")
         async with self._changing:
             there = {n: flow for (where, n), flow in self.workflows.items() if where == namespace}
             tasks = {n: task for (where, n), task in self.tasks.items() if where == namespace}
             await asyncio.to_thread(graph.check, spec, tasks, there | {name: spec}, name)
+            for environment in sorted({spec.environment, *(s.environment or BASE for s in steps)}):
+                self._environment(namespace, environment)
             content = msgspec.json.encode(spec)
             await self._declarations.save_spec("Workflow", namespace, name, content)
             self.workflows[namespace, name] = spec
@@ -444,12 +447,13 @@ class Service:
             await self._declarations.delete_spec("Workflow", namespace, name)
 
     async def set_task(self, namespace: str, name: str, spec: TaskSpec) -> None:
-        """Declare a task. Raises `BadInput`, and then changes nothing."""
+        """Declare a task. Raises `BadInput` or `EnvironmentNotFound`, and then changes nothing."""
         spec = msgspec.structs.replace(spec, source=None)
         if spec.package:
             await self._check_package(spec.package)
         graph.check_task(spec)
         async with self._changing:
+            self._environment(namespace, spec.environment)
             await self._declarations.save_spec("Task", namespace, name, msgspec.json.encode(spec))
             self.tasks[namespace, name] = spec
 

@@ -152,6 +152,19 @@ def test_a_workflow_in_python_is_deployed_and_run(dayfly: Flows):
     assert results(dayfly.start("twice")) == {"result": 19}
 
 
+def test_a_step_may_import_what_lies_beside_it(dayfly: Flows):
+    folder = dayfly.folder / "beside"
+    folder.mkdir()
+    (folder / "halves.py").write_text("def half(n):\n    return n // 2\n")
+    (folder / "halving.py").write_text(
+        "from dayfly import step, workflow\nfrom halves import half\n\n"
+        "@step\ndef halved(n: int) -> int:\n    return half(n)\n\n"
+        "@workflow\ndef halving(n: int = 8):\n    return halved(n)\n"
+    )
+    assert f"with the folder {folder}" in dayfly("workflow", "deploy", "beside/halving.py")
+    assert results(dayfly.start("halving")) == {"result": 4}
+
+
 def test_both_faces_say_the_same(dayfly: Flows):
     """What is compiled to YAML and back is the workflow that it was."""
     (dayfly.folder / "pipeline.py").write_text(PIPELINE)
@@ -359,7 +372,9 @@ def test_a_run_is_cancelled(dayfly: Flows):
     assert dayfly("run", "cancel", name) == f"{name} is being cancelled\n"
     assert eventually(lambda: dayfly.json("run", "show", name)["status"]["state"] == "Cancelled")
     assert dayfly.tree(name) == {"slow": "cancelled", "last": "succeeded"}
-    assert "is over: Cancelled" in dayfly("run", "cancel", name, code=1)
+    told = dayfly("run", "cancel", name, code=1)
+    assert "is over: Cancelled. `dayfly run retry" in told
+    assert "Correct what" not in told
     assert dayfly("run", "delete", name, "-y") == f"deleted {name}\n"
     assert f"no run default/{name}" in dayfly("run", "show", name, code=1)
 
@@ -383,6 +398,9 @@ def test_a_run_waits_for_an_approval_a_time_and_a_callback(dayfly: Flows):
     assert eventually(lambda: dayfly.json("run", "show", name)["expected"])
     assert "sign-off waits for approval: is" in dayfly("run", "show", name)
     assert "waits for no approval" in dayfly("run", "approve", name, "hook", code=1)
+    wrong = dayfly("run", "approve", name, "nobody", code=1)
+    assert "waits for no approval; those that do: sign-off" in wrong
+    assert "did you mean 'sign-off'? Nothing" in dayfly("run", "approve", name, "sign-of", code=1)
     told = dayfly("run", "approve", name, "sign-off", "--note", "looks good")
     assert told == f"sign-off of {name} is approved\n"
     found = eventually(
@@ -398,6 +416,33 @@ def test_a_run_waits_for_an_approval_a_time_and_a_callback(dayfly: Flows):
     assert dayfly.server.ask("POST", f"{path}{token}", {"n": 1}).status == 400
 
 
+def test_who_waits_for_a_run_is_told_what_it_waits_for(dayfly: Flows):
+    name = f"told-{dayfly.server.driver}"
+    dayfly.apply(
+        manifest(
+            name,
+            """
+- {name: sign-off, wait: {approval: "well?"}}
+- {name: hook, wait: {callback: true}, timeout: 2s, onError: continue}
+""",
+        )
+    )
+    done: list[subprocess.CompletedProcess[str]] = []
+    waiting = threading.Thread(
+        target=lambda: done.append(dayfly.try_("run", "start", name, "--name", name))
+    )
+    waiting.start()
+    assert eventually(lambda: "sign-off waits" in dayfly.try_("run", "show", name).stdout)
+    time.sleep(1.5)
+    dayfly("run", "approve", name, "sign-off")
+    waiting.join(20)
+
+    said = done[0].stderr
+    assert f"sign-off waits for approval: well?\n  dayfly run approve {name} sign-off\n" in said
+    assert said.count("waits for") == 2
+    assert f"hook waits for a callback: dayfly run show {name}\n" in said
+
+
 def test_what_is_refused_fails(dayfly: Flows):
     name = f"refused-{dayfly.server.driver}"
     dayfly.apply(manifest(name, '- {name: ok, wait: {approval: "well?"}}'))
@@ -407,6 +452,7 @@ def test_what_is_refused_fails(dayfly: Flows):
     assert eventually(lambda: dayfly.json("run", "show", name)["status"]["state"] == "Failed")
 
     assert "not today" in dayfly("run", "show", name)
+    assert "ATTEMPTS" in dayfly("run", "list").splitlines()[0]  # a wait makes none
 
 
 def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
@@ -446,6 +492,8 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(sandboxed: Flows):
         ("- {name: a, script: x, timeout: soon}", "", "no duration"),
         ("- {name: a, script: x, retires: 3}", "", "retires"),
         ("- {name: a, handler: 'main:handler'}", "", "package"),
+        ("- {name: a, script: x, environment: nope}", "", "no environment 'nope'"),
+        ("- {name: a, script: x}", "environment: nope", "no environment 'nope'"),
         ("- {name: a, script: x}", "params: [{name: n, type: integer, default: x}]", "integer"),
         ("# none", "", "steps"),
     ],
@@ -460,6 +508,23 @@ def test_a_declaration_that_cannot_be_is_refused_with_its_place(
     assert why in done.stderr
     assert "Traceback" not in done.stderr
     assert sandboxed.server.ask("GET", "/namespaces/default/workflows/wrong").status == 404
+
+
+def test_a_task_needs_its_environment(sandboxed: Flows):
+    task = "kind: Task\nmetadata: {name: bare}\nspec: {script: x, environment: nope}\n"
+
+    assert "no environment 'nope'" in sandboxed.apply(task, code=1)
+    assert "bare" not in {
+        task["metadata"]["name"] for task in sandboxed.server.ask("GET", "/tasks").json()
+    }
+
+
+def test_an_environment_may_stand_behind_what_needs_it(sandboxed: Flows):
+    environment = "---\nkind: Environment\nmetadata: {name: late}\nspec: {preload: [math]}\n"
+    flow = manifest("early", "- {name: a, script: 'true'}", "environment: late")
+
+    assert "default/early 1 steps" in sandboxed.apply(flow + environment)
+    assert results(sandboxed.start("early")) == {}
 
 
 def test_scripts_need_no_package_after_a_restart_too(new_server: Any, tmp_path: Path):

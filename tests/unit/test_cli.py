@@ -7,9 +7,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, get_args
+from zipfile import ZipFile
 
 import pytest
 from click.testing import CliRunner, Result
@@ -18,7 +19,7 @@ from dayfly_gateway import manifests, show, up
 from dayfly_gateway.cli import cli
 from dayfly_gateway.deploy import reachable
 from dayfly_gateway.logformat import JsonFormatter, Outbox, TextFormatter
-from dayfly_gateway.manifests import Plan, find_handler, name_of, plan, plans
+from dayfly_gateway.manifests import FlowPlan, Plan, find_handler, name_of, plan, plans
 from dayfly_pool.errors import BadInput, DataFolderUnusable
 from dayfly_pool.models import SOURCES, EnvironmentManifest
 
@@ -156,6 +157,8 @@ class Admin(BaseHTTPRequestHandler):
                 self.reply_lines({"progress": "resolving"}, built)
             case "PUT", _ if "/triggers/" in path:
                 self.reply(200, trigger_view(name, json.loads(self.server.asked[-1][2])))
+            case "PUT", _ if "/workflows/" in path:
+                self.reply(200, view(name, steps=1))
             case "DELETE", _:
                 self.send(204, b"", {})
             case _:
@@ -376,6 +379,28 @@ def test_a_wrong_manifest_is_refused_with_its_line(
         plans("m.yaml", GOOD.replace(old, new, 1), hello.parent, "default")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {name: a, script: x}\n  - {name: b, scrip: y}", r"line 6 .*step 'b': .*`script`"),
+        ("- {name: a, script: x}\n  - {name: b, task: t,\n     runAfter: [c]}", r"line 7 .*'c'"),
+        ("  a: {script: x}", r"line 4 .*spec.steps: a list is wanted.*write `- name: a`"),
+    ],
+)
+def test_a_wrong_step_is_refused_with_its_line(text: str, message: str) -> None:
+    """Before anything is sent; a task that is not in the file may be declared already."""
+    whole = f"kind: Workflow\nmetadata: {{name: w}}\nspec:\n  steps:\n  {text}"
+    with pytest.raises(BadInput, match=message):
+        plans("m.yaml", whole, Path(), "default")
+
+
+def test_another_api_version_is_refused_with_ours() -> None:
+    """And not as an enum's value."""
+    text = "apiVersion: dayfly/v1\nkind: Environment\nmetadata: {name: e}\nspec: {}"
+    with pytest.raises(BadInput, match=r"line 1 .*apiVersion: it must be dayfly.dev/v1"):
+        plans("m.yaml", text, Path(), "default")
+
+
 def test_a_good_manifest_becomes_plans(hello: Path) -> None:
     """`source` is relative to the manifest; the namespace is the command's where it is silent."""
     first, second = plans("m.yaml", GOOD, hello.parent, "ours")
@@ -443,6 +468,83 @@ def test_a_failed_build_ends_the_deployment(admin: AdminServer, tmp_path: Path) 
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "dayfly: no such wheel"
     assert len(admin.asked) == 1
+
+
+FLOW = """from dayfly import step, workflow
+
+@step
+def one() -> int:
+    {}return 1
+
+@workflow{}
+def flow():
+    return one()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "files"),
+    [
+        ("", "", {"flow.py"}),
+        ("from helper import two; ", "", {"flow.py", "helper.py", "data.csv"}),
+        ("import helper.more; ", "", {"flow.py", "helper.py", "data.csv"}),
+        ("import json; ", "", {"flow.py"}),
+        ("", '(source=".")', {"flow.py", "helper.py", "data.csv"}),
+        ("import helper; ", '(source="flow.py")', {"flow.py"}),
+    ],
+)
+def test_a_workflow_is_sent_with_its_folder_if_it_imports_what_lies_there(
+    admin: AdminServer, tmp_path: Path, code: str, options: str, files: set[str]
+) -> None:
+    """And it is said then; a file that stands alone may lie among strangers."""
+    texts = {"flow.py": FLOW.format(code, options), "helper.py": "two = 2\n", "data.csv": "1\n"}
+    folder = package(tmp_path / "flows", texts)
+    result = dayfly("workflow", "deploy", str(folder / "flow.py"), url=admin.url)
+
+    (archive,) = [body for _, path, body in admin.asked if path == "/packages"]
+    assert set(ZipFile(BytesIO(archive)).namelist()) == files
+    assert (f"with the folder {folder}" in result.stdout) == (len(files) > 1)
+
+
+@pytest.mark.parametrize("options", ["", '(environment="base")'])
+def test_requirements_beside_a_workflow_are_its_environment(
+    admin: AdminServer, tmp_path: Path, options: str
+) -> None:
+    """Built before it is declared, and only if it names none."""
+    texts = {"flow.py": FLOW.format("", options), "requirements.txt": "six\n"}
+    folder = package(tmp_path / "flows", texts)
+    dayfly("workflow", "deploy", str(folder / "flow.py"), url=admin.url)
+
+    declared = admin.sent("PUT", "/namespaces/default/workflows/flow")
+    assert declared.get("environment") == (None if options else "flow-workflow")
+    assert admin.asked[0][1].endswith("/packages" if options else "/environments/flow-workflow")
+
+
+def test_requirements_beside_an_applied_workflows_code_are_its_environment(tmp_path: Path) -> None:
+    """As beside a function's; what names an environment has that one."""
+    text = (
+        "kind: Workflow\nmetadata: {name: w}\nspec:\n  source: code\n"
+        "  steps: [{name: a, handler: 'a:b'}]"
+    )
+    package(tmp_path / "code", {"a.py": HANDLER, "requirements.txt": "six\n"})
+    (own,) = plans("m.yaml", text, tmp_path, "ours")
+    (named,) = plans("m.yaml", f"{text}\n  environment: base", tmp_path, "ours")
+
+    assert isinstance(own, FlowPlan)
+    assert isinstance(named, FlowPlan)
+    assert own.environment is not None
+    assert own.environment.metadata.namespace == "ours"
+    assert own.manifest.spec.environment == own.environment.metadata.name
+    assert named.environment is None
+
+
+def test_requirements_may_be_a_list() -> None:
+    """Each is a line."""
+    text = "kind: Environment\nmetadata: {name: e}\nspec: {requirements: [six, attrs]}"
+    (found,) = plans("m.yaml", text, Path(), "default")
+
+    assert isinstance(found, EnvironmentManifest)
+    assert found.spec.requirements == "six\nattrs"
 
 
 @pytest.mark.parametrize(

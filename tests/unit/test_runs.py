@@ -645,7 +645,7 @@ async def test_a_callback_is_answered_once_by_who_has_the_token():
         await until(lambda: "late" in server.live.expected)
         with pytest.raises(BadInput, match="nobody waits"):
             await server.runs.call_back("default", "one", token, 2)
-        assert [each.key for each in server.runs.expected(await server.get())] == ["late"]
+        assert [each.key for each in server.runs.expected((await server.get()).journal)] == ["late"]
         await server.runs.call_back("default", "one", await server.token("late"), None)
         await server.over()
         with pytest.raises(BadInput, match="nobody waits"):

@@ -242,11 +242,11 @@ def test_what_is_wrong_with_python_is_told(tmp_path: Path, text: str, said: str)
         (
             "kind: Workflow\nmetadata: {name: a}\nspec:\n  steps:\n  - name: a\n    taskRef:\n"
             "      bundle: x\n",
-            ", line 7 (document 1): spec.steps.0.taskRef.bundle: bundle is not here: only tasks",
+            ", line 7 (document 1): spec.steps.0.taskRef.bundle: step 'a': bundle is not here: only tasks",
         ),
         (
             "kind: Workflow\nmetadata: {name: a}\nspec:\n  steps:\n  - name: a\n    retry: 3\n    script: x\n",
-            ", line 6 (document 1): spec.steps.0: Object contains unknown field `retry`",
+            ", line 6 (document 1): spec.steps.0: step 'a': Object contains unknown field `retry`",
         ),
         (
             "kind: Workflow\nmetadata: {name: a}\nspec:\n  steps:\n  - {name: a, script: x, runAfter: [b]}\n"

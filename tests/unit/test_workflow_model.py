@@ -421,7 +421,7 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "half a condition",
         [step("a", when=[{"input": "x", "operator": "in"}])],
         {},
-        "steps[0].when[0]: when with operator in needs values",
+        "steps[0].when[0]: step 'a': when with operator in needs values",
     ),
     (
         "a default of another type",
@@ -439,7 +439,39 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "a field that is not there",
         [step("a", retry=3)],
         {},
-        "steps[0]: Object contains unknown field `retry`",
+        "steps[0]: step 'a': Object contains unknown field `retry`: did you mean `retries`?",
+    ),
+    (
+        "a word that a field does not know",
+        [step("a", onError="ignore")],
+        {},
+        "steps[0].onError: step 'a': onError is 'ignore'; there are continue, stopAndFail",
+    ),
+    (
+        "a type of Python's",
+        [step("a")],
+        {"params": [{"name": "n", "type": "int"}]},
+        "params[0].type: type is 'int': did you mean 'integer'?",
+    ),
+    (
+        "a field of a field that is not there",
+        [step("a", retries={"limits": 3})],
+        {},
+        "steps[0].retries: step 'a': Object contains unknown field `limits`: did you mean `limit`?",
+    ),
+    (
+        "a parameter in a script, nearly",
+        [step("a", script="echo $(parms.who)")],
+        {"params": [{"name": "who"}]},
+        "steps[0].script: step 'a': $(parms.who) is left to the shell: did you mean $(params.who)? "
+        "A command of that name is $( parms.who)",
+    ),
+    (
+        "a result in a script, nearly",
+        [step("a"), step("b", script="echo $(step.a.results.n)")],
+        {},
+        "steps[1].script: step 'b': $(step.a.results.n) is left to the shell: did you mean "
+        "$(steps.a.results.n)? A command of that name is $( step.a.results.n)",
     ),
     (
         "a timeout of 0",
@@ -475,7 +507,7 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "an output above its folder",
         [step("a", outputs={"x": "../x"})],
         {},
-        "steps[0].outputs[0]: output 'x': path is below /out, without `..`",
+        "steps[0].outputs[0]: step 'a': output 'x': path is below /out, without `..`",
     ),
     (
         "a name with a space",
@@ -487,15 +519,47 @@ WRONG: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "values that are nested too deeply",
         [step("a", params={"x": deep(40)})],
         {},
-        "steps[0].params: values are nested at most 32 deep",
+        "steps[0].params: step 'a': values are nested at most 32 deep",
     ),
     (
         "a date, which YAML makes of it",
         [step("a", params={"x": date(2026, 1, 1)})],
         {},
-        "steps[0].params: date is no JSON: put it in quotes",
+        "steps[0].params: step 'a': date is no JSON: put it in quotes",
     ),
 ]
+
+
+def test_a_mapping_of_steps_is_refused_with_what_to_write():
+    with pytest.raises(BadDefinition, match="write `- name: greet`"):
+        workflow_of({"steps": {"greet": {"script": "x"}}})
+
+
+def test_one_condition_needs_no_list():
+    guard = {"input": "$(params.x)", "operator": "in", "values": ["a"]}
+    params = [{"name": "x"}]
+
+    assert spec(step("a", when=guard), params=params) == spec(
+        step("a", when=[guard]), params=params
+    )
+    assert spec(step("a", when="1 > 2")) == spec(step("a", when=[{"cel": "1 > 2"}]))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "$(param.sh)",  # a command
+        "$(step.sh --fast)",
+        "$(parms.who | wc)",
+        "$( parms.who)",
+        "$(date)",
+        "$(input.csv)",
+        "$(git.results.x)",
+        "$((results.x.path))",
+    ],
+)
+def test_commands_in_scripts_are_the_shells(script: str):
+    assert checked(step("a", script=f"echo {script}"), params=[{"name": "who"}]).count == 1
 
 
 @pytest.mark.parametrize(
@@ -721,15 +785,23 @@ def test_parameters_are_filled_up_and_checked():
         Param(name="url"),
         Param(name="n", type="integer", default=3, enum=(1, 3)),
         Param(name="o", type="object", default={"a": 1, "b": 2}),
+        Param(name="l", type="array", default=[]),
     )
+    bound = {"url": "x", "n": 3, "o": {"a": 1, "b": 5}, "l": []}
 
-    assert bind(params, {"url": "x", "o": {"b": 5}}) == {"url": "x", "n": 3, "o": {"a": 1, "b": 5}}
+    assert bind(params, {"url": "x", "o": {"b": 5}}) == bound
+    with pytest.raises(BadDefinition, match="there is no parameter 'm': there are no parameters"):
+        bind((), {"m": 1})
     for given_, said in (
         ({}, "params: parameter 'url' must be given"),
         ({"url": 1}, "params.url: string is wanted, this is integer: put it in quotes"),
+        (
+            {"url": "x", "l": "1,2"},
+            "params.l: array is wanted, this is string: write it as JSON, as in l=[1,2]",
+        ),
         ({"url": "x", "n": 2}, "params.n: 2 is none of 1, 3"),
         ({"url": "x", "n": True}, "params.n: integer is wanted, this is boolean"),
-        ({"url": "x", "m": 2}, "params: there is no parameter 'm'; there are n, o, url"),
+        ({"url": "x", "m": 2}, "params: there is no parameter 'm'; there are l, n, o, url"),
         ({"url": "x" * (1 << 20)}, "params: over 1048576 bytes: hand it over as an artifact"),
     ):
         with pytest.raises(BadDefinition) as caught:

@@ -23,7 +23,7 @@ from dayfly_pool.workflow.model import (
     TaskSpec,
     WorkflowSpec,
 )
-from dayfly_pool.workflow.references import Malformed, Reference, in_text, texts, whole
+from dayfly_pool.workflow.references import Malformed, Reference, in_text, nearly, texts, whole
 from dayfly_pool.workflow.values import (
     BadDefinition,
     check_json,
@@ -99,6 +99,7 @@ def check_task(task: TaskSpec) -> None:
         workspaces=set(task.workspaces),
     )
     for text, path in _body_texts(task, "$"):
+        own.refuse_slips(text, path)
         for reference in in_text(text, is_script=True):
             if reference.root in ("steps", "item"):
                 raise BadDefinition(f"{reference}: a task knows no steps: give it a param", path)
@@ -164,6 +165,15 @@ class _Names:
             kind = reference.root[:-1]
             raise BadDefinition(
                 f"{reference}: it has no {kind} {reference.name!r}{meant(reference.name, known)}",
+                path,
+            )
+
+    def refuse_slips(self, text: str, path: str) -> None:
+        """Raise `BadDefinition` for a reference whose first word was mistyped."""
+        for written, reference in nearly(text, self.params):
+            raise BadDefinition(
+                f"$({written}) is left to the shell: did you mean {reference}? "
+                f"A command of that name is $( {written})",
                 path,
             )
 
@@ -568,6 +578,7 @@ class _Check:
             workspaces=step.workspaces,
         )
         for text, here in _body_texts(step, path):
+            names.refuse_slips(text, here)
             for reference in in_text(text, is_script=True):
                 if reference.root in ("steps", "item"):
                     self.takes_of(number, reference, here, step.workspaces)

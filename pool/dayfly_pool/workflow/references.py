@@ -6,6 +6,7 @@ One that is a whole string stands for the value with its type, one among other t
 user or a step says becomes a reference or code. Time is linear in what is read and written.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -27,6 +28,8 @@ WORDS: Final = re.compile(
 )
 """What may be a reference of ours, and whether it is escaped. `dayfly.graphs` has the same."""
 
+_NEARLY: Final = re.compile(r"(?<!\$)\$\(([A-Za-z]{3,20})\.([\w-]{1,100}(?:\.[\w-]{1,100}){0,8})\)")
+_MISSED: Final = ("params", "steps", "results", "outputs", "inputs", "workspaces")
 _PIECE: Final = re.compile(
     r"""\.([A-Za-z0-9_][A-Za-z0-9_-]{0,255})|\[(?:(\d{1,9})|(\*)|"([^"]{1,255})"|'([^']{1,255})')\]"""
 )
@@ -216,6 +219,27 @@ def in_text(text: str, *, is_script: bool = False) -> Iterator[Reference]:
             continue
         if reference is not None:
             yield reference
+
+
+def nearly(script: str, params: Mapping[str, Any]) -> Iterator[tuple[str, Reference]]:
+    """What a shell would take for commands in *script*, and the references that it nearly is."""
+    if "$(" not in script:
+        return
+    for found in _NEARLY.finditer(script):
+        root = _nearest(found[1])
+        try:
+            reference = parse(f"{root}.{found[2]}") if root else None
+        except Malformed:
+            continue
+        if reference is not None and (root != "params" or reference.name in params):
+            yield f"{found[1]}.{found[2]}", reference
+
+
+@lru_cache(maxsize=1024)
+def _nearest(word: str) -> str:
+    """The root of references that *word* is nearly, but not quite; empty if there is none."""
+    close = difflib.get_close_matches(word.lower(), _MISSED, 1, 0.8)
+    return close[0] if close and word not in (*_FORMS, "tasks", "finally", "context") else ""
 
 
 def texts(value: Any) -> Iterator[str]:

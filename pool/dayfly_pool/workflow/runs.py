@@ -13,7 +13,14 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, structs
 
-from dayfly_pool.errors import BadInput, NameTaken, PlatformError, RunNotFound, WorkflowNotFound
+from dayfly_pool.errors import (
+    BadInput,
+    NameTaken,
+    PlatformError,
+    RunIsOver,
+    RunNotFound,
+    WorkflowNotFound,
+)
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import FunctionId, Invocation, Metadata, Mounts, Outcome
 from dayfly_pool.ours import Ours
@@ -29,7 +36,7 @@ from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.run import Asked, LiveRun, RunStatus
 from dayfly_pool.workflow.tree import Shown
-from dayfly_pool.workflow.values import bind, check_json
+from dayfly_pool.workflow.values import bind, check_json, meant
 
 log = logging.getLogger("dayfly.runs")
 RUNS_MAX: Final = 1000
@@ -296,9 +303,9 @@ class Runs:
             raise BadInput(f"run {name!r} is {view.status.state}: it has no provenance (yet)")
         return entries[-1].body
 
-    def expected(self, view: View) -> list[facts.Expect]:
+    def expected(self, journal: Journal) -> list[facts.Expect]:
         """What somebody outside is waited for."""
-        live = self._live.get(view.journal.id)
+        live = self._live.get(journal.id)
         return list(live.expected.values()) if live is not None else []
 
     def functions(self, view: View) -> list[FunctionId]:
@@ -316,7 +323,7 @@ class Runs:
         """
         view = await self.get(namespace, name)
         if view.journal.is_over:
-            raise BadInput(f"run {name!r} is over: {view.status.state}")
+            raise RunIsOver(f"run {name!r} is over: {view.status.state}")
         await self._journals.wish(view.journal.id, msgspec.json.encode(asked))
         return view
 
@@ -338,6 +345,9 @@ class Runs:
     async def decide(self, namespace: str, name: str, key: str, decided: run.Decide) -> None:
         """Somebody approves or refuses. Raises `RunNotFound`, `BadInput`."""
         view = await self.get(namespace, name)
+        if view.journal.is_over:
+            raise RunIsOver(f"run {name!r} is over: {view.status.state}")
+        waiting = []
         for command in (await self.engine(view)).outstanding():
             if not isinstance(command, facts.Expect) or command.kind != "approval":
                 continue
@@ -345,7 +355,9 @@ class Runs:
                 asked = msgspec.structs.replace(decided, key=key, attempt=command.attempt)
                 await self.ask(namespace, name, asked)
                 return
-        raise BadInput(f"step {key!r} of run {name!r} waits for no approval")
+            waiting.append(command.key)
+        hint = meant(key, waiting, "those that do:") if waiting else ""
+        raise BadInput(f"step {key!r} of run {name!r} waits for no approval{hint}")
 
     async def delete(self, namespace: str, name: str) -> None:
         """Forget a run that is over. Raises `RunNotFound`, `BadInput`."""

@@ -5,13 +5,29 @@ body. What of Tekton is not here is refused with what to use instead. JSON value
 nothing is checked that the model checks.
 """
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
-from dayfly_pool.workflow.model import TaskSpec, WorkflowSpec
-from dayfly_pool.workflow.values import BadDefinition, check_json
+from dayfly_pool.models import Limits, Network
+from dayfly_pool.workflow.model import (
+    Condition,
+    Declared,
+    Matrix,
+    Output,
+    Param,
+    ParamType,
+    Retries,
+    Step,
+    TaskSpec,
+    Timeouts,
+    Wait,
+    WorkflowSpec,
+)
+from dayfly_pool.workflow.values import BadDefinition, check_json, meant
 
 Spec = TypeVar("Spec", WorkflowSpec, TaskSpec)
 
@@ -57,14 +73,83 @@ def task_of(value: Any) -> TaskSpec:
 
 def _converted(value: Any, shaped: Callable[[Any, str], Any], kind: type[Spec]) -> Spec:
     try:
-        return msgspec.convert(shaped(value, "$"), kind)
+        found = shaped(value, "$")
+    except BadDefinition as error:
+        raise BadDefinition(_of_step(error.what, error.path, value), error.path) from None
+    try:
+        return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at ")
+        path = path.strip("`") or "$"
         if "matching regex" in what:
             what = _names(path)
         elif what.startswith("Expected `str`, got"):
             what += ": put it in quotes"
-        raise BadDefinition(what, path.strip("`") or "$") from None
+        elif "unknown field" in what:
+            what += _meant_field(what, path, kind)
+        elif "Invalid enum value" in what:
+            what = _meant_choice(what, path)
+        raise BadDefinition(_of_step(what, path, found), path) from None
+
+
+_FIELDS: Final[Mapping[str, type]] = {
+    "steps": Step,
+    "finally": Step,
+    "retries": Retries,
+    "wait": Wait,
+    "matrix": Matrix,
+    "when": Condition,
+    "params": Param,
+    "results": Declared,
+    "outputs": Output,
+    "limits": Limits,
+    "timeouts": Timeouts,
+}
+"""What is declared where, by the last word of its path."""
+
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "onError": ("stopAndFail", "continue"),
+    "operator": ("in", "notin"),
+    "merge": ("fail", "ordered", "reduce"),
+    "type": get_args(ParamType),
+    "network": get_args(Network),
+}
+
+
+def _last_word(path: str) -> str:
+    words = re.findall(r"[A-Za-z]+", path)
+    return words[-1] if words else ""
+
+
+def _meant_field(what: str, path: str, kind: type) -> str:
+    """What may have been meant by the unknown field that msgspec tells of in *what*."""
+    fields = msgspec.structs.fields(_FIELDS.get(_last_word(path), kind))
+    known = [field.encode_name for field in fields]
+    close = difflib.get_close_matches(what.split("`")[1][:63], known, 1)
+    return f": did you mean `{close[0]}`?" if close else ""
+
+
+def _meant_choice(what: str, path: str) -> str:
+    """What there is instead of the word that msgspec refuses in *what*."""
+    word, given = _last_word(path), what.removeprefix("Invalid enum value ").strip("'")
+    choices = _CHOICES.get(word)
+    return f"{word} is {given!r}{meant(given, choices)}" if choices else what
+
+
+def _of_step(what: str, path: str, spec: Any) -> str:
+    """*what* with the name of the step that *path* is in."""
+    place = re.match(r"\$\.(steps|finally)\[(\d+)\]", path)
+    if (
+        place is None
+        or what.startswith("step ")
+        or path.endswith(".name")
+        or not isinstance(spec, dict)
+    ):
+        return what
+    steps = spec.get(place[1], spec.get("tasks"))
+    step = steps[int(place[2])] if isinstance(steps, list | tuple) else None
+    name = step.get("name") if isinstance(step, dict) else None
+    return f"step {name!r}: {what}" if isinstance(name, str) else what
 
 
 def _names(path: str) -> str:
@@ -172,7 +257,8 @@ def _outputs(value: Any, path: str) -> Any:
 
 def _when(value: Any, path: str) -> Any:
     conditions = []
-    for number, item in enumerate(_list(value, path)):
+    several = [value] if isinstance(value, dict | str) else _list(value, path)
+    for number, item in enumerate(several):
         if isinstance(item, str):
             item = {"cel": item}
         if isinstance(item, dict):
@@ -221,6 +307,11 @@ def _workflow(value: Any, path: str) -> dict[str, Any]:
         spec["timeouts"] = {k: v for k, v in timeouts.items() if v not in ("0", "0s", "0h0m0s")}
     for key in ("steps", "finally"):
         if key in spec:
+            if isinstance(spec[key], dict):
+                name = next(iter(spec[key]), "NAME")
+                raise BadDefinition(
+                    f"a list is wanted, this is a mapping: write `- name: {name}`", f"{path}.{key}"
+                )
             steps = _list(spec[key], f"{path}.{key}")
             spec[key] = [_step(item, f"{path}.{key}[{n}]") for n, item in enumerate(steps)]
     return spec

@@ -124,7 +124,8 @@ def bind(
     known = {param.name for param in params}
     for name in given:
         if name not in known:
-            raise BadDefinition(f"there is no parameter {name!r}{meant(name, known)}", path)
+            hint = meant(name, known) if known else ": there are no parameters here"
+            raise BadDefinition(f"there is no parameter {name!r}{hint}", path)
     bound: dict[str, Any] = {}
     for param in params:
         here = f"{path}.{param.name}"
@@ -136,6 +137,9 @@ def bind(
         value = given[param.name]
         check_json(value, here)
         if why := unfit(param, value):
+            if param.type in ("array", "object") and isinstance(value, str):
+                why += ": write it as JSON"
+                why += f", as in {param.name}=[{value:.100}]" if param.type == "array" else ""
             raise BadDefinition(why, here)
         if isinstance(value, dict) and isinstance(param.default, dict):
             value = {**param.default, **value}
