@@ -96,7 +96,12 @@ def run_(session: Session, file: Path | None, detach: bool, **given: Any) -> Non
         view = session.client.put_job(session.namespace, name, spec)
     else:
         view = _sent(session, name, spec, items)
-    if detach or spec.get("suspend"):
+    _begun(session, view, is_detached=detach or bool(spec.get("suspend")))
+
+
+def _begun(session: Session, view: Mapping[str, Any], *, is_detached: bool) -> None:
+    name = view["metadata"]["name"]
+    if is_detached:
         session.show(view, lambda _: click.echo(name))
         return
     _wait(session, name)
@@ -116,6 +121,9 @@ def _wanted(
         name, source = name or name_there, source or source_there
     command, env = given.pop("command"), given.pop("env")
     unset = (None, False)  # by identity: 0 is a number that was given
+    if given["indices"] is not None and not given["indices"].strip():
+        why = "what has not succeeded in another job runs again with `dayfly job retry NAME`"
+        raise Misused(f"--indices is empty: name some, like 1,3,6-9; {why}")
     spec |= {k: v for k, v in given.items() if not any(v is nothing for nothing in unset)}
     if script is not None:
         spec["script"] = script.read_text("utf-8")
@@ -332,6 +340,24 @@ def scale(session: Session, name: str, parallelism: int) -> None:
       dayfly job scale squares 16
     """
     _changed(session, name, f"runs {parallelism} at once", {"parallelism": parallelism})
+
+
+@job.command()
+@click.argument("name")
+@click.option("--name", "new_name", default="", help="Default: made of NAME, and new.")
+@click.option("--detach", "-d", is_flag=True, help="Do not wait for its end.")
+@client_command
+def retry(session: Session, name: str, new_name: str, detach: bool) -> None:
+    """Begin another job with all of NAME that has not succeeded.
+
+    It has the same indices, items and settings; a function is what it is now.
+
+    \b
+      dayfly job retry squares
+      dayfly job retry squares --name the-rest --detach
+    """
+    view = session.client.retry_job(session.namespace, name, new_name)
+    _begun(session, view, is_detached=detach)
 
 
 @job.command()

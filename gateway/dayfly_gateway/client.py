@@ -309,6 +309,11 @@ class Client:
         """Suspend, resume, cancel or scale a job."""
         return self._document("PATCH", _path(namespace, "jobs", name), json.dumps(change).encode())
 
+    def retry_job(self, namespace: str, name: str, new_name: str) -> dict[str, Any]:
+        """Begin another job with all that has not succeeded in this."""
+        path = _path(namespace, "jobs", name) + "/retry"
+        return self._document("POST", path, json.dumps({"name": new_name}).encode())
+
     def job_results(self, namespace: str, name: str, index: int | None) -> Iterator[str]:
         """What its tasks returned, a line of JSON each."""
         which = "" if index is None else f"&index={index}"

@@ -212,6 +212,23 @@ def test_a_task_that_takes_too_long_is_ended(dayfly: Shell):
     assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
 
 
+def test_what_has_not_succeeded_is_tried_again(dayfly: Shell):
+    """With its variables, although nobody is shown them."""
+    text = '[ "$JOB_INDEX" != 3 ] || [ -e "$MARK" ]\necho $JOB_INDEX >$DAYFLY_RESULT\n'
+    words = ("--size", "6", "--backoff-limit", "0", "--env")
+    name = dayfly.script(text, *words, "MARK=/nowhere", code=1)
+    told = dayfly("job", "retry", name, code=1)
+    done = dayfly.json("job", "show", name)["status"]["succeeded"]
+
+    assert dayfly.status(name)["failedIndexes"] == ""
+    assert told.startswith(f"{name}-r1 Failed: ")
+    assert dayfly.status(f"{name}-r1")["total"] == 6 - done
+    assert dayfly("job", "retry", name, "--name", "the-rest", "-d") == "the-rest\n"
+    assert "names are lower-case" in dayfly("job", "retry", name, "--name", "No Name", code=1)
+    good = dayfly.run("--", "true")
+    assert f"job '{good}' is Complete: nothing is left" in dayfly("job", "retry", good, code=1)
+
+
 def test_a_job_that_takes_too_long_is_ended(dayfly: Shell):
     started = time.monotonic()
     name = dayfly.run("--deadline", "0.5", "--size", "8", "--", "sleep", "60", code=1)
@@ -269,6 +286,7 @@ def test_a_job_that_runs_is_deleted(dayfly: Shell):
         (("--size", "10000001", "--", "true"), "size"),
         (("--indices", "10000000", "--", "true"), "10000000"),
         (("--indices", "3-1", "--", "true"), "write 1-3"),
+        (("--indices", "", "--", "true"), "--indices is empty"),
         (("--size", "2", "--indices", "1", "--", "true"), "only one of"),
         (("--items", "nowhere.jsonl", "--", "true"), "there is no such file"),
         (("--environment", "nobody", "--", "true"), "no environment 'nobody'"),
