@@ -265,24 +265,28 @@ def results(session: Session, name: str, index: int | None) -> None:
 @click.argument("name")
 @click.option("-f", "--follow", is_flag=True, help="Go on with every new line.")
 @click.option("--tail", type=click.IntRange(0), default=100, metavar="N", help="Lines [100].")
+@click.option("--index", type=click.IntRange(0), metavar="N", help="Of this task alone.")
 @client_command
-def logs(session: Session, name: str, follow: bool, tail: int) -> None:
-    """Show what the tasks wrote.
+def logs(session: Session, name: str, follow: bool, tail: int, index: int | None) -> None:
+    """Show what the tasks wrote, each line with its task's index.
 
     \b
       dayfly job logs squares
+      dayfly job logs squares --index 7
       dayfly job logs squares -f
     """
-    client, kind = session.client, "jobs"
-    if not follow:
-        for line in client.logs(session.namespace, name, tail, kind=kind):
-            session.show(line, show.log_line)
-        return
+    which = {"kind": "jobs"} | ({} if index is None else {"index": str(index)})
+    find = session.client.follow if follow else session.client.logs
     try:
-        for line in client.follow(session.namespace, name, tail, kind=kind):
-            session.show(line, show.log_line)
+        for line in find(session.namespace, name, tail, **which):
+            session.show(line, lambda line: show.log_line(line, _index(line)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _index(line: Mapping[str, Any]) -> str:
+    """Of the task that wrote it: an invocation is called ID-INDEX-RETRY."""
+    return "".join(str(line["invocation"]).split("-")[-2:-1])
 
 
 def _changed(session: Session, name: str, what: str, change: Mapping[str, Any]) -> None:

@@ -203,16 +203,18 @@ class Client:
         return self.call("GET", "/provenance/key").body
 
     def logs(
-        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions", **which: str
     ) -> list[dict[str, Any]]:
         """Its last lines, the oldest first."""
-        return self._listed(f"{_path(namespace, kind, name)}/logs?tail={tail}")
+        asked = urlencode({"tail": str(tail)} | which)
+        return self._listed(f"{_path(namespace, kind, name)}/logs?{asked}")
 
     def follow(
-        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions", **which: str
     ) -> Iterator[dict[str, Any]]:
         """Its last lines, then every new one."""
-        path = f"{_path(namespace, kind, name)}/logs?tail={tail}&follow=1"
+        asked = urlencode({"tail": str(tail), "follow": "1"} | which)
+        path = f"{_path(namespace, kind, name)}/logs?{asked}"
         with self.stream("GET", path) as lines:
             for line in lines:
                 if line.startswith(b"data: "):

@@ -42,28 +42,32 @@ class Logs:
             if not follower.full():
                 follower.put_nowait(line)
 
-    def tail(self, function: FunctionId, number: int) -> list[LogLine]:
-        """The last *number* lines, the oldest first."""
-        lines = self._lines.get(function, ())
-        return list(lines)[-number:] if number > 0 else []
+    def tail(self, function: FunctionId, number: int, of: str = "") -> list[LogLine]:
+        """The last *number* lines, the oldest first; of invocations that begin with *of*."""
+        lines = [line for line in self._lines.get(function, ()) if line.invocation.startswith(of)]
+        return lines[-number:] if number > 0 else []
 
     def forget(self, function: FunctionId) -> None:
         """Drop the lines of a deleted function."""
         self._lines.pop(function, None)
         self._sizes.pop(function, None)
 
-    async def follow(self, function: FunctionId, number: int) -> AsyncGenerator[LogLine, None]:
-        """The last *number* lines, then every new one, until the caller stops."""
+    async def follow(
+        self, function: FunctionId, number: int, of: str = ""
+    ) -> AsyncGenerator[LogLine, None]:
+        """The last *number* lines, then every new one, until the caller stops. *of*: see `tail`."""
         followers = self._followers.setdefault(function, set())
         if len(followers) >= FOLLOWERS_MAX:
             return
         queue: asyncio.Queue[LogLine] = asyncio.Queue(FOLLOWER_LINES_MAX)
         followers.add(queue)
         try:
-            for line in self.tail(function, number):
+            for line in self.tail(function, number, of):
                 yield line
             while True:
-                yield await queue.get()
+                line = await queue.get()
+                if line.invocation.startswith(of):
+                    yield line
         finally:
             followers.discard(queue)
             if not followers:

@@ -237,6 +237,19 @@ def test_a_job_that_takes_too_long_is_ended(dayfly: Shell):
     assert time.monotonic() - started < 10
 
 
+def test_each_line_of_a_log_has_its_tasks_index(dayfly: Shell):
+    name = dayfly.run("--indices", "7,12", "--", "sh", "-c", "echo it is $JOB_INDEX")
+    lines = [line.split() for line in dayfly.log(name).splitlines()]
+    (one,) = dayfly("job", "logs", name, "--index", "12").splitlines()
+
+    assert sorted(line[1:] for line in lines) == [
+        ["12", "stdout", "it", "is", "12"],
+        ["7", "stdout", "it", "is", "7"],
+    ]
+    assert one.endswith("it is 12")
+    assert dayfly("job", "logs", name, "--index", "1") == ""
+
+
 # ---- while it runs ------------------------------------------------------------------------------
 
 

@@ -152,6 +152,25 @@ def test_a_workflow_in_python_is_deployed_and_run(dayfly: Flows):
     assert results(dayfly.start("twice")) == {"result": 19}
 
 
+def test_each_line_of_a_log_has_its_step(dayfly: Flows):
+    """Of a step also what its instances wrote, and of a workflow as a step all that is in it."""
+    (dayfly.folder / "pipeline.py").write_text(PIPELINE)
+    dayfly("workflow", "deploy", "pipeline.py")
+    name = dayfly.start("twice", "-p", "most=2")["metadata"]["name"]
+
+    def heads(*words: str) -> set[str]:
+        lines = dayfly("run", "logs", name, *words).splitlines()
+        return {line.split()[1] for line in lines if "square of" in line}
+
+    first = {"squares/square[0]", "squares/square[1]"}
+    assert heads() > first
+    assert heads("--step", "squares/square") == heads("--step", "squares") == first
+    assert heads("--step", "squares/square[1]") == {"squares/square[1]"}
+    told = dayfly("run", "logs", name, "--step", "nosuch", code=1)
+    assert f"run '{name}' has no step 'nosuch'; it has squares, " in told
+    assert "squares/square[0]" in told
+
+
 def test_both_faces_say_the_same(dayfly: Flows):
     """What is compiled to YAML and back is the workflow that it was."""
     (dayfly.folder / "pipeline.py").write_text(PIPELINE)
