@@ -42,6 +42,7 @@ _RUN_OPTIONS: Final = options(
     click.option("--indices", metavar="LIST", help="...or these, like 1,3,6-9..."),
     click.option("--items", metavar="FILE|-", help="...or one for each line of JSON."),
     click.option("--parallelism", type=click.IntRange(1), metavar="N", help="At once, at most."),
+    click.option("--memory", type=click.IntRange(16), metavar="MB", help="Of one task [256]."),
     click.option("--timeout", "timeoutSeconds", type=float, metavar="S", help="Of one task."),
     click.option(
         "--deadline", "activeDeadlineSeconds", type=float, metavar="S", help="Of the whole job."
@@ -119,7 +120,7 @@ def _wanted(
 
         name_there, spec, source_there = job_in(file, namespace)
         name, source = name or name_there, source or source_there
-    command, env = given.pop("command"), given.pop("env")
+    command, env, memory_mb = (given.pop(key) for key in ("command", "env", "memory"))
     unset = (None, False)  # by identity: 0 is a number that was given
     if given["indices"] is not None and not given["indices"].strip():
         why = "what has not succeeded in another job runs again with `dayfly job retry NAME`"
@@ -131,6 +132,10 @@ def _wanted(
         spec["command"] = list(command)
     if env:
         spec["env"] = spec.get("env", {}) | variables(env)
+    if memory_mb is not None:
+        if "function" in spec:
+            raise Misused("--memory: a function has its own limits: deploy it with others")
+        spec["limits"] = spec.get("limits", {}) | {"memoryMb": memory_mb}
     if not any(key in spec for key in ("function", "script", "command")):
         raise Misused("what is it to run? Name --function or --script, or a command after --")
     return name or _named(spec, script), spec, source

@@ -305,6 +305,7 @@ def test_a_job_that_runs_is_deleted(dayfly: Shell):
         (("--environment", "nobody", "--", "true"), "no environment 'nobody'"),
         (("--max-failed-indexes", "1", "--", "true"), "backoffLimitPerIndex"),
         (("--name", "No Name", "--", "true"), "name"),
+        (("--memory", "512", "--function", "nobody"), "a function has its own limits"),
     ],
 )
 def test_what_cannot_be_is_told_in_words(dayfly: Shell, words: tuple[str, ...], why: str):
@@ -340,6 +341,18 @@ def test_a_task_has_no_network(sandboxed: Shell):
     )
 
     assert "refused: " in sandboxed.log(sandboxed.script(text))
+
+
+def test_a_task_that_needs_too_much_memory_is_told_what_to_raise(sandboxed: Shell):
+    """Its limit is one for each task, also for a child of its own, and can be raised."""
+    words = ("python3", "-c", "x = b'x' * (300 << 20)")
+    for command in (words, ("sh", "-c", f'{words[0]} -c "{words[2]}"; exit $?')):
+        name = sandboxed.run("--backoff-limit", "0", "--", *command, code=1)
+        (told,) = sandboxed.status(name)["failedTasks"]
+        assert (told["kind"], "raise limits.memoryMb" in told["message"]) == ("OutOfMemory", True)
+    sandboxed.run("--memory", "400", "--", *words)
+    name = sandboxed.script("kill -9 $$\n", "--backoff-limit", "0", code=1)
+    assert sandboxed.status(name)["failedTasks"][0]["kind"] == "Exited"
 
 
 def test_a_task_leaves_nothing_for_the_next_one(sandboxed: Shell):
