@@ -169,6 +169,8 @@ def _sent(session: Session, name: str, spec: Mapping[str, Any], items: str) -> d
 def _wait(session: Session, name: str) -> None:
     """Until it is over, with a bar on a terminal."""
     try:
+        if not sys.stderr.isatty():  # else the bar has its name
+            click.echo(f"{name} begins", err=True)
         view = _watch(session, name)
     except KeyboardInterrupt:
         click.echo(f"\nit goes on: dayfly job show {name}", err=True)

@@ -33,7 +33,7 @@ from dayfly.protocol import (
 )
 from dayfly_pool.driver import GENERIC_LIMITS, Driver, Exit
 from dayfly_pool.errors import SandboxStartFailed
-from dayfly_pool.models import Environment, Failure, Function, Mold, SandboxId
+from dayfly_pool.models import CANNOT_RUN, Environment, Failure, Function, Mold, SandboxId
 
 log = logging.getLogger("dayfly.sandbox")
 LOG_BYTES_MAX: Final = 64 * 1024
@@ -49,7 +49,7 @@ TIMES: Final[Mapping[type, tuple[str, ...]]] = {
     Failed: ("handler_s",),
 }
 TIME_S_MAX: Final = 1e6
-RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", "BadResponse", "OutOfMemory"})
+RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", CANNOT_RUN, "BadResponse", "OutOfMemory"})
 LOADING_FAILURES: Final = frozenset({"HandlerMissing", "SyntaxError", "ImportFailed"})
 KILLED_CODE: Final = 128 + signal.SIGKILL
 MORE_MEMORY: Final = "raise limits.memoryMb"

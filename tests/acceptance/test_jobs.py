@@ -212,6 +212,17 @@ def test_a_task_that_takes_too_long_is_ended(dayfly: Shell):
     assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
 
 
+def test_a_command_that_is_not_there_fails_at_once(dayfly: Shell):
+    """However often it may be tried again: the last try would find it as little as the first."""
+    started = time.monotonic()
+    name = dayfly.run("--size", "4", "--", "./nosuch.sh", code=1)
+    status = dayfly.status(name)
+
+    assert time.monotonic() - started < 20
+    assert (status["state"], status["reason"]) == ("Failed", "CannotRun")
+    assert "the sandbox has no ./nosuch.sh: send files with --source" in status["message"]
+
+
 def test_what_has_not_succeeded_is_tried_again(dayfly: Shell):
     """With its variables, although nobody is shown them."""
     text = '[ "$JOB_INDEX" != 3 ] || [ -e "$MARK" ]\necho $JOB_INDEX >$DAYFLY_RESULT\n'

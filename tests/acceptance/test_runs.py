@@ -209,6 +209,14 @@ def test_parameters_are_given_as_json_or_text_or_in_a_file(dayfly: Flows):
 # ---- what a step is -----------------------------------------------------------------------------
 
 
+def test_a_step_whose_command_is_not_there_is_not_tried_again(dayfly: Flows):
+    view = dayfly.flow("- {name: a, command: [./nosuch.sh], retries: 3}", code=1)
+    shown = dayfly.json("run", "show", view["metadata"]["name"])["view"]["tree"]
+
+    assert view["status"]["kind"] == "CannotRun", view["status"]
+    assert shown["children"][0]["attempt"] == 1
+
+
 def test_scripts_have_their_interpreter_and_leave_results(dayfly: Flows):
     """`#!` is honoured, and without one it is a shell that stops at the first error."""
     view = dayfly.flow(
