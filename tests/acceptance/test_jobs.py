@@ -128,9 +128,10 @@ def test_a_command_with_its_files_and_variables(dayfly: Shell):
 
 
 def test_a_script_of_the_shell_ends_at_its_first_failure(dayfly: Shell):
-    name = dayfly.script("echo before\nfalse\necho after\n", "--backoff-limit", "0", code=1)
+    text = "echo before\necho it is broken >&2\nfalse\necho after\n"
+    name = dayfly.script(text, "--backoff-limit", "0", code=1)
 
-    assert dayfly.status(name)["failedTasks"][0]["message"] == "exit code 1"
+    assert dayfly.status(name)["failedTasks"][0]["message"] == "exit code 1: it is broken"
     assert "before" in dayfly.log(name)
     assert "after" not in dayfly.log(name)
 

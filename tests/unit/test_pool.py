@@ -306,6 +306,26 @@ async def test_a_process_of_a_guest_that_was_killed_for_its_memory_is_told_as_su
     assert driver.created == ["sb-1"]
 
 
+async def test_a_command_that_failed_is_told_with_its_last_words():
+    """The last line of its own on stderr, without the name of a folder that it never knew."""
+
+    async def work(guest: FakeGuest, request: Invoke, body: bytes) -> Failed:
+        number = int(body)
+        if number == 1:
+            await guest.log(
+                "a traceback\n/tmp/.dayfly-0123456789abcdef/script: \x1b no\n \n", 1, "stderr"
+            )
+            await guest.log("goodbye\n", 1)
+        if number == 3:
+            await guest.log("x" * 300 + "\n", 3, "stderr")
+        return Failed(kind="Exited", message="exit code 2", traceback="", exit_code=2)
+
+    async with running(FakeDriver({"main:greet": work}), GREET) as pool:
+        told = [(await fail(pool, GREET, body=b"%d" % n)).message for n in (1, 2, 3)]
+
+    assert told == [r"exit code 2: script: \x1b no", "exit code 2", "exit code 2: " + "x" * 200]
+
+
 async def test_a_crash_is_told_to_all_in_the_same_sandbox_and_to_nobody_else():
     gate, other = Gate(), Gate()
 
