@@ -3,6 +3,7 @@
 import functools
 import json
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from dayfly_gateway.session import PATH, Session, client_command, looks, options
 
 OVER: Final = ("Complete", "Failed", "Cancelled")
 INTERRUPTED: Final = 130
+LINE_CHARACTERS: Final = 200
+FAILURES_SHOWN: Final = 5
 TASK_NUMBER: Final = click.IntRange(0)
 
 
@@ -196,11 +199,16 @@ def _show_end(view: Mapping[str, Any]) -> None:
     counts = f"{status['succeeded']} of {status['total']} tasks succeeded"
     if status["failed"]:
         counts += f", {status['failed']} failed"
-    click.echo(f"{show.bold(name)} {state}: {counts} in {show.took(status)}")
+    if status["startedAt"]:
+        counts += f" in {show.took(status)}"
+    click.echo(f"{show.bold(name)} {state}: {counts}")
     if status["message"]:
         click.echo(f"  {status['reason']}: {printable(status['message'])}")
-    for failed in status.get("failedTasks", [])[:5]:
+    told = status.get("failedTasks", [])
+    for failed in told[:FAILURES_SHOWN]:
         click.echo(f"  {failed['index']}: {failed['kind']}: {printable(failed['message'])}")
+    if len(told) > FAILURES_SHOWN:
+        click.echo("  ...")
 
 
 @job.command("list")
@@ -238,13 +246,38 @@ def _table(views: Sequence[Mapping[str, Any]]) -> None:
 @click.argument("name")
 @client_command
 def show_(session: Session, name: str) -> None:
-    """Show all that is known of a job.
+    """Show what a job runs, how far it is, and what failed first.
 
     \b
       dayfly job show squares
       dayfly job show squares --json | jq -r .status.failedIndexes
     """
-    session.show(session.client.job(session.namespace, name), show.described)
+    session.show(session.client.job(session.namespace, name), _show_job)
+
+
+def _show_job(view: Mapping[str, Any]) -> None:
+    status = view["status"]
+    _show_end(view)
+    facts = {
+        "runs": _work(view["spec"]),
+        "running": str(status["running"] or ""),
+        "waits for": status.get("waitsFor", ""),
+        "failed indexes": show.cut(status.get("failedIndexes", ""), LINE_CHARACTERS),
+    }
+    for what, value in facts.items():
+        if value:
+            click.echo(f"  {what}: {printable(value)}")
+    click.echo(f"  all of it: dayfly job show {view['metadata']['name']} --json")
+
+
+def _work(spec: Mapping[str, Any]) -> str:
+    """What each task is, in a line."""
+    if spec.get("function"):
+        return f"function {spec['function']}"
+    if spec.get("command"):
+        return show.cut(shlex.join(spec["command"]).replace("\n", " "), LINE_CHARACTERS)
+    lines = len(spec["script"].splitlines())
+    return f"a script of {lines} lines" if lines != 1 else "a script of a line"
 
 
 @job.command()

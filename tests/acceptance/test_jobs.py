@@ -224,6 +224,25 @@ def test_a_command_that_is_not_there_fails_at_once(dayfly: Shell):
     assert "the sandbox has no ./nosuch.sh: send files with --source" in status["message"]
 
 
+def test_a_job_is_shown_in_a_few_lines(dayfly: Shell):
+    """What was sent is in the JSON; a script may have any number of lines."""
+    words = ("--size", "8", "--backoff-limit-per-index", "0")
+    name = dayfly.script("\n" * 50 + "[ $JOB_INDEX -lt 2 ]\n", *words, code=1)
+    lines = dayfly("job", "show", name).splitlines()
+
+    assert lines[0].startswith(f"{name} Failed: 2 of 8 tasks succeeded, 6 failed in ")
+    assert lines[1] == "  FailedIndexes: 6 of 8 indices failed"
+    assert all(line.endswith(": Exited: exit code 1") for line in lines[2:7])
+    assert lines[7:] == [
+        "  ...",
+        "  runs: a script of 51 lines",
+        "  failed indexes: 2-7",
+        f"  all of it: dayfly job show {name} --json",
+    ]
+    name = dayfly.run("--", "echo", "a b")
+    assert "  runs: echo 'a b'" in dayfly("job", "show", name).splitlines()
+
+
 def test_what_has_not_succeeded_is_tried_again(dayfly: Shell):
     """With its variables, although nobody is shown them."""
     text = '[ "$JOB_INDEX" != 3 ] || [ -e "$MARK" ]\necho $JOB_INDEX >$DAYFLY_RESULT\n'
