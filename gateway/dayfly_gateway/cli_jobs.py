@@ -20,6 +20,25 @@ INTERRUPTED: Final = 130
 LINE_CHARACTERS: Final = 200
 FAILURES_SHOWN: Final = 5
 TASK_NUMBER: Final = click.IntRange(0)
+WORK: Final = {"function": "--function", "script": "--script", "command": "a command"}
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, or a duration as workflows have it (`1h30m`)."""
+    from dayfly_pool.workflow.model import duration_s
+
+    try:
+        return duration_s(float(text) if _is_number(text) else text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @click.group()
@@ -34,7 +53,7 @@ def job() -> None:
 
 
 _RUN_OPTIONS: Final = options(
-    click.option("-f", "--file", "file", type=PATH, help="Manifest with `kind: Job`."),
+    click.option("-f", "--file", "file", type=PATH, help="Manifest with `kind: Job`; - is stdin."),
     click.option("--name", help="Default: made of what it runs, and new."),
     click.option("--function", metavar="NAME", help="What each task is: a deployed function..."),
     click.option("--script", type=PATH, help="...or a script; a command stands after --."),
@@ -46,9 +65,15 @@ _RUN_OPTIONS: Final = options(
     click.option("--items", metavar="FILE|-", help="...or one for each line of JSON."),
     click.option("--parallelism", type=click.IntRange(1), metavar="N", help="At once, at most."),
     click.option("--memory", type=click.IntRange(16), metavar="MB", help="Of one task [256]."),
-    click.option("--timeout", "timeoutSeconds", type=float, metavar="S", help="Of one task."),
     click.option(
-        "--deadline", "activeDeadlineSeconds", type=float, metavar="S", help="Of the whole job."
+        "--timeout", "timeoutSeconds", type=_seconds, metavar="TIME", help="Of one task: 30s, 15m."
+    ),
+    click.option(
+        "--deadline",
+        "activeDeadlineSeconds",
+        type=_seconds,
+        metavar="TIME",
+        help="Of the whole job.",
     ),
     click.option(
         "--backoff-limit", "backoffLimit", type=TASK_NUMBER, metavar="N", help="Failures [6]."
@@ -136,10 +161,13 @@ def _wanted(
     if env:
         spec["env"] = spec.get("env", {}) | variables(env)
     if memory_mb is not None:
-        if "function" in spec:
+        if spec.get("function"):
             raise Misused("--memory: a function has its own limits: deploy it with others")
         spec["limits"] = spec.get("limits", {}) | {"memoryMb": memory_mb}
-    if not any(key in spec for key in ("function", "script", "command")):
+    work = [said for key, said in WORK.items() if spec.get(key) is not None]
+    if len(work) > 1:
+        raise Misused(f"{' and '.join(work)}: give only one")
+    if not work:
         raise Misused("what is it to run? Name --function or --script, or a command after --")
     return name or _named(spec, script), spec, source
 

@@ -173,7 +173,8 @@ def test_a_manifest_says_the_same_as_options_and_runs_once(dayfly: Shell):
         "  size: 3\n  successPolicy: {rules: [{succeededIndexes: '0-2'}]}\n"
     )
     first = dayfly.json("job", "run", "-f", "job.yaml")
-    again = dayfly.json("job", "run", "-f", "job.yaml")
+    text = (dayfly.folder / "job.yaml").read_text()
+    again = json.loads(dayfly("job", "run", "-f", "-", "--memory", "256", "--json", stdin=text))
 
     assert first["status"]["reason"] == "SuccessPolicy"
     assert first == again
@@ -208,9 +209,9 @@ def test_exit_codes_decide_with_a_failure_policy(dayfly: Shell):
 
 
 def test_a_task_that_takes_too_long_is_ended(dayfly: Shell):
-    name = dayfly.run("--timeout", "0.3", "--backoff-limit", "0", "--", "sleep", "60", code=1)
-
-    assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
+    for limit in ("0.3", "300ms"):
+        name = dayfly.run("--timeout", limit, "--backoff-limit", "0", "--", "sleep", "60", code=1)
+        assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
 
 
 def test_a_command_that_is_not_there_fails_at_once(dayfly: Shell):
@@ -336,6 +337,9 @@ def test_a_job_that_runs_is_deleted(dayfly: Shell):
         (("--environment", "nobody", "--", "true"), "no environment 'nobody'"),
         (("--max-failed-indexes", "1", "--", "true"), "backoffLimitPerIndex"),
         (("--name", "No Name", "--", "true"), "name"),
+        (("--function", "nobody", "--", "echo"), "--function and a command: give only one"),
+        (("--timeout", "soon", "--", "true"), "'soon' is no duration: write 90s, 15m"),
+        (("--timeout", "nan", "--", "true"), "is not between 0 and 366 days"),
         (("--memory", "512", "--function", "nobody"), "a function has its own limits"),
     ],
 )
