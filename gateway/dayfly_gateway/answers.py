@@ -12,9 +12,13 @@ from dayfly_pool.store.events import PAGE_MAX
 
 def metadata(request: web.Request) -> Metadata:
     """The namespace and name that its path gives. Raises `BadInput`."""
-    info = {key: request.match_info[key] for key in ("namespace", "name")}
+    return named(request.match_info["namespace"], request.match_info["name"])
+
+
+def named(namespace: str, name: str) -> Metadata:
+    """What has this name. Raises `BadInput` when it is none."""
     try:
-        return msgspec.convert(info, Metadata)
+        return msgspec.convert({"namespace": namespace, "name": name}, Metadata)
     except msgspec.ValidationError as error:
         raise BadInput(
             f"{error}: names are lower-case letters, digits and dashes, at most 63"

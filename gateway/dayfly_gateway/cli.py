@@ -325,6 +325,8 @@ def apply(session: Session, files: Sequence[str]) -> None:
     from dayfly_gateway import deploy as deployment
 
     wanted = [item for file in files for item in _manifests(file, session.namespace)]
+    if not wanted:
+        raise Misused(f"there is no manifest in {', '.join(files)}")
     wanted.sort(key=deployment.order)
     with show.progress() as progress:
         applied = [deployment.apply(session.client, item, progress) for item in wanted]

@@ -3,6 +3,7 @@
 import functools
 import json
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,28 @@ from dayfly_gateway.session import PATH, Session, client_command, looks, options
 
 OVER: Final = ("Complete", "Failed", "Cancelled")
 INTERRUPTED: Final = 130
+LINE_CHARACTERS: Final = 200
+FAILURES_SHOWN: Final = 5
 TASK_NUMBER: Final = click.IntRange(0)
+WORK: Final = {"function": "--function", "script": "--script", "command": "a command"}
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, or a duration as workflows have it (`1h30m`)."""
+    from dayfly_pool.workflow.model import duration_s
+
+    try:
+        return duration_s(float(text) if _is_number(text) else text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @click.group()
@@ -31,7 +53,7 @@ def job() -> None:
 
 
 _RUN_OPTIONS: Final = options(
-    click.option("-f", "--file", "file", type=PATH, help="Manifest with `kind: Job`."),
+    click.option("-f", "--file", "file", type=PATH, help="Manifest with `kind: Job`; - is stdin."),
     click.option("--name", help="Default: made of what it runs, and new."),
     click.option("--function", metavar="NAME", help="What each task is: a deployed function..."),
     click.option("--script", type=PATH, help="...or a script; a command stands after --."),
@@ -42,9 +64,16 @@ _RUN_OPTIONS: Final = options(
     click.option("--indices", metavar="LIST", help="...or these, like 1,3,6-9..."),
     click.option("--items", metavar="FILE|-", help="...or one for each line of JSON."),
     click.option("--parallelism", type=click.IntRange(1), metavar="N", help="At once, at most."),
-    click.option("--timeout", "timeoutSeconds", type=float, metavar="S", help="Of one task."),
+    click.option("--memory", type=click.IntRange(16), metavar="MB", help="Of one task [256]."),
     click.option(
-        "--deadline", "activeDeadlineSeconds", type=float, metavar="S", help="Of the whole job."
+        "--timeout", "timeoutSeconds", type=_seconds, metavar="TIME", help="Of one task: 30s, 15m."
+    ),
+    click.option(
+        "--deadline",
+        "activeDeadlineSeconds",
+        type=_seconds,
+        metavar="TIME",
+        help="Of the whole job.",
     ),
     click.option(
         "--backoff-limit", "backoffLimit", type=TASK_NUMBER, metavar="N", help="Failures [6]."
@@ -96,7 +125,12 @@ def run_(session: Session, file: Path | None, detach: bool, **given: Any) -> Non
         view = session.client.put_job(session.namespace, name, spec)
     else:
         view = _sent(session, name, spec, items)
-    if detach or spec.get("suspend"):
+    _begun(session, view, is_detached=detach or bool(spec.get("suspend")))
+
+
+def _begun(session: Session, view: Mapping[str, Any], *, is_detached: bool) -> None:
+    name = view["metadata"]["name"]
+    if is_detached:
         session.show(view, lambda _: click.echo(name))
         return
     _wait(session, name)
@@ -114,8 +148,11 @@ def _wanted(
 
         name_there, spec, source_there = job_in(file, namespace)
         name, source = name or name_there, source or source_there
-    command, env = given.pop("command"), given.pop("env")
+    command, env, memory_mb = (given.pop(key) for key in ("command", "env", "memory"))
     unset = (None, False)  # by identity: 0 is a number that was given
+    if given["indices"] is not None and not given["indices"].strip():
+        why = "what has not succeeded in another job runs again with `dayfly job retry NAME`"
+        raise Misused(f"--indices is empty: name some, like 1,3,6-9; {why}")
     spec |= {k: v for k, v in given.items() if not any(v is nothing for nothing in unset)}
     if script is not None:
         spec["script"] = script.read_text("utf-8")
@@ -123,7 +160,14 @@ def _wanted(
         spec["command"] = list(command)
     if env:
         spec["env"] = spec.get("env", {}) | variables(env)
-    if not any(key in spec for key in ("function", "script", "command")):
+    if memory_mb is not None:
+        if spec.get("function"):
+            raise Misused("--memory: a function has its own limits: deploy it with others")
+        spec["limits"] = spec.get("limits", {}) | {"memoryMb": memory_mb}
+    work = [said for key, said in WORK.items() if spec.get(key) is not None]
+    if len(work) > 1:
+        raise Misused(f"{' and '.join(work)}: give only one")
+    if not work:
         raise Misused("what is it to run? Name --function or --script, or a command after --")
     return name or _named(spec, script), spec, source
 
@@ -156,6 +200,8 @@ def _sent(session: Session, name: str, spec: Mapping[str, Any], items: str) -> d
 def _wait(session: Session, name: str) -> None:
     """Until it is over, with a bar on a terminal."""
     try:
+        if not sys.stderr.isatty():  # else the bar has its name
+            click.echo(f"{name} begins", err=True)
         view = _watch(session, name)
     except KeyboardInterrupt:
         click.echo(f"\nit goes on: dayfly job show {name}", err=True)
@@ -181,11 +227,16 @@ def _show_end(view: Mapping[str, Any]) -> None:
     counts = f"{status['succeeded']} of {status['total']} tasks succeeded"
     if status["failed"]:
         counts += f", {status['failed']} failed"
-    click.echo(f"{show.bold(name)} {state}: {counts} in {show.took(status)}")
+    if status["startedAt"]:
+        counts += f" in {show.took(status)}"
+    click.echo(f"{show.bold(name)} {state}: {counts}")
     if status["message"]:
         click.echo(f"  {status['reason']}: {printable(status['message'])}")
-    for failed in status.get("failedTasks", [])[:5]:
+    told = status.get("failedTasks", [])
+    for failed in told[:FAILURES_SHOWN]:
         click.echo(f"  {failed['index']}: {failed['kind']}: {printable(failed['message'])}")
+    if len(told) > FAILURES_SHOWN:
+        click.echo("  ...")
 
 
 @job.command("list")
@@ -223,13 +274,38 @@ def _table(views: Sequence[Mapping[str, Any]]) -> None:
 @click.argument("name")
 @client_command
 def show_(session: Session, name: str) -> None:
-    """Show all that is known of a job.
+    """Show what a job runs, how far it is, and what failed first.
 
     \b
       dayfly job show squares
       dayfly job show squares --json | jq -r .status.failedIndexes
     """
-    session.show(session.client.job(session.namespace, name), show.described)
+    session.show(session.client.job(session.namespace, name), _show_job)
+
+
+def _show_job(view: Mapping[str, Any]) -> None:
+    status = view["status"]
+    _show_end(view)
+    facts = {
+        "runs": _work(view["spec"]),
+        "running": str(status["running"] or ""),
+        "waits for": status.get("waitsFor", ""),
+        "failed indexes": show.cut(status.get("failedIndexes", ""), LINE_CHARACTERS),
+    }
+    for what, value in facts.items():
+        if value:
+            click.echo(f"  {what}: {printable(value)}")
+    click.echo(f"  all of it: dayfly job show {view['metadata']['name']} --json")
+
+
+def _work(spec: Mapping[str, Any]) -> str:
+    """What each task is, in a line."""
+    if spec.get("function"):
+        return f"function {spec['function']}"
+    if spec.get("command"):
+        return show.cut(shlex.join(spec["command"]).replace("\n", " "), LINE_CHARACTERS)
+    lines = len(spec["script"].splitlines())
+    return f"a script of {lines} lines" if lines != 1 else "a script of a line"
 
 
 @job.command()
@@ -257,24 +333,28 @@ def results(session: Session, name: str, index: int | None) -> None:
 @click.argument("name")
 @click.option("-f", "--follow", is_flag=True, help="Go on with every new line.")
 @click.option("--tail", type=click.IntRange(0), default=100, metavar="N", help="Lines [100].")
+@click.option("--index", type=click.IntRange(0), metavar="N", help="Of this task alone.")
 @client_command
-def logs(session: Session, name: str, follow: bool, tail: int) -> None:
-    """Show what the tasks wrote.
+def logs(session: Session, name: str, follow: bool, tail: int, index: int | None) -> None:
+    """Show what the tasks wrote, each line with its task's index.
 
     \b
       dayfly job logs squares
+      dayfly job logs squares --index 7
       dayfly job logs squares -f
     """
-    client, kind = session.client, "jobs"
-    if not follow:
-        for line in client.logs(session.namespace, name, tail, kind=kind):
-            session.show(line, show.log_line)
-        return
+    which = {"kind": "jobs"} | ({} if index is None else {"index": str(index)})
+    find = session.client.follow if follow else session.client.logs
     try:
-        for line in client.follow(session.namespace, name, tail, kind=kind):
-            session.show(line, show.log_line)
+        for line in find(session.namespace, name, tail, **which):
+            session.show(line, lambda line: show.log_line(line, _index(line)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _index(line: Mapping[str, Any]) -> str:
+    """Of the task that wrote it: an invocation is called ID-INDEX-RETRY."""
+    return "".join(str(line["invocation"]).split("-")[-2:-1])
 
 
 def _changed(session: Session, name: str, what: str, change: Mapping[str, Any]) -> None:
@@ -332,6 +412,24 @@ def scale(session: Session, name: str, parallelism: int) -> None:
       dayfly job scale squares 16
     """
     _changed(session, name, f"runs {parallelism} at once", {"parallelism": parallelism})
+
+
+@job.command()
+@click.argument("name")
+@click.option("--name", "new_name", default="", help="Default: made of NAME, and new.")
+@click.option("--detach", "-d", is_flag=True, help="Do not wait for its end.")
+@client_command
+def retry(session: Session, name: str, new_name: str, detach: bool) -> None:
+    """Begin another job with all of NAME that has not succeeded.
+
+    It has the same indices, items and settings; a function is what it is now.
+
+    \b
+      dayfly job retry squares
+      dayfly job retry squares --name the-rest --detach
+    """
+    view = session.client.retry_job(session.namespace, name, new_name)
+    _begun(session, view, is_detached=detach)
 
 
 @job.command()

@@ -239,14 +239,18 @@ def _show_run(view: Mapping[str, Any]) -> None:
 @click.option("--tail", type=click.IntRange(0), default=100, metavar="N", help="Lines [100].")
 @client_command
 def logs(session: Session, name: str, step: str, tail: int) -> None:
-    """Show what a run's steps wrote.
+    """Show what a run's steps wrote, each line with its step.
 
     \b
       dayfly run logs pipeline-3f2a1b
       dayfly run logs pipeline-3f2a1b --step train[2]
     """
-    for line in session.client.run_logs(session.namespace, name, step, tail):
-        session.show(line, show.log_line)
+    from dayfly_gateway.run_views import step_of
+
+    lines = session.client.run_logs(session.namespace, name, step, tail)
+    size = max((len(step_of(line["invocation"])) for line in lines), default=0)
+    for line in lines:
+        session.show(line, lambda line: show.log_line(line, step_of(line["invocation"]), size))
 
 
 @run.command()

@@ -204,16 +204,18 @@ class Client:
         return self.call("GET", "/provenance/key").body
 
     def logs(
-        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions", **which: str
     ) -> list[dict[str, Any]]:
         """Its last lines, the oldest first."""
-        return self._listed(f"{_path(namespace, kind, name)}/logs?tail={tail}")
+        asked = urlencode({"tail": str(tail)} | which)
+        return self._listed(f"{_path(namespace, kind, name)}/logs?{asked}")
 
     def follow(
-        self, namespace: str, name: str, tail: int, *, kind: str = "functions"
+        self, namespace: str, name: str, tail: int, *, kind: str = "functions", **which: str
     ) -> Iterator[dict[str, Any]]:
         """Its last lines, then every new one."""
-        path = f"{_path(namespace, kind, name)}/logs?tail={tail}&follow=1"
+        asked = urlencode({"tail": str(tail), "follow": "1"} | which)
+        path = f"{_path(namespace, kind, name)}/logs?{asked}"
         with self.stream("GET", path) as lines:
             for line in lines:
                 if line.startswith(b"data: "):
@@ -309,6 +311,11 @@ class Client:
     def change_job(self, namespace: str, name: str, change: Mapping[str, Any]) -> dict[str, Any]:
         """Suspend, resume, cancel or scale a job."""
         return self._document("PATCH", _path(namespace, "jobs", name), json.dumps(change).encode())
+
+    def retry_job(self, namespace: str, name: str, new_name: str) -> dict[str, Any]:
+        """Begin another job with all that has not succeeded in this."""
+        path = _path(namespace, "jobs", name) + "/retry"
+        return self._document("POST", path, json.dumps({"name": new_name}).encode())
 
     def job_results(self, namespace: str, name: str, index: int | None) -> Iterator[str]:
         """What its tasks returned, a line of JSON each."""

@@ -41,6 +41,7 @@ class JobsPlane:
             web.patch(job, self._change),
             web.delete(job, self._delete),
             web.get(f"{job}/results", self._results),
+            web.post(f"{job}/retry", self._retry),
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -115,6 +116,15 @@ class JobsPlane:
         await self._service.jobs.delete(info["namespace"], info["name"])
         return web.Response(status=204)
 
+    async def _retry(self, request: web.Request) -> web.Response:
+        wanted = msgspec.json.decode(await self._body(request) or b"{}", type=Retry)
+        namespace, name = (request.match_info[key] for key in ("namespace", "name"))
+        if wanted.name:
+            answers.named(namespace, wanted.name)
+        return answers.json(
+            view_of(await self._service.retry_job(namespace, name, wanted.name)), 201
+        )
+
     async def _results(self, request: web.Request) -> web.Response:
         """Lines of {"index", "result"}; of all tasks, or of one."""
         info, query = request.match_info, request.query
@@ -148,6 +158,12 @@ class Change(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         if self.cancel not in ("hard", "soft"):
             raise BadInput("cancel is hard or soft")
         return Cancel(hard=self.cancel == "hard")
+
+
+class Retry(msgspec.Struct, forbid_unknown_fields=True):
+    """What the other job is to be called; the server makes a name if it is empty."""
+
+    name: str = ""
 
 
 def view_of(view: View, details: Tasks | None = None) -> dict[str, Any]:

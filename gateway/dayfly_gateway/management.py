@@ -21,6 +21,7 @@ from dayfly_gateway.jobs import JobsPlane
 from dayfly_gateway.queues import QueuesPlane
 from dayfly_gateway.runs import RunsPlane
 from dayfly_gateway.triggers.triggers import Triggers
+from dayfly_pool.batch.indices import INDEX_MAX
 from dayfly_pool.batch.job import function_of
 from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
 from dayfly_pool.ids import in_order
@@ -191,18 +192,23 @@ class Management:
     async def _job_logs(self, request: web.Request) -> web.StreamResponse:
         info = request.match_info
         view = await self._service.jobs.get(info["namespace"], info["name"])
-        return await self._logs_of(request, function_of(view.journal))
+        of = ""
+        if "index" in request.query:
+            of = f"{view.journal.id}-{answers.number(request, 'index', 0, INDEX_MAX)}-"
+        return await self._logs_of(request, function_of(view.journal), of)
 
-    async def _logs_of(self, request: web.Request, id_: FunctionId) -> web.StreamResponse:
+    async def _logs_of(
+        self, request: web.Request, id_: FunctionId, of: str = ""
+    ) -> web.StreamResponse:
         tail = request.query.get("tail", "100")
         if not tail.isdigit():
             raise BadInput("tail is not a number")
         logs = self._service.pool.logs
         if "follow" not in request.query:
-            return answers.json(logs.tail(id_, int(tail)))
+            return answers.json(logs.tail(id_, int(tail), of))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        async with contextlib.aclosing(logs.follow(id_, int(tail))) as lines:
+        async with contextlib.aclosing(logs.follow(id_, int(tail), of)) as lines:
             await self._stream(request, response, lines)
         return response
 

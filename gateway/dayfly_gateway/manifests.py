@@ -5,6 +5,7 @@ Nothing here speaks to a server. What is wrong is `BadInput`, which names the fi
 
 import ast
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -340,8 +341,11 @@ Applied = Plan | EnvironmentManifest | TriggerManifest | QueueManifest | FlowPla
 
 
 def job_in(file: Path, namespace: str) -> tuple[str, dict[str, Any], Path | None]:
-    """(name, spec, what is to be packed) of the one job that *file* declares."""
-    found = plans(str(file), file.read_text("utf-8"), file.parent, namespace)
+    """(name, spec, what is to be packed) of the one job that *file* (`-`: stdin) declares."""
+    if str(file) == "-":
+        found = plans("stdin", sys.stdin.read(), Path(), namespace)
+    else:
+        found = plans(str(file), file.read_text("utf-8"), file.parent, namespace)
     if len(found) != 1 or not isinstance(found[0], JobPlan):
         raise BadInput(f"{file} must hold one `kind: Job`: use `dayfly apply -f` for others")
     manifest, source = found[0]

@@ -157,6 +157,14 @@ def _job_paths() -> dict[str, Any]:
                 content="application/x-ndjson",
             ),
         },
+        f"{job}/retry": {
+            "parameters": _NAMED,
+            "post": _operation(
+                "Have another job do what has not succeeded",
+                _BAD | _MISSING | {"409": "There is another job of that name"},
+                "201",
+            ),
+        },
         f"{job}/logs": {
             "parameters": _NAMED,
             "get": _operation("Its tasks' last lines; with follow, as events", _BAD | _MISSING),

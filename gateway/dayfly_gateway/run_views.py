@@ -143,6 +143,18 @@ def attempts_of(facts: "Iterable[Fact]") -> dict[str, list[AttemptView]]:
     return {key: [of[number] for number in sorted(of)] for key, of in found.items()}
 
 
+def step_of(invocation: str) -> str:
+    """The key of the step that it is an attempt of: an invocation is called RUN/KEY/ATTEMPT."""
+    return "/".join(invocation.split("/")[1:-1])
+
+
+def keys(step: StepView) -> Iterator[str]:
+    """Of all that is below it; in order."""
+    for child in step.get("children", []):
+        yield child["key"]
+        yield from keys(child)
+
+
 def leaves(step: StepView) -> Iterator[StepView]:
     """What runs, and is not made of others; in order."""
     todo = [step]

@@ -10,7 +10,7 @@ from aiohttp import web
 from dayfly_gateway import answers, run_views
 from dayfly_gateway.app import read_body
 from dayfly_gateway.config import GatewayConfig
-from dayfly_pool.errors import WorkflowNotFound
+from dayfly_pool.errors import BadInput, WorkflowNotFound
 from dayfly_pool.events import rfc3339
 from dayfly_pool.logs import LINES_MAX
 from dayfly_pool.models import API_VERSION
@@ -19,11 +19,14 @@ from dayfly_pool.store.journals import Journal, JournalId
 from dayfly_pool.workflow.facts import VALUE_BYTES_MAX
 from dayfly_pool.workflow.model import plain
 from dayfly_pool.workflow.run import AskCancel, Decide, RunStatus, token_of
+from dayfly_pool.workflow.runs import View
 from dayfly_pool.workflow.shapes import task_of, workflow_of
 
 WAIT_S_MAX: Final = 60
 SPEC_BYTES_MAX: Final = 16 << 20
 """Of a graph of 100,000 steps."""
+
+STEPS_TOLD: Final = 20
 
 SMALL_BYTES_MAX: Final = 2 << 20
 
@@ -178,7 +181,10 @@ class RunsPlane:
         return web.Response(body=pem, headers={"Content-Type": "application/x-pem-file"})
 
     async def _logs(self, request: web.Request) -> web.Response:
-        """The last lines that its steps wrote, as far as they are still there."""
+        """The last lines that its steps wrote, as far as they are still there.
+
+        Of one *step* also those of its instances, and of the steps of a workflow that it is.
+        """
         info = request.match_info
         runs, logs = self._service.runs, self._service.pool.logs
         view = await runs.get(info["namespace"], info["name"])
@@ -192,8 +198,22 @@ class RunsPlane:
         ]
         step = request.query.get("step", "")
         if step:
-            lines = [line for line in lines if line.invocation.split("/")[1:2] == [step]]
+            below = (f"{step}[", f"{step}/")
+            found = [(run_views.step_of(line.invocation), line) for line in lines]
+            lines = [line for key, line in found if key == step or key.startswith(below)]
+            if not lines:
+                await self._check_step(view, step)
         return answers.json(sorted(lines, key=lambda line: line.time)[-tail:] if tail else [])
+
+    async def _check_step(self, view: View, step: str) -> None:
+        """Raises `BadInput` when the run has no such step."""
+        tree = (await self._service.runs.engine(view)).tree()
+        root = view.stored.definition.root
+        found = list(run_views.keys(run_views.step_view(tree))) if tree is not None else []
+        found = [*dict.fromkeys([*(each.name for each in (*root.steps, *root.finally_)), *found])]
+        if step not in found:
+            there = ", ".join(found[:STEPS_TOLD]) + (", ..." if len(found) > STEPS_TOLD else "")
+            raise BadInput(f"run {view.journal.name!r} has no step {step!r}; it has {there}")
 
     async def _delete_run(self, request: web.Request) -> web.Response:
         info = request.match_info

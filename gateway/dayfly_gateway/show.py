@@ -241,13 +241,16 @@ def timing(start: str, took: Mapping[str, float], total_ms: float) -> None:
         click.echo(f"{bold(name.ljust(10))}  {value:>12}  {note}".rstrip(), err=True)
 
 
-def log_line(line: Mapping[str, Any]) -> None:
-    """One line of a function's log."""
+def log_line(line: Mapping[str, Any], label: str | None = None, size: int = 8) -> None:
+    """One line of a log: its *label*, in *size* characters, tells whose it is.
+
+    Without one the invocation does.
+    """
     moment = datetime.fromtimestamp(line["time"]).strftime("%H:%M:%S.%f")[:-3]
     stream = str(line["stream"])
     colour = STREAM_COLOURS.get(stream)
-    invocation = str(line["invocation"])[:8] or "-"
-    head = click.style(f"{moment} {invocation:8} {stream:8}", dim=True)
+    whose = printable(str(line["invocation"])[:8] if label is None else label) or "-"
+    head = click.style(f"{moment} {whose:{size}} {stream:8}", dim=True)
     click.echo(f"{head} {click.style(printable(str(line['text'])), fg=colour)}")
 
 

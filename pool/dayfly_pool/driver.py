@@ -54,6 +54,9 @@ class Driver(Protocol):
     to the user *steps_owner* on this machine, which no sandbox runs as where they have a uid each.
     Nobody else sees anything of the stores. Without isolation there are no workspaces.
 
+    `oom_kills`: how many processes of a sandbox that lives the kernel has killed for its memory
+    so far; 0 where nobody knows.
+
     A sandbox that *keeps* a function is, once that is loaded into it, a zygote too: what it forks
     holds the function, and says `Loaded` to its own `Load` without importing anything.
     """
@@ -85,6 +88,7 @@ class Driver(Protocol):
     async def destroy(self, sandbox: SandboxId) -> Exit: ...
     async def exited(self, sandbox: SandboxId) -> Exit: ...
     def memory_bytes(self, sandbox: SandboxId) -> int: ...
+    def oom_kills(self, sandbox: SandboxId) -> int: ...
 
 
 def load(name: str, data: Path, uid_first: int) -> Driver:

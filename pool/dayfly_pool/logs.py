@@ -4,11 +4,15 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncGenerator
+from itertools import islice
 from typing import Final
 
 from dayfly_pool.models import FunctionId, LogLine
 
 LINES_MAX: Final = 1000
+ERROR_LINES_MAX: Final = 200
+"""So far back the last line of a failed invocation is looked for."""
+
 LINE_CHARACTERS_MAX: Final = 8192
 CHARACTERS_MAX: Final = 1 << 20
 FOLLOWERS_MAX: Final = 100
@@ -42,28 +46,39 @@ class Logs:
             if not follower.full():
                 follower.put_nowait(line)
 
-    def tail(self, function: FunctionId, number: int) -> list[LogLine]:
-        """The last *number* lines, the oldest first."""
-        lines = self._lines.get(function, ())
-        return list(lines)[-number:] if number > 0 else []
+    def tail(self, function: FunctionId, number: int, of: str = "") -> list[LogLine]:
+        """The last *number* lines, the oldest first; of invocations that begin with *of*."""
+        lines = [line for line in self._lines.get(function, ()) if line.invocation.startswith(of)]
+        return lines[-number:] if number > 0 else []
+
+    def last_error(self, function: FunctionId, invocation: str) -> str:
+        """The last line that it wrote to stderr, if it is among the function's last ones."""
+        for line in islice(reversed(self._lines.get(function, ())), ERROR_LINES_MAX):
+            if line.invocation == invocation and line.stream == "stderr" and line.text.strip():
+                return line.text.strip()
+        return ""
 
     def forget(self, function: FunctionId) -> None:
         """Drop the lines of a deleted function."""
         self._lines.pop(function, None)
         self._sizes.pop(function, None)
 
-    async def follow(self, function: FunctionId, number: int) -> AsyncGenerator[LogLine, None]:
-        """The last *number* lines, then every new one, until the caller stops."""
+    async def follow(
+        self, function: FunctionId, number: int, of: str = ""
+    ) -> AsyncGenerator[LogLine, None]:
+        """The last *number* lines, then every new one, until the caller stops. *of*: see `tail`."""
         followers = self._followers.setdefault(function, set())
         if len(followers) >= FOLLOWERS_MAX:
             return
         queue: asyncio.Queue[LogLine] = asyncio.Queue(FOLLOWER_LINES_MAX)
         followers.add(queue)
         try:
-            for line in self.tail(function, number):
+            for line in self.tail(function, number, of):
                 yield line
             while True:
-                yield await queue.get()
+                line = await queue.get()
+                if line.invocation.startswith(of):
+                    yield line
         finally:
             followers.discard(queue)
             if not followers:

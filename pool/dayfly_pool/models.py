@@ -399,11 +399,16 @@ class Success(Struct, frozen=True):
     headers: list[list[str]] = []
 
 
+CANNOT_RUN: Final = "CannotRun"
+"""The kind of a failure of a command that is not there, or no program: it never will be."""
+
+
 class Failure(Struct, frozen=True):
     """User code failed. Data, not an exception of ours.
 
-    *kind*: Raised, Exited, BadResponse, TimedOut, OutOfMemory, Crashed, ProtocolViolation while
-    running; HandlerMissing, SyntaxError, ImportFailed, InitTimedOut, InitCrashed while loading.
+    *kind*: Raised, Exited, CannotRun, BadResponse, TimedOut, OutOfMemory, Crashed,
+    ProtocolViolation while running; HandlerMissing, SyntaxError, ImportFailed, InitTimedOut,
+    InitCrashed while loading.
     """
 
     kind: str

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -56,6 +57,9 @@ LATE_SHARE: Final = 0.5
 """Of the time that a start or a load may take, a batch's has what others leave for this share."""
 
 TRACEBACK_LINES_MAX: Final = 200
+LAST_WORDS_MAX: Final = 200
+OWN_FOLDER: Final = re.compile(r"/tmp/\.dayfly-[0-9a-f]{16}/")
+"""Where a script is that is run: another one each time."""
 
 
 class _Call:
@@ -339,9 +343,8 @@ class Pool:
             assert isinstance(message, Failed)  # `Sandbox` takes nothing else for an invocation
             timing.handler_s = message.handler_s
             code = message.exit_code if 0 <= message.exit_code <= 255 else None
-            outcome = Failure(
-                message.kind, message.message, message.traceback, timing, exit_code=code
-            )
+            why = self._with_last_words(call, message)
+            outcome = Failure(message.kind, why, message.traceback, timing, exit_code=code)
         self._settle(call, box.sandbox.id, outcome)
         if not isinstance(message, Lost):
             now = time.monotonic()
@@ -350,6 +353,14 @@ class Pool:
             took_s = min(max(timing.handler_s, 0.0), now - call.assigned_at)
             id_ = call.invocation.id
             self._carry_out(self.state.finished(box.sandbox.id, id_, took_s, now))
+
+    def _with_last_words(self, call: _Call, failed: Failed) -> str:
+        """Its message; of a command that tells no more than its exit code, also what it said."""
+        if failed.message != f"exit code {failed.exit_code}":
+            return failed.message
+        said = self.logs.last_error(call.invocation.function, call.invocation.id)
+        said = OWN_FOLDER.sub("", said)[:LAST_WORDS_MAX]
+        return f"{failed.message}: {said}" if said else failed.message
 
     def _settle(self, call: _Call, sandbox: str, outcome: Outcome) -> None:
         """Give the caller its outcome, once, and note it."""

@@ -33,7 +33,7 @@ from dayfly.protocol import (
 )
 from dayfly_pool.driver import GENERIC_LIMITS, Driver, Exit
 from dayfly_pool.errors import SandboxStartFailed
-from dayfly_pool.models import Environment, Failure, Function, Mold, SandboxId
+from dayfly_pool.models import CANNOT_RUN, Environment, Failure, Function, Mold, SandboxId
 
 log = logging.getLogger("dayfly.sandbox")
 LOG_BYTES_MAX: Final = 64 * 1024
@@ -49,8 +49,10 @@ TIMES: Final[Mapping[type, tuple[str, ...]]] = {
     Failed: ("handler_s",),
 }
 TIME_S_MAX: Final = 1e6
-RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", "BadResponse", "OutOfMemory"})
+RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", CANNOT_RUN, "BadResponse", "OutOfMemory"})
 LOADING_FAILURES: Final = frozenset({"HandlerMissing", "SyntaxError", "ImportFailed"})
+KILLED_CODE: Final = 128 + signal.SIGKILL
+MORE_MEMORY: Final = "raise limits.memoryMb"
 DEATH_REPORT_S: Final = 0.08
 """How long to wait for the kernel's account of a death before its cause is given as unknown."""
 
@@ -118,6 +120,9 @@ class Sandbox:
         self._violation = ""
         self._was_taken = False
         """Whether what keeps it was killed, which user code inside cannot do."""
+
+        self._oom_kills = 0
+        """Those of its processes that have been told of."""
 
         self._is_over = False
         self._log_at = 0.0
@@ -294,7 +299,17 @@ class Sandbox:
             raise ProtocolError(f"unasked {type(message).__name__} for {frame.invocation}")
         _distrust(message, is_loading=not frame.invocation)
         del self._pending[frame.invocation]
+        if isinstance(message, Failed) and message.exit_code == KILLED_CODE:
+            message = self._explained(message)
         answer(message, frame.body)
+
+    def _explained(self, failed: Failed) -> Failed:
+        """A process of it was killed: for its memory, if the kernel has done so just now."""
+        before, self._oom_kills = self._oom_kills, self._driver.oom_kills(self.id)
+        if self._oom_kills <= before:
+            return failed
+        why = f"{failed.message}: the kernel killed it at its memory limit: {MORE_MEMORY}"
+        return Failed(**failed.__dict__ | {"kind": "OutOfMemory", "message": why})
 
     def _take_log(self, frame: Frame, message: Log) -> None:
         now = asyncio.get_running_loop().time()
@@ -410,7 +425,8 @@ def _cause(violation: str, exit_: Exit | None) -> tuple[str, str]:
         return "Crashed", "the sandbox closed its connection"
     if exit_.oom_kills:
         peak = exit_.peak_bytes >> 20
-        return "OutOfMemory", f"killed by the kernel at its memory limit (peak {peak} MiB)"
+        why = f"killed by the kernel at its memory limit (peak {peak} MiB): {MORE_MEMORY}"
+        return "OutOfMemory", why
     number = -exit_.code if exit_.code < 0 else exit_.code - 128
     if 0 < number < 65:
         return "Crashed", f"the sandbox was killed by signal {number}"

@@ -20,7 +20,7 @@ from dayfly_pool import driver as drivers
 from dayfly_pool.batch.job import Stored
 from dayfly_pool.batch.jobs import Jobs, View, machine
 from dayfly_pool.batch.metrics import JobMetrics
-from dayfly_pool.batch.model import JobManifest
+from dayfly_pool.batch.model import JobManifest, JobSpec
 from dayfly_pool.batch.quota import QueueSpec
 from dayfly_pool.config import Config
 from dayfly_pool.environments import EnvironmentStore
@@ -175,7 +175,17 @@ class Service:
         self, manifest: JobManifest, items: AsyncIterator[bytes] | None = None
     ) -> View:
         """Keep a job, to be run: see `Jobs.create`. What its tasks are is what it is now."""
-        spec, namespace = manifest.spec, manifest.metadata.namespace
+        function = await self._task(manifest.spec, manifest.metadata.namespace)
+        return await self.jobs.create(manifest, function, items)
+
+    async def retry_job(self, namespace: str, name: str, new_name: str = "") -> View:
+        """Have another job do what has not succeeded: see `Jobs.retry`."""
+        view = await self.jobs.get(namespace, name)
+        function = await self._task(view.stored.spec, namespace)
+        return await self.jobs.retry(view, function, new_name)
+
+    async def _task(self, spec: JobSpec, namespace: str) -> FunctionSpec:
+        """What each task of a job is now."""
         if spec.function is not None:
             id_ = function_id(namespace, spec.function)
             if id_ not in self.functions:
@@ -192,7 +202,7 @@ class Service:
             )
         await self._check_package(function.package)
         self._environment(namespace, function.environment)
-        return await self.jobs.create(manifest, function, items)
+        return function
 
     async def set_queue(self, namespace: str, name: str, spec: QueueSpec | None) -> None:
         """Declare what the jobs of a queue may have; None: forget what was declared."""

@@ -91,6 +91,7 @@ class FakeGuest:
         """What `Load` said of a step's folders: a `Mounts` in JSON. Nobody has mounted them."""
 
         self.limits: Limits | None = None
+        self.oom_kills = 0
         self.terminated = asyncio.Event()
         """Set when it was asked to end by itself."""
 
@@ -376,6 +377,10 @@ class FakeDriver:
     def memory_bytes(self, sandbox: SandboxId) -> int:
         """Nothing, to a good approximation."""
         return 0
+
+    def oom_kills(self, sandbox: SandboxId) -> int:
+        """As many as the guest says."""
+        return self.guests[sandbox].oom_kills if sandbox in self.guests else 0
 
 
 async def _nothing(guest: FakeGuest) -> None:

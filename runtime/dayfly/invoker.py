@@ -34,9 +34,9 @@ CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, without the 12 ms of importing insp
 class Exit(SystemExit):
     """A process of the user's did not end well; the text is the whole message."""
 
-    def __init__(self, code: int, why: str) -> None:
+    def __init__(self, code: int, why: str, kind: str = "Exited") -> None:
         super().__init__(code)
-        self.why = why
+        self.why, self.kind = why, kind
 
 
 class Function(Record):
@@ -118,7 +118,7 @@ def failed(error: BaseException, code: str, handler_s: float) -> Answer:
     if isinstance(error, MemoryError):
         kind = "OutOfMemory"
     if isinstance(error, Exit):
-        message, trace = error.why, ""
+        kind, message, trace = error.kind, error.why, ""
     else:
         message, trace = said(error), user_traceback(error, code)
     ended = exit_code(error)

@@ -6,6 +6,7 @@ the log; its exit code is the outcome; what it writes to the file `$DAYFLY_RESUL
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 FOLDER = "/tmp"
 RESULT_BYTES_MAX = 256 * 1024
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit codes
+CANNOT_RUN = "CannotRun"
+"""The kind of a failure that the next try would meet as well."""
+
+REMEDIES = {
+    errno.EACCES: ": chmod +x {0}, or run it as: sh {0}",
+    errno.ENOEXEC: ": begin it with a line like #!/bin/sh",
+    errno.ENOTDIR: "",
+}
 SHELL = ["/bin/sh", "-e"]
 PLACE = "/tmp/.dayfly-PLACE"
 """In what is to be run, it stands for the folder of the task's own."""
@@ -78,9 +87,12 @@ def _run(event: dict[str, Any], places: dict[str, str]) -> None:
     try:
         child = os.posix_spawn(command[0], command, environment, file_actions=actions, setpgroup=0)
     except FileNotFoundError:
-        _refuse(NOT_FOUND, f"there is no command {command[0]!r} in this environment")
+        _refuse(NOT_FOUND, _missing(command[0], is_script=not event["command"]), CANNOT_RUN)
     except OSError as error:
-        _refuse(NOT_EXECUTABLE, f"{command[0]!r} cannot be run: {error.strerror}")
+        why = f"{command[0]!r} cannot be run: {error.strerror}"
+        is_hopeless = error.errno in REMEDIES
+        why += REMEDIES.get(error.errno or 0, "").format(command[0])
+        _refuse(NOT_EXECUTABLE, why, CANNOT_RUN if is_hopeless else "Exited")
     # not reaped before its group is dead: so long nobody else has its number
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     _kill_group(child)
@@ -149,6 +161,18 @@ def _found(name: str, path: str) -> str:
     return name
 
 
+def _missing(name: str, *, is_script: bool) -> str:
+    """Why there is nothing to run of this name, and what to do about it."""
+    if is_script:
+        return f"the sandbox has no {name}, which the script's first line names"
+    if os.path.exists(name):
+        return f"the sandbox does not have what the first line of {name} names"
+    if "/" not in name:
+        return f"the sandbox has no command {name!r}"
+    own = f", or --script {os.path.basename(name)}" if not name.startswith("/") else ""
+    return f"the sandbox has no {name}: send files with --source FOLDER{own}"
+
+
 def _read(path: str) -> bytes | None:
     """What a process left there; None if it left nothing."""
     try:
@@ -180,9 +204,9 @@ def _result(path: str) -> Any:
         return data.decode(errors="replace").removesuffix("\n")
 
 
-def _refuse(code: int, why: str) -> NoReturn:
+def _refuse(code: int, why: str, kind: str = "Exited") -> NoReturn:
     print(why, file=sys.stderr)
-    raise Exit(code, why)
+    raise Exit(code, why, kind)
 
 
 def _write(path: str, data: bytes) -> None:

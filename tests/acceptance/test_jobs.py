@@ -128,9 +128,10 @@ def test_a_command_with_its_files_and_variables(dayfly: Shell):
 
 
 def test_a_script_of_the_shell_ends_at_its_first_failure(dayfly: Shell):
-    name = dayfly.script("echo before\nfalse\necho after\n", "--backoff-limit", "0", code=1)
+    text = "echo before\necho it is broken >&2\nfalse\necho after\n"
+    name = dayfly.script(text, "--backoff-limit", "0", code=1)
 
-    assert dayfly.status(name)["failedTasks"][0]["message"] == "exit code 1"
+    assert dayfly.status(name)["failedTasks"][0]["message"] == "exit code 1: it is broken"
     assert "before" in dayfly.log(name)
     assert "after" not in dayfly.log(name)
 
@@ -172,7 +173,8 @@ def test_a_manifest_says_the_same_as_options_and_runs_once(dayfly: Shell):
         "  size: 3\n  successPolicy: {rules: [{succeededIndexes: '0-2'}]}\n"
     )
     first = dayfly.json("job", "run", "-f", "job.yaml")
-    again = dayfly.json("job", "run", "-f", "job.yaml")
+    text = (dayfly.folder / "job.yaml").read_text()
+    again = json.loads(dayfly("job", "run", "-f", "-", "--memory", "256", "--json", stdin=text))
 
     assert first["status"]["reason"] == "SuccessPolicy"
     assert first == again
@@ -207,9 +209,56 @@ def test_exit_codes_decide_with_a_failure_policy(dayfly: Shell):
 
 
 def test_a_task_that_takes_too_long_is_ended(dayfly: Shell):
-    name = dayfly.run("--timeout", "0.3", "--backoff-limit", "0", "--", "sleep", "60", code=1)
+    for limit in ("0.3", "300ms"):
+        name = dayfly.run("--timeout", limit, "--backoff-limit", "0", "--", "sleep", "60", code=1)
+        assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
 
-    assert [told["kind"] for told in dayfly.status(name)["failedTasks"]] == ["TimedOut"]
+
+def test_a_command_that_is_not_there_fails_at_once(dayfly: Shell):
+    """However often it may be tried again: the last try would find it as little as the first."""
+    started = time.monotonic()
+    name = dayfly.run("--size", "4", "--", "./nosuch.sh", code=1)
+    status = dayfly.status(name)
+
+    assert time.monotonic() - started < 20
+    assert (status["state"], status["reason"]) == ("Failed", "CannotRun")
+    assert "the sandbox has no ./nosuch.sh: send files with --source" in status["message"]
+
+
+def test_a_job_is_shown_in_a_few_lines(dayfly: Shell):
+    """What was sent is in the JSON; a script may have any number of lines."""
+    words = ("--size", "8", "--backoff-limit-per-index", "0")
+    name = dayfly.script("\n" * 50 + "[ $JOB_INDEX -lt 2 ]\n", *words, code=1)
+    lines = dayfly("job", "show", name).splitlines()
+
+    assert lines[0].startswith(f"{name} Failed: 2 of 8 tasks succeeded, 6 failed in ")
+    assert lines[1] == "  FailedIndexes: 6 of 8 indices failed"
+    assert all(line.endswith(": Exited: exit code 1") for line in lines[2:7])
+    assert lines[7:] == [
+        "  ...",
+        "  runs: a script of 51 lines",
+        "  failed indexes: 2-7",
+        f"  all of it: dayfly job show {name} --json",
+    ]
+    name = dayfly.run("--", "echo", "a b")
+    assert "  runs: echo 'a b'" in dayfly("job", "show", name).splitlines()
+
+
+def test_what_has_not_succeeded_is_tried_again(dayfly: Shell):
+    """With its variables, although nobody is shown them."""
+    text = '[ "$JOB_INDEX" != 3 ] || [ -e "$MARK" ]\necho $JOB_INDEX >$DAYFLY_RESULT\n'
+    words = ("--size", "6", "--backoff-limit", "0", "--env")
+    name = dayfly.script(text, *words, "MARK=/nowhere", code=1)
+    told = dayfly("job", "retry", name, code=1)
+    done = dayfly.json("job", "show", name)["status"]["succeeded"]
+
+    assert dayfly.status(name)["failedIndexes"] == ""
+    assert told.startswith(f"{name}-r1 Failed: ")
+    assert dayfly.status(f"{name}-r1")["total"] == 6 - done
+    assert dayfly("job", "retry", name, "--name", "the-rest", "-d") == "the-rest\n"
+    assert "names are lower-case" in dayfly("job", "retry", name, "--name", "No Name", code=1)
+    good = dayfly.run("--", "true")
+    assert f"job '{good}' is Complete: nothing is left" in dayfly("job", "retry", good, code=1)
 
 
 def test_a_job_that_takes_too_long_is_ended(dayfly: Shell):
@@ -218,6 +267,19 @@ def test_a_job_that_takes_too_long_is_ended(dayfly: Shell):
 
     assert dayfly.status(name)["reason"] == "DeadlineExceeded"
     assert time.monotonic() - started < 10
+
+
+def test_each_line_of_a_log_has_its_tasks_index(dayfly: Shell):
+    name = dayfly.run("--indices", "7,12", "--", "sh", "-c", "echo it is $JOB_INDEX")
+    lines = [line.split() for line in dayfly.log(name).splitlines()]
+    (one,) = dayfly("job", "logs", name, "--index", "12").splitlines()
+
+    assert sorted(line[1:] for line in lines) == [
+        ["12", "stdout", "it", "is", "12"],
+        ["7", "stdout", "it", "is", "7"],
+    ]
+    assert one.endswith("it is 12")
+    assert dayfly("job", "logs", name, "--index", "1") == ""
 
 
 # ---- while it runs ------------------------------------------------------------------------------
@@ -269,11 +331,16 @@ def test_a_job_that_runs_is_deleted(dayfly: Shell):
         (("--size", "10000001", "--", "true"), "size"),
         (("--indices", "10000000", "--", "true"), "10000000"),
         (("--indices", "3-1", "--", "true"), "write 1-3"),
+        (("--indices", "", "--", "true"), "--indices is empty"),
         (("--size", "2", "--indices", "1", "--", "true"), "only one of"),
         (("--items", "nowhere.jsonl", "--", "true"), "there is no such file"),
         (("--environment", "nobody", "--", "true"), "no environment 'nobody'"),
         (("--max-failed-indexes", "1", "--", "true"), "backoffLimitPerIndex"),
         (("--name", "No Name", "--", "true"), "name"),
+        (("--function", "nobody", "--", "echo"), "--function and a command: give only one"),
+        (("--timeout", "soon", "--", "true"), "'soon' is no duration: write 90s, 15m"),
+        (("--timeout", "nan", "--", "true"), "is not between 0 and 366 days"),
+        (("--memory", "512", "--function", "nobody"), "a function has its own limits"),
     ],
 )
 def test_what_cannot_be_is_told_in_words(dayfly: Shell, words: tuple[str, ...], why: str):
@@ -309,6 +376,18 @@ def test_a_task_has_no_network(sandboxed: Shell):
     )
 
     assert "refused: " in sandboxed.log(sandboxed.script(text))
+
+
+def test_a_task_that_needs_too_much_memory_is_told_what_to_raise(sandboxed: Shell):
+    """Its limit is one for each task, also for a child of its own, and can be raised."""
+    words = ("python3", "-c", "x = b'x' * (300 << 20)")
+    for command in (words, ("sh", "-c", f'{words[0]} -c "{words[2]}"; exit $?')):
+        name = sandboxed.run("--backoff-limit", "0", "--", *command, code=1)
+        (told,) = sandboxed.status(name)["failedTasks"]
+        assert (told["kind"], "raise limits.memoryMb" in told["message"]) == ("OutOfMemory", True)
+    sandboxed.run("--memory", "400", "--", *words)
+    name = sandboxed.script("kill -9 $$\n", "--backoff-limit", "0", code=1)
+    assert sandboxed.status(name)["failedTasks"][0]["kind"] == "Exited"
 
 
 def test_a_task_leaves_nothing_for_the_next_one(sandboxed: Shell):

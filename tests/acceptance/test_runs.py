@@ -165,6 +165,25 @@ def test_a_step_may_import_what_lies_beside_it(dayfly: Flows):
     assert results(dayfly.start("halving")) == {"result": 4}
 
 
+def test_each_line_of_a_log_has_its_step(dayfly: Flows):
+    """Of a step also what its instances wrote, and of a workflow as a step all that is in it."""
+    (dayfly.folder / "pipeline.py").write_text(PIPELINE)
+    dayfly("workflow", "deploy", "pipeline.py")
+    name = dayfly.start("twice", "-p", "most=2")["metadata"]["name"]
+
+    def heads(*words: str) -> set[str]:
+        lines = dayfly("run", "logs", name, *words).splitlines()
+        return {line.split()[1] for line in lines if "square of" in line}
+
+    first = {"squares/square[0]", "squares/square[1]"}
+    assert heads() > first
+    assert heads("--step", "squares/square") == heads("--step", "squares") == first
+    assert heads("--step", "squares/square[1]") == {"squares/square[1]"}
+    told = dayfly("run", "logs", name, "--step", "nosuch", code=1)
+    assert f"run '{name}' has no step 'nosuch'; it has squares, " in told
+    assert "squares/square[0]" in told
+
+
 def test_both_faces_say_the_same(dayfly: Flows):
     """What is compiled to YAML and back is the workflow that it was."""
     (dayfly.folder / "pipeline.py").write_text(PIPELINE)
@@ -201,6 +220,14 @@ def test_parameters_are_given_as_json_or_text_or_in_a_file(dayfly: Flows):
 
 
 # ---- what a step is -----------------------------------------------------------------------------
+
+
+def test_a_step_whose_command_is_not_there_is_not_tried_again(dayfly: Flows):
+    view = dayfly.flow("- {name: a, command: [./nosuch.sh], retries: 3}", code=1)
+    shown = dayfly.json("run", "show", view["metadata"]["name"])["view"]["tree"]
+
+    assert view["status"]["kind"] == "CannotRun", view["status"]
+    assert shown["children"][0]["attempt"] == 1
 
 
 def test_scripts_have_their_interpreter_and_leave_results(dayfly: Flows):

@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import pytest
 from click.testing import CliRunner, Result
 
-from dayfly_gateway import manifests, show, up
+from dayfly_gateway import cli_jobs, manifests, show, up
 from dayfly_gateway.cli import cli
 from dayfly_gateway.deploy import reachable
 from dayfly_gateway.logformat import JsonFormatter, Outbox, TextFormatter
@@ -592,6 +592,15 @@ def test_apply_takes_environments_first(admin: AdminServer, hello: Path) -> None
     )
 
 
+@pytest.mark.parametrize("text", ["", "---\n", "# nothing yet\n"])
+def test_a_file_without_a_manifest_is_not_applied(admin: AdminServer, text: str) -> None:
+    """Who sends nothing has mistaken the file."""
+    result = dayfly("apply", "-f", "-", url=admin.url, input=text)
+
+    assert (result.exit_code, admin.asked) == (2, [])
+    assert "there is no manifest in -" in result.stderr
+
+
 def test_apply_says_what_a_trigger_listens_to(admin: AdminServer, hello: Path) -> None:
     """Or when a schedule fires next; what is sent to us has no place."""
     sources = (
@@ -753,6 +762,13 @@ def test_looks_are_shown_to_people_and_to_scripts(
     assert all(word in text.stdout for word in shown)
     assert "\x1b" not in text.stdout
     json.loads(document.stdout)
+
+
+def test_a_job_that_has_not_begun_took_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    status = {"state": "Pending", "succeeded": 0, "total": 4, "failed": 0, "message": ""}
+    cli_jobs._show_end({"metadata": {"name": "sums"}, "status": status | {"startedAt": None}})
+
+    assert capsys.readouterr().out == "sums Pending: 0 of 4 tasks succeeded\n"
 
 
 def test_top_shows_what_works_first() -> None:

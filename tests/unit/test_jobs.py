@@ -20,6 +20,8 @@ from dayfly_pool import autoscale, ours
 from dayfly_pool import journal as journal_module
 from dayfly_pool.batch import job as job_module
 from dayfly_pool.batch import jobs as module
+from dayfly_pool.batch.again import spec_of
+from dayfly_pool.batch.indices import IndexSet, parse
 from dayfly_pool.batch.job import (
     ITEMS,
     LOG,
@@ -31,7 +33,7 @@ from dayfly_pool.batch.job import (
     Stored,
 )
 from dayfly_pool.batch.jobs import Jobs, View
-from dayfly_pool.batch.model import JobManifest, JobSpec
+from dayfly_pool.batch.model import JobManifest, JobSpec, SuccessPolicy, SuccessRule
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, JobNotFound, NameTaken, StoreFailed
 from dayfly_pool.journal import Journals
@@ -294,6 +296,87 @@ async def test_with_a_limit_for_each_index_the_others_go_on():
         (3, 0, "Raised"),
         (3, 1, "Raised"),
     ]
+
+
+# ---- again --------------------------------------------------------------------------------------
+
+
+async def test_what_has_not_succeeded_is_done_by_another_job():
+    """Also what never ran; what succeeded is not done twice."""
+    work = Work({3: [RAISED] * 3})
+    async with running(work) as jobs:
+        await create(jobs, backoff_limit=2, parallelism=1)
+        first = await over(jobs)
+        done = {*(await jobs.details(first)).succeeded}
+        again = await jobs.retry(first, WORK)
+        second = await over(jobs, "sums-r1")
+        third = await jobs.retry(first, WORK)
+
+    assert (first.status.state, 3 in done) == ("Failed", False)
+    assert again.status.total == 10 - len(done) == second.status.succeeded
+    assert second.status.state == "Complete"
+    assert all(work.ended[index] <= 2 for index in done)
+    assert third.journal.name == "sums-r2"
+
+
+async def test_items_of_what_has_not_succeeded_go_with_it(monkeypatch: pytest.MonkeyPatch):
+    """Each with its index."""
+    monkeypatch.setattr(module, "CHUNK_ITEMS", 7)
+    work = Work({index: [RAISED] for index in (0, 8, 30, 99)})
+    async with running(work) as jobs:
+        sent = lines(*(b'{"n": %d}' % n for n in range(100)))
+        await jobs.create(manifest(size=None, backoff_limit_per_index=0), WORK, sent)
+        first = await over(jobs)
+        work.bodies.clear()
+        await jobs.retry(first, WORK, "the-rest")
+        second = await over(jobs, "the-rest")
+        with pytest.raises(NameTaken):
+            await jobs.retry(first, WORK, "the-rest")
+
+    assert second.stored.spec.indices == "0,8,30,99"
+    assert second.status.state == "Complete"
+    assert work.bodies == {n: {"n": n} for n in (0, 8, 30, 99)}
+
+
+async def test_only_a_job_that_did_not_succeed_is_tried_again():
+    work = Work()
+    async with running(work) as jobs:
+        await create(jobs, size=1)
+        await over(jobs)
+        with pytest.raises(BadInput, match="is Complete: nothing is left"):
+            await jobs.retry(await jobs.get("default", "sums"), WORK)
+        view = await create(jobs, "later", suspend=True)
+        with pytest.raises(BadInput, match="is Suspended: it is not over"):
+            await jobs.retry(view, WORK)
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ({"succeeded_count": 6}, SuccessRule(succeeded_count=2)),
+        ({"succeeded_indexes": "2-5"}, SuccessRule("4-5", 2)),
+        ({"succeeded_indexes": "2-5", "succeeded_count": 3}, SuccessRule("4-5", 1)),
+    ],
+)
+def test_limits_are_of_what_is_left(rule: dict[str, Any], left: SuccessRule):
+    """Of ten indices four have succeeded."""
+    policy = SuccessPolicy(rules=(SuccessRule(**rule),))
+    limits = {"min_count": 8, "backoff_limit_per_index": 1, "max_failed_indexes": 9}
+    spec = manifest(success_policy=policy, suspend=True, **limits).spec
+    found = spec_of(spec, parse("4-9"), parse("0-3"))
+
+    assert (found.indices, found.size, found.suspend) == ("4-9", None, False)
+    assert (found.min_count, found.max_failed_indexes) == (6, 6)
+    assert found.success_policy == SuccessPolicy(rules=(left,))
+
+
+def test_a_list_of_what_is_left_has_an_end():
+    left = IndexSet(999_999)
+    for index in range(0, 1_000_000, 2):
+        left.add(index)
+
+    with pytest.raises(BadInput, match="500000 indices left are too scattered"):
+        spec_of(manifest(size=1_000_000).spec, left, IndexSet(999_999))
 
 
 # ---- items --------------------------------------------------------------------------------------

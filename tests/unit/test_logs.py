@@ -80,6 +80,20 @@ def test_the_last_lines_are_told_oldest_first():
     assert logs.tail(GREET, -1) == []
 
 
+async def test_the_lines_of_some_invocations_are_found_and_followed():
+    """As many of these as were asked for, whatever others have written since."""
+    logs = Logs()
+    for n in range(9):
+        logs.write(LogLine(1.0, GREET, "sb-1", f"job-{n % 3}-0", "stdout", str(n)))
+    async with aclosing(logs.follow(GREET, 1, "job-1-")) as following:
+        first = (await anext(following)).text
+        for n in (2, 1):
+            logs.write(LogLine(1.0, GREET, "sb-1", f"job-{n}-1", "stdout", f"new {n}"))
+
+        assert (first, (await anext(following)).text) == ("7", "new 1")
+    assert texts(logs.tail(GREET, 3, "job-1-")) == ["4", "7", "new 1"]
+
+
 def test_functions_do_not_see_each_others_lines():
     logs = written(2)
 

@@ -267,7 +267,7 @@ async def test_a_sandbox_gets_the_limits_of_its_function():
         (Exit(3), "Crashed", "the sandbox exited with code 3"),
         (Exit(0), "Crashed", "the sandbox exited with code 0"),
         (Exit(-9, oom_kills=1, peak_bytes=300 << 20), "OutOfMemory",
-         "killed by the kernel at its memory limit (peak 300 MiB)"),
+         "killed by the kernel at its memory limit (peak 300 MiB): raise limits.memoryMb"),
     ],
 )  # fmt: skip
 async def test_a_crash_tells_its_caller_the_cause(exit_: Exit, kind: str, message: str):
@@ -286,6 +286,44 @@ async def test_a_crash_tells_its_caller_the_cause(exit_: Exit, kind: str, messag
         assert failure.was_killed == (exit_ == Exit(-9))
         assert await succeed(pool, GREET, b"again") == b"again"
         assert driver.destroyed == ["sb-1"]
+
+
+async def test_a_process_of_a_guest_that_was_killed_for_its_memory_is_told_as_such():
+    """Once: the next one that is killed in the same sandbox may have been killed by anybody."""
+
+    async def kill(guest: FakeGuest, request: Invoke, body: bytes) -> Failed:
+        guest.oom_kills += body == b"memory"
+        killed = "killed by signal 9"
+        return Failed(kind="Exited", message=killed, traceback="", exit_code=137)
+
+    driver = FakeDriver({"main:greet": kill})
+    async with running(driver, GREET) as pool:
+        failures = [await fail(pool, GREET, body=body) for body in (b"", b"memory", b"")]
+
+    assert [failure.kind for failure in failures] == ["Exited", "OutOfMemory", "Exited"]
+    assert failures[1].message.endswith("at its memory limit: raise limits.memoryMb")
+    assert failures[1].exit_code == 137
+    assert driver.created == ["sb-1"]
+
+
+async def test_a_command_that_failed_is_told_with_its_last_words():
+    """The last line of its own on stderr, without the name of a folder that it never knew."""
+
+    async def work(guest: FakeGuest, request: Invoke, body: bytes) -> Failed:
+        number = int(body)
+        if number == 1:
+            await guest.log(
+                "a traceback\n/tmp/.dayfly-0123456789abcdef/script: \x1b no\n \n", 1, "stderr"
+            )
+            await guest.log("goodbye\n", 1)
+        if number == 3:
+            await guest.log("x" * 300 + "\n", 3, "stderr")
+        return Failed(kind="Exited", message="exit code 2", traceback="", exit_code=2)
+
+    async with running(FakeDriver({"main:greet": work}), GREET) as pool:
+        told = [(await fail(pool, GREET, body=b"%d" % n)).message for n in (1, 2, 3)]
+
+    assert told == [r"exit code 2: script: \x1b no", "exit code 2", "exit code 2: " + "x" * 200]
 
 
 async def test_a_crash_is_told_to_all_in_the_same_sandbox_and_to_nobody_else():

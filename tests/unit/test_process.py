@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from tests.harness import eventually_none, stat
 
-from dayfly import process
+from dayfly import invoker, process
 from dayfly.context import Context
 from dayfly.invoker import Exit
+from dayfly.protocol import Failed
 
 CONTEXT = Context(
     aws_request_id="i",
@@ -77,7 +78,7 @@ def test_what_is_in_the_file_is_the_result(written: str, result: Any):
         ("false; exit 0", 1, "exit code 1"),
         ("kill -9 $$", 137, "killed by signal 9"),
         ("nosuchcommand", 127, "exit code 127"),
-        ("#!/no/such/interpreter\n", 127, "there is no command '/no/such/interpreter'"),
+        ("#!/no/such/interpreter\n", 127, "the sandbox has no /no/such/interpreter, which the"),
         ("#!/etc/passwd\n", 126, "'/etc/passwd' cannot be run: Permission denied"),
         ("head -c 300000 /dev/zero >$DAYFLY_RESULT", 1, "the result is over 262144 bytes"),
         ("ln -s /etc/passwd $DAYFLY_RESULT", 1, "the result cannot be read"),
@@ -98,6 +99,41 @@ def test_a_command_that_is_not_there_is_told_by_its_name():
         run("nosuchcommand")
 
     assert (told.value.code, "'nosuchcommand'" in told.value.why) == (127, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "name", "why"),
+    [
+        (0o755, None, "./s.sh", "no ./s.sh: send files with --source FOLDER, or --script s.sh"),
+        (0o755, None, "/no/s.sh", "the sandbox has no /no/s.sh: send files with --source FOLDER"),
+        (0o644, "#!/bin/sh\n", "./s.sh", "chmod +x ./s.sh, or run it as: sh ./s.sh"),
+        (0o755, "echo\n", "./s.sh", "begin it with a line like #!/bin/sh"),
+        (0o755, "#!/no/such\n", "./s.sh", "what the first line of ./s.sh names"),
+        (0o755, "#!/bin/sh\n", "./s.sh/x", "'./s.sh/x' cannot be run: Not a directory"),
+    ],
+)
+def test_a_command_that_can_never_run_is_told_with_its_remedy(
+    mode: int, text: str | None, name: str, why: str, tmp_path: Path, monkeypatch: Any
+):
+    """As a kind of its own: another try would meet the same."""
+    (tmp_path / "code").mkdir()
+    monkeypatch.chdir(tmp_path / "code")
+    if text is not None:
+        Path("s.sh").write_text(text)
+        Path("s.sh").chmod(mode)
+    with pytest.raises(Exit) as told:
+        run(name)
+
+    assert told.value.why.endswith(why)
+    assert told.value.kind == "CannotRun"
+    assert call_failed(told.value) == "CannotRun"
+
+
+def call_failed(error: Exit) -> str:
+    """The kind that the pool is told."""
+    failed, _ = invoker.failed(error, "/code", 0.0)
+    assert isinstance(failed, Failed)
+    return failed.kind
 
 
 def test_a_script_runs_by_what_its_first_line_names():

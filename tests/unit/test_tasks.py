@@ -208,6 +208,19 @@ def test_exit_code_zero_and_none_match_no_rule_about_exit_codes() -> None:
     assert (tasks.verdict, tasks.failures) == (None, 2)
 
 
+def test_what_can_never_run_ends_the_job_unless_a_rule_says_otherwise() -> None:
+    gone = TaskFailed("CannotRun", "the sandbox has no ./x", 127)
+    tasks = tasks_of(2, backoffLimitPerIndex=5)
+    run_again(tasks)
+    fail(tasks, 0, gone)
+    assert tasks.verdict == Verdict("Failed", "CannotRun", f"index 0: CannotRun: {gone.message}")
+
+    tasks = tasks_of(2, backoffLimitPerIndex=0, **policy(codes("FailIndex", "In", 127)))
+    run_again(tasks)
+    fail(tasks, 0, gone)
+    assert (str(tasks.failed), tasks.verdict) == ("0", None)
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [

@@ -102,6 +102,10 @@ class IndexSet:
         texts = [_text(low, high) for low, high in found[:INTERVALS_SHOWN]]
         return ",".join([*texts, "..."] if len(found) > INTERVALS_SHOWN else texts)
 
+    def text(self) -> str:
+        """All of it, as `parse` reads it."""
+        return ",".join(_text(low, high) for low, high in self.intervals())
+
     def packed(self) -> bytes:
         """For the journal; see `unpack`."""
         return zlib.compress(self._bits, 1)

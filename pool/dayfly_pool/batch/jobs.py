@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,15 +13,16 @@ from typing import Final
 
 import msgspec
 
+from dayfly_pool.batch import again, tasks
 from dayfly_pool.batch import job as running
-from dayfly_pool.batch import tasks
 from dayfly_pool.batch.asks import Ask, Command, Evict
+from dayfly_pool.batch.indices import IndexSet
 from dayfly_pool.batch.job import Asked, Job, Status, Stored, function_of
 from dayfly_pool.batch.model import INDICES_MAX, JobManifest
 from dayfly_pool.batch.queues import Admission, QueueUse
 from dayfly_pool.batch.quota import Amounts, QueueSpec, amounts
 from dayfly_pool.config import Config
-from dayfly_pool.errors import BadInput, JobNotFound, NameTaken, PlatformError
+from dayfly_pool.errors import BadInput, JobNotFound, NameTaken, PlatformError, StoreFailed
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import Function, FunctionId, FunctionSpec
@@ -49,6 +51,8 @@ HEADROOM: Final = 0.1
 """Of all sandboxes, those that jobs never have."""
 
 PAGE: Final = 500
+RETRIES_MAX: Final = 1000
+_AGAIN: Final = re.compile(r"-r\d{1,4}\Z")
 STOPPED_S_MAX: Final = 5.0
 Prepare = Callable[[FunctionId, Stored, FunctionSpec], Function]
 """Have the pool know what a job's tasks are. Raises `PlatformError` when that cannot be now."""
@@ -128,16 +132,7 @@ class Jobs:
         if inline is not None and not inline:
             raise BadInput("spec.items is empty: a job has at least one task")
         status = _status(stored, len(inline or (0,)))
-        journal = Journal(
-            id=JournalId(new_id()),
-            kind="job",
-            namespace=metadata.namespace,
-            name=metadata.name,
-            created_at=self._clock.now(),
-            head=msgspec.json.encode(status),
-            spec=msgspec.json.encode(stored),
-            is_draft=items is not None,
-        )
+        journal = self._journal(stored, status, is_draft=items is not None)
         entries = _chunked([msgspec.json.encode(item) for item in inline or ()], 0)
         try:
             journal = await self._journals.create(journal, entries)
@@ -156,7 +151,7 @@ class Jobs:
         self, journal: Journal, stored: Stored, items: AsyncIterator[bytes]
     ) -> tuple[Journal, Status]:
         """Keep what comes, then let the job run; nothing of it is left when that fails."""
-        try:
+        async with self._undone(journal):
             total = 0
             async for lines in _checked(items):
                 await self._journals.append(journal.id, _chunked(lines, total))
@@ -165,14 +160,88 @@ class Jobs:
                 raise BadInput("no items came: a job has at least one task")
             status = _status(stored, total)
             await self._journals.append(journal.id, head=msgspec.json.encode(status))
-            published = await self._journals.publish(journal.id)
-            if published is None:
-                raise JobNotFound(f"job {journal.name!r} was deleted")
-            return published, status
+            return await self._publish(journal), status
+
+    async def retry(self, view: View, function: FunctionSpec, name: str = "") -> View:
+        """Have another job do all indices that have not succeeded in this, with their items.
+
+        Without a *name* it has this one's and a number. Raises `BadInput`, `NameTaken`,
+        `StoreFailed`.
+        """
+        own = view.journal.name
+        if view.status.state not in again.RETRIABLE:
+            why = "nothing is left" if view.status.state == "Complete" else "it is not over"
+            raise BadInput(f"job {own!r} is {view.status.state}: {why}, so nothing is tried again")
+        succeeded = (await self.details(view)).succeeded
+        left = running.indices_of(view.stored.spec, view.status.total).without(succeeded)
+        spec = await asyncio.to_thread(again.spec_of, view.stored.spec, left, succeeded)
+        stem = _AGAIN.sub("", own)[:57].rstrip("-")
+        names = [name] if name else [f"{stem}-r{n}" for n in range(1, RETRIES_MAX + 1)]
+        for each in names:
+            metadata = msgspec.structs.replace(view.stored.metadata, name=each)
+            parts = {"metadata": metadata, "spec": spec, "function": function}
+            stored = msgspec.structs.replace(view.stored, **parts)
+            try:
+                return await self._begin_again(view.journal.id, stored, left)
+            except NameTaken:
+                if name:
+                    raise
+        raise BadInput(f"job {own!r} was retried {RETRIES_MAX} times: delete some of these jobs")
+
+    async def _begin_again(self, of: JournalId, stored: Stored, left: IndexSet) -> View:
+        """Keep the job with those items of another that are *left*."""
+        status = _status(stored, len(left))
+        journal = await self._journals.create(
+            self._journal(stored, status, is_draft=stored.has_items), []
+        )
+        if stored.has_items:
+            async with self._undone(journal):
+                async for entries in self._items(of, left):
+                    await self._journals.append(journal.id, entries)
+                journal = await self._publish(journal)
+        return View(journal, stored, status)
+
+    async def _items(self, of: JournalId, left: IndexSet) -> AsyncIterator[list[NewEntry]]:
+        """The entries in which a job's items are that are *left*."""
+        after, store = 0, self._journals.store
+        while found := await store.entries(of, part=running.ITEMS, after=after, limit=8):
+            after = found[-1].number
+            for entry in found:
+                if entry.damage:
+                    what = f"items {entry.low} to {entry.high}"
+                    raise StoreFailed(f"{what}, entry {entry.number}: {entry.damage}")
+            kept = [e for e in found if any(i in left for i in range(e.low, e.high + 1))]
+            yield [NewEntry(running.ITEMS, e.low, e.high, e.body) for e in kept]
+
+    def _journal(self, stored: Stored, status: Status, *, is_draft: bool) -> Journal:
+        """A new one."""
+        return Journal(
+            id=JournalId(new_id()),
+            kind="job",
+            namespace=stored.metadata.namespace,
+            name=stored.metadata.name,
+            created_at=self._clock.now(),
+            head=msgspec.json.encode(status),
+            spec=msgspec.json.encode(stored),
+            is_draft=is_draft,
+        )
+
+    @asynccontextmanager
+    async def _undone(self, journal: Journal) -> AsyncIterator[None]:
+        """Nothing of *journal* is left when the block fails."""
+        try:
+            yield
         except BaseException:
             with suppress(PlatformError):
                 await asyncio.shield(self._journals.delete(journal.id))
             raise
+
+    async def _publish(self, journal: Journal) -> Journal:
+        """Let it run. Raises `JobNotFound` when somebody has deleted it."""
+        published = await self._journals.publish(journal.id)
+        if published is None:
+            raise JobNotFound(f"job {journal.name!r} was deleted")
+        return published
 
     async def get(self, namespace: str, name: str) -> View:
         """One job. Raises `JobNotFound`."""

@@ -18,6 +18,7 @@ from msgspec import Struct
 from dayfly_pool.batch.indices import IndexSet, parse
 from dayfly_pool.batch.model import FAILED_OF_MANY_MAX, MANY, Action, FailureRule, JobSpec
 from dayfly_pool.errors import BadInput
+from dayfly_pool.models import CANNOT_RUN
 from dayfly_pool.retry import KILLS_MAX, THROTTLE_FIRST_S, THROTTLE_MAX_S, backoff_s
 
 RETRYING_MAX: Final = 10_000
@@ -193,10 +194,11 @@ class Tasks:
         if len(self.told) < FAILURES_TOLD_MAX:
             message = why.message[:MESSAGE_CHARACTERS_MAX]
             self._tell(Told(index, tries, now, why.kind, message))
-        if action == "FailJob":
+        if action in ("FailJob", CANNOT_RUN):
             self._count(index, tries)
             what = f"index {index}: {why.kind}: {why.message}"[:MESSAGE_CHARACTERS_MAX]
-            self.end(Verdict("Failed", "FailurePolicy", what))
+            reason = "FailurePolicy" if action == "FailJob" else CANNOT_RUN
+            self.end(Verdict("Failed", reason, what))
         elif action == "FailIndex":
             self._count(index, tries)
             self._fail_index(index)
@@ -231,12 +233,12 @@ class Tasks:
         if self.verdict is None:
             self.verdict = self._new.verdict = verdict
 
-    def _action(self, why: TaskFailed) -> Action:
+    def _action(self, why: TaskFailed) -> Action | Literal["CannotRun"]:
         policy = self._spec.failure_policy
         for rule in policy.rules if policy is not None else ():
             if _matches(rule, why):
                 return rule.action
-        return "Count"
+        return CANNOT_RUN if why.kind == CANNOT_RUN else "Count"
 
     def _count(self, index: int, tries: int) -> None:
         self.failures += 1

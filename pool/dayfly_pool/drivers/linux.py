@@ -434,6 +434,10 @@ class LinuxDriver:
             return cgroups.memory_bytes(self._tree_of(sandbox), sandbox)
         return memory.of_processes(self._pids[sandbox]) if sandbox in self._pids else 0
 
+    def oom_kills(self, sandbox: SandboxId) -> int:
+        """What its group has counted; 0 without groups."""
+        return cgroups.autopsy(self._folders(sandbox)).oom_kills
+
     async def _ask(self, request: dict[str, Any], descriptor: int | None = None) -> None:
         data = json.dumps(request).encode()
         while self._control is not None:

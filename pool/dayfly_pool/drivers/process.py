@@ -139,6 +139,10 @@ class ProcessDriver:
             return 0
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def oom_kills(self, sandbox: SandboxId) -> int:
+        """None: its memory has no limit."""
+        return 0
+
 
 async def _watch(process: asyncio.subprocess.Process, ours: socket.socket) -> Exit:
     """How it ended. Its connection ends with it, though a child of it may keep a copy.

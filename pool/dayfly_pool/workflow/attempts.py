@@ -32,6 +32,7 @@ from dayfly_pool.errors import (
 from dayfly_pool.ids import new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
+    CANNOT_RUN,
     Environment,
     Failure,
     FunctionId,
@@ -411,7 +412,12 @@ class Attempts:
             self._kills[invoke.key] += outcome.was_killed
             is_counted = not (outcome.was_killed and self._kills[invoke.key] <= KILLS_MAX)
             return self.failed(
-                invoke, outcome.kind, outcome.message, is_counted=is_counted, report=report
+                invoke,
+                outcome.kind,
+                outcome.message,
+                is_counted=is_counted,
+                is_hopeless=outcome.kind == CANNOT_RUN,
+                report=report,
             )
         try:
             results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
