@@ -365,6 +365,7 @@ spec:
         ("source: hello", "source: nope", r"m.yaml, line 9 .*spec.source: there is no"),
         ("  source: hello\n", "", r"m.yaml, line 8 .*`source` must name the file or folder"),
         ("{requirements", "{requirements: [", r"m.yaml, line 3: not valid YAML"),
+        ("{requirements", "[" * 20_000, r"m.yaml: it is nested too deeply"),
         ("spec: {req", "spec: 7\nx: {req", r"m.yaml, line 3 \(document 1\): spec: Expected a map"),
     ],
 )
