@@ -324,7 +324,7 @@ def results(session: Session, name: str, index: int | None) -> None:
     is_found = False
     for line in session.client.job_results(session.namespace, name, index):
         is_found = True
-        click.echo(line)
+        click.echo(printable(line) if sys.stdout.isatty() else line)
     if index is not None and not is_found:
         raise Told(f"task {index} has no result: it returned nothing, or is not done")
 

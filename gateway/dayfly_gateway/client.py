@@ -324,7 +324,8 @@ class Client:
         while after:
             path = f"{_path(namespace, 'jobs', name)}/results?after={after}{which}"
             reply = self.call("GET", path)
-            yield from reply.body.decode().splitlines()
+            # by newlines alone: a text in a result may have what else ends a line
+            yield from filter(None, reply.body.decode().split("\n"))
             after = reply.headers.get("Dayfly-After", "")
 
     # ---- the wire -------------------------------------------------------------------------------

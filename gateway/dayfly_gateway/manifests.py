@@ -333,6 +333,8 @@ def read(text: str, file: str, kinds: Sequence[str] = KINDS) -> Iterator[Documen
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
         raise BadInput(f"{file}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise BadInput(f"{file}: it is nested too deeply") from None
     finally:
         loader.dispose()
 

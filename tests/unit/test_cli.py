@@ -114,6 +114,10 @@ PROBLEMS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+RESULTS = '{"index":0,"result":"\x9b2J"}\n{"index":1,"result":"a\u2028b\x85c \\u001b[2J"}\n'
+"""Of a job: all of it may be in JSON."""
+
+
 class Admin(BaseHTTPRequestHandler):
     """A fake of the admin plane: answers as the real one does, and notes what it was asked."""
 
@@ -159,6 +163,8 @@ class Admin(BaseHTTPRequestHandler):
                 self.reply(200, trigger_view(name, json.loads(self.server.asked[-1][2])))
             case "PUT", _ if "/workflows/" in path:
                 self.reply(200, view(name, steps=1))
+            case "GET", "/namespaces/default/jobs/hostile/results":
+                self.send(200, RESULTS.encode(), {})
             case "DELETE", _:
                 self.send(204, b"", {})
             case _:
@@ -218,6 +224,11 @@ def admin() -> Iterator[AdminServer]:
 @pytest.fixture
 def hello(tmp_path: Path) -> Path:
     return package(tmp_path / "hello", {"main.py": HANDLER})
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written goes to somebody who looks."""
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
 
 
 def package(folder: Path, files: dict[str, str]) -> Path:
@@ -368,6 +379,7 @@ spec:
         ("source: hello", "source: nope", r"m.yaml, line 9 .*spec.source: there is no"),
         ("  source: hello\n", "", r"m.yaml, line 8 .*`source` must name the file or folder"),
         ("{requirements", "{requirements: [", r"m.yaml, line 3: not valid YAML"),
+        ("{requirements", "[" * 20_000, r"m.yaml: it is nested too deeply"),
         ("spec: {req", "spec: 7\nx: {req", r"m.yaml, line 3 \(document 1\): spec: Expected a map"),
     ],
 )
@@ -1026,3 +1038,17 @@ def test_the_manifest_kinds_are_the_models() -> None:
     """What `apply` names as known is what can be read."""
     tags = [kind.__struct_config__.tag for kind in get_args(manifests.Declared)]
     assert sorted(manifests.KINDS) == sorted(tags)
+
+
+def test_a_tasks_result_commands_no_terminal_and_is_one_line(
+    admin: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a pipe it is JSON as it was returned; whatever ends a line elsewhere is text."""
+    piped = dayfly("job", "results", "hostile", url=admin.url).output
+    on_a_terminal(monkeypatch)
+    shown = dayfly("job", "results", "hostile", url=admin.url).output
+
+    assert piped == RESULTS
+    assert shown == (
+        '{"index":0,"result":"\\x9b2J"}\n{"index":1,"result":"a\\u2028b\\x85c \\u001b[2J"}\n'
+    )

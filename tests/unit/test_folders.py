@@ -1,13 +1,18 @@
 """What a guest takes for a step's folders: what the pool says, and nothing that could mean more."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from dayfly import folders
+from dayfly_pool.errors import BadInput
 from dayfly_pool.models import Mounts
-from dayfly_pool.workflow import steps, words, workspaces
+from dayfly_pool.workflow import facts, steps, words, workspaces
+from dayfly_pool.workflow.handover import INPUTS_MAX, Handover, Prepared
+from dayfly_pool.workflow.model import Step
 from dayfly_pool.workflow.workspaces import Layer, Workspace
 
 PLACE = f"default/tree-{'0a' * 32}/content"
@@ -108,8 +113,33 @@ def test_what_it_cannot_mean_is_refused(field: str, value: Any):
         read(Mounts(**mounts))
 
 
+def test_more_inputs_than_a_guest_takes_are_refused_before_there_is_one(tmp_path: Path):
+    """In lists or not: nothing has been made for them."""
+    handover = Handover(tmp_path, os.geteuid())
+    handover.open()
+    stored = handover.artifacts.put_value("default", b"1")
+    value = facts.Artifact(stored.uri, stored.sha256, stored.bytes).as_value()
+    step = Step(name="s", script="true")
+
+    def prepare(many: int) -> Prepared:
+        inputs = {"all": [value] * (many - 1), "one": value}
+        invoke = facts.Invoke(
+            key="s", attempt=1, step=step, params={}, inputs=inputs, workspaces={}
+        )
+        return handover.prepare("default", invoke, {}, frozenset())
+
+    with pytest.raises(BadInput, match="takes 1000 inputs at most, not 1001"):
+        prepare(folders.INPUTS_MAX + 1)
+    assert not any((tmp_path / "steps").rglob("out"))
+    prepared = prepare(folders.INPUTS_MAX)
+    read(prepared.mounts)
+    handover.drop(prepared)
+    handover.close()
+
+
 def test_both_ends_say_the_same():
     """The guest cannot import what the pool is made of."""
+    assert folders.INPUTS_MAX == INPUTS_MAX
     assert folders.OVERLAY_OPTIONS == workspaces.OVERLAY_OPTIONS
     assert folders.BRANCHES_MAX == workspaces.BRANCHES_MAX
     assert (folders.IN, folders.OUT, folders.WORKSPACES) == (

@@ -263,6 +263,62 @@ async def test_a_result_that_is_too_large_is_a_failure_of_its_task():
     assert {each.kind for each in told} == {"ResultTooLarge"}
 
 
+NO_LINES = [
+    b'1}\n{"index":99,"result":"forged"',
+    b"",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b'"\xff"',
+    b'"\xed\xa0\x80"',
+    b'"\x1b[2J"',
+    b"[" * 100_000,
+    b"[" * 101 + b"]" * 101,
+    b'{"a":' * 101 + b"1" + b"}" * 101,
+]
+
+
+@pytest.mark.parametrize("body", NO_LINES)
+async def test_a_result_that_is_no_line_of_json_is_a_failure_of_its_task(body: bytes):
+    """Whatever a sandbox sends; a function's own results are JSON that others can read."""
+    work = Work({1: [msgspec.Raw(body)]})
+    async with running(work) as jobs:
+        await create(jobs, size=3, backoff_limit_per_index=0)
+        view = await over(jobs)
+        kept = await results(jobs)
+        (told,) = (await jobs.details(view)).told
+
+    assert kept == {0: 0, 2: 2}
+    assert (told.index, told.kind) == (1, "BadResponse")
+    assert "no JSON" in told.message or "nested more than 100 deep" in told.message
+
+
+async def test_a_result_is_kept_on_one_line_as_it_was_written():
+    large = b"1" * 300
+    bodies = [b'[1,\r\n {"a": 1.50}]', large, b"[" * 100 + b"]" * 100, b'"%s"' % (b"[{" * 99)]
+    work = Work({n: [msgspec.Raw(body)] for n, body in enumerate(bodies)})
+    async with running(work) as jobs:
+        await create(jobs, size=len(bodies))
+        await over(jobs)
+        kept, _ = await jobs.results("default", "sums", None)
+
+    assert dict(kept) == {0: b'[1,{"a":1.50}]', **dict(enumerate(bodies[1:], 1))}
+
+
+@pytest.mark.parametrize("body", NO_LINES)
+async def test_what_was_kept_and_is_no_json_hides_no_other_result(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    async with running(Work({1: [msgspec.Raw(body)]})) as jobs:
+        with monkeypatch.context() as unchecked:
+            unchecked.setattr(job_module, "line_of", lambda body: body)
+            await create(jobs, size=3)
+            await over(jobs)
+
+        assert await results(jobs) == {0: 0, 2: 2}
+        assert await jobs.results("default", "sums", 1) == ([], 0)
+
+
 async def test_a_crashed_sandbox_costs_a_try():
     work = Work({3: [Ended()]})
     async with running(work) as jobs:

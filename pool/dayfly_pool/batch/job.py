@@ -18,10 +18,11 @@ import msgspec
 from msgspec import Struct
 
 from dayfly_pool.batch.indices import IndexSet, parse, up_to
+from dayfly_pool.batch.lines import line_of
 from dayfly_pool.batch.model import COMMAND_TIMEOUT_S, JobSpec
 from dayfly_pool.batch.tasks import Segment, Snapshot, Task, TaskFailed, Tasks, Verdict
 from dayfly_pool.clock import Clock
-from dayfly_pool.errors import BodyTooLarge, ItemDamaged, PlatformError, StoreFailed
+from dayfly_pool.errors import BadInput, BodyTooLarge, ItemDamaged, PlatformError, StoreFailed
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import (
     Failure,
@@ -134,17 +135,23 @@ def indices_of(spec: JobSpec, total: int) -> IndexSet:
     return up_to(total or 1)
 
 
-def results_in(entries: Sequence[Entry]) -> list[tuple[int, bytes]]:
-    """(index, JSON) of all results in *entries* of the part `RESULTS`.
+def results_in(entries: Sequence[Entry], index: int | None = None) -> list[tuple[int, bytes]]:
+    """(index, line of JSON) of all results in *entries* of the part `RESULTS`, or of that *index*.
 
-    Raises `StoreFailed` when one is damaged.
+    What was kept before it was looked at, and is no JSON, is left out. Raises `StoreFailed` when
+    an entry is damaged.
     """
     found: list[tuple[int, bytes]] = []
     for entry in entries:
         if entry.damage:
             what = f"results {entry.low} to {entry.high}"
             raise StoreFailed(f"{what}, entry {entry.number}: {entry.damage}")
-        found += _RESULTS.decode(zlib.decompress(entry.body))
+        for its, body in _RESULTS.decode(zlib.decompress(entry.body)):
+            if index is None or its == index:
+                try:
+                    found.append((its, line_of(body)))
+                except BadInput:
+                    log.warning("a result is no JSON", extra={"index": its, "entry": entry.number})
     return found
 
 
@@ -192,7 +199,7 @@ class Results:
         return len(self._new)
 
     def add(self, index: int, body: bytes) -> None:
-        """A task returned *body*, as JSON."""
+        """A task returned *body*, a line of JSON."""
         self._new.append((index, body))
 
     def drain(self, number: int) -> tuple[list[NewEntry], tuple[int, ...]]:
@@ -502,15 +509,8 @@ class Job:
             self._stopped.discard(index)
 
     def _note(self, index: int, outcome: Success | Failure) -> None:
-        if isinstance(outcome, Success) and len(outcome.body) <= RESULT_BYTES_MAX:
-            self.tasks.succeed(index)
-            self.ended["succeeded"] += 1
-            if outcome.body != NOTHING and index in self.tasks.succeeded:
-                self._results.add(index, outcome.body)
-            self._news.set()
-        elif isinstance(outcome, Success):
-            what = f"it returned {len(outcome.body)} bytes, a result has {RESULT_BYTES_MAX} at most"
-            self._failed(index, TaskFailed("ResultTooLarge", what))
+        if isinstance(outcome, Success):
+            self._note_result(index, outcome.body)
         elif index in self._stopped:
             self.tasks.give_back(index, self._clock.now())
         else:
@@ -521,6 +521,23 @@ class Job:
                 was_killed=outcome.was_killed,
             )
             self._failed(index, why)
+
+    def _note_result(self, index: int, body: bytes) -> None:
+        if len(body) > RESULT_BYTES_MAX:
+            what = f"it returned {len(body)} bytes, a result has {RESULT_BYTES_MAX} at most"
+            self._failed(index, TaskFailed("ResultTooLarge", what))
+            return
+        if body != NOTHING:
+            try:
+                body = line_of(body)
+            except BadInput as error:
+                self._failed(index, TaskFailed("BadResponse", error.detail))
+                return
+        self.tasks.succeed(index)
+        self.ended["succeeded"] += 1
+        if body != NOTHING and index in self.tasks.succeeded:
+            self._results.add(index, body)
+        self._news.set()
 
     def _failed(self, index: int, why: TaskFailed) -> None:
         self.ended["not run" if why.is_ours else "failed"] += 1

@@ -315,11 +315,11 @@ class Jobs:
             view.journal.id, part=running.RESULTS, after=after, limit=8, covering=index
         ):
             after = entries[-1].number
-            found = running.results_in(entries)
+            found = await asyncio.to_thread(running.results_in, entries, index)
             if index is None:
                 return found, after
-            if its := [each for each in found if each[0] == index]:
-                return its, 0
+            if found:
+                return found, 0
         return [], 0
 
     async def details(self, view: View) -> tasks.Tasks:

@@ -8,7 +8,7 @@ Every method waits for the disk: call it in a thread.
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +26,9 @@ from dayfly_pool.workflow.workspaces import Workspace, Workspaces
 
 LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
 """Where a sandbox has them until its mounts are made."""
+
+INPUTS_MAX: Final = 1000
+"""As `dayfly.folders` has it."""
 
 Versions = dict[tuple[str, str], Workspace]
 """By workspace and the key of the step that left it."""
@@ -116,6 +119,10 @@ class Handover:
             for name, value in invoke.inputs.items()
             for name, place in self._places(namespace, name, value)
         )
+        if len(inputs) > INPUTS_MAX:
+            most = INPUTS_MAX
+            raise BadInput(f"a step takes {most} inputs at most, not {len(inputs)}:"
+                           " leave them as one folder in a step before it")  # fmt: skip
         branches = {
             name: [versions.get((view.workspace, key), Workspace()) for key in view.merge]
             for name, view in invoke.workspaces.items()
