@@ -378,6 +378,43 @@ def test_a_device_is_refused(store: Artifacts, out: Path):
         store.put("team", out, "tree")
 
 
+def test_what_is_mostly_holes_is_refused_before_it_is_read(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also in several files, each of which would be fine."""
+    store = Artifacts(tmp_path / "large")
+    store.open()
+    (out / "tree").mkdir()
+    for number in range(3):
+        with (out / "tree" / f"{number}").open("wb") as file:
+            file.write(b"data")
+            file.truncate(trees.HOLES_MAX // 2)
+    with (out / "file").open("wb") as file:
+        file.truncate(63 << 30)
+    monkeypatch.setattr(trees, "hashed", lambda *_: "0" * 64)  # it would take minutes
+    with trees.opened_folder(None, out) as folder:
+        assert trees.seal_early(folder, "file") is None
+    for output, path in (("file", r"\."), ("tree", "2")):
+        with pytest.raises(BadTree, match=f"^{path} is mostly holes: write what is in it"):
+            store.put("team", out, output)
+    store.close()
+
+
+def test_holes_are_counted_where_the_file_system_says_they_are(out: Path):
+    """And a file that occupies less than its size for another reason has none."""
+    with (out / "file").open("w+b") as file:
+        file.write(b"data" * 1024)
+        file.seek(1 << 20)
+        file.write(b"data" * 1024)
+        file.truncate(2 << 20)
+        status = os.fstat(file.fileno())
+        assert trees.holes(file.fileno(), status) == (2 << 20) - 8192
+        file.seek(0)
+        file.write(b"d" * (2 << 20))
+        file.flush()
+        assert trees.holes(file.fileno(), status) == 0
+
+
 def test_a_file_that_somebody_still_writes_to_is_refused(store: Artifacts, out: Path):
     """Through a descriptor that was passed on he could change it after it was hashed."""
     (out / "tree").mkdir()

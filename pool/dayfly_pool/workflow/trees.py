@@ -29,6 +29,9 @@ ENTRIES_MAX: Final = 250_000
 BYTES_MAX: Final = 64 << 30
 """Of all files together, holes counted as well: hashing them takes as long."""
 
+HOLES_MAX: Final = 1 << 30
+"""Of a tree's big files: holes cost nobody a byte, and who hashes them as long as bytes would."""
+
 DEPTH_MAX: Final = 128
 PATH_BYTES_MAX: Final = 3072
 """Below the 4096 of the kernel, so that it can be named from the root as well."""
@@ -38,6 +41,9 @@ BIG_BYTES: Final = 256 << 10
 
 UNDER_WAY_MAX: Final = 64
 CHUNK_BYTES: Final = 256 << 10
+BLOCK_BYTES: Final = 512
+"""In which stat(2) tells what a file occupies, whatever the file system's own blocks are."""
+
 WRITE_BACK_BYTES: Final = 32 << 20
 SYNC_EACH_MAX: Final = 8
 """Up to so many files are synchronized one by one, more with the whole file system: 2,000 small
@@ -119,6 +125,8 @@ def seal_early(folder: int, path: str) -> Early | None:
             os.fchmod(file, 0o555)
             refuse_writers(file, path)
             status = os.fstat(file)
+            if holes(file, status) > HOLES_MAX:
+                return None
             digest = hashed(file, path, status)
             closing.pop_all()
             return Early(file, status, digest)
@@ -152,7 +160,7 @@ class _Sealing:
         self._early = early
         self._pool = pool
         self._found: list[tuple[Entry, Future[str] | str]] = []
-        self._bytes = 0
+        self._bytes = self._holes = 0
         self._links: dict[int, tuple[list[str], int, Future[str] | str]] = {}
         """By inode, of files with several names: those found, how many there are, the digest."""
 
@@ -200,6 +208,9 @@ class _Sealing:
             if self._bytes > self._limits.bytes:
                 most = f"{self._limits.bytes} bytes"
                 raise BadTree(f"with {shown(path)} it is over {most} (holes count): leave less")
+            self._holes += holes(file, status)
+            if self._holes > HOLES_MAX:
+                raise BadTree(f"{shown(path)} is mostly holes: write what is in it")
             digest = self._digest(file, path, status)
         finally:
             os.close(file)
@@ -345,6 +356,27 @@ def hashed(file: int, path: str, status: os.stat_result) -> str:
     if (done, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise BadTree(f"{shown(path)} was changed while it was read: its writer must end first")
     return digest.hexdigest()
+
+
+def holes(file: int, status: os.stat_result) -> int:
+    """How many bytes of a big open file nobody wrote; it stops counting above HOLES_MAX.
+
+    A file system that compresses or writes later says that a file occupies little, so what
+    it occupies is no proof.
+    """
+    size, found, at = status.st_size, 0, 0
+    if size < BIG_BYTES or status.st_blocks * BLOCK_BYTES >= size:
+        return 0
+    while at < size and found <= HOLES_MAX:
+        try:
+            data = os.lseek(file, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return found + size - at  # no more data
+        found += data - at
+        at = os.lseek(file, data, os.SEEK_HOLE)
+    return found
 
 
 def begin_writing(file: int, start: int) -> None:
