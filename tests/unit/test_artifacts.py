@@ -574,6 +574,14 @@ def test_a_file_with_the_bytes_of_a_manifest_is_not_the_folder(store: Artifacts,
         store.path(Artifact(tree.uri, tree.sha256, "file", 1, 1))
 
 
+def test_a_path_that_no_file_can_have_is_no_path_in_a_folder(store: Artifacts, out: Path):
+    tree = store.put("team", fill(out).parent, "out")
+
+    for path in ("\0", "sub\0", "sub/\0", "sub/\ud800"):
+        with pytest.raises(BadInput, match="is not a path in"):
+            store.read(tree, path)
+
+
 def test_values_are_checked_when_they_are_read(store: Artifacts):
     kept = store.put_value("team", b'{"a": 1}')
     assert store.value(kept) == b'{"a": 1}'

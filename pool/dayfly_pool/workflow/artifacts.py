@@ -287,7 +287,7 @@ class Artifacts:
     def read(self, artifact: Artifact, path: str) -> int:
         """An open descriptor of the file at *path* in a folder; follows no link, ever."""
         *parents, last = [CONTENT, *path.split("/")] if path else [CONTENT]
-        if {"", ".", ".."} & {*parents, last}:
+        if {"", ".", ".."} & {*parents, last} or "\0" in path or not trees.is_text(path):
             raise BadInput(f"{trees.shown(path)} is not a path in {artifact.uri}")
         with (
             self._places.disk(),
