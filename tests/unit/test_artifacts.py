@@ -582,6 +582,14 @@ def test_a_path_that_no_file_can_have_is_no_path_in_a_folder(store: Artifacts, o
             store.read(tree, path)
 
 
+def test_a_folder_is_no_value_and_that_is_not_the_disks_fault(store: Artifacts, out: Path):
+    """What is the disk's fault is tried again for ever."""
+    tree = store.put("team", fill(out).parent, "out")
+
+    with pytest.raises(BadInput, match="is a folder: a value is one file"):
+        store.value(tree)
+
+
 def test_values_are_checked_when_they_are_read(store: Artifacts):
     kept = store.put_value("team", b'{"a": 1}')
     assert store.value(kept) == b'{"a": 1}'

@@ -269,6 +269,8 @@ class Artifacts:
 
     def value(self, artifact: Artifact) -> bytes:
         """The bytes of a value or a file, checked against its digest."""
+        if artifact.kind == "tree":
+            raise BadInput(f"{trees.shown(artifact.uri)} is a folder: a value is one file")
         if artifact.bytes > VALUE_BYTES_MAX:
             raise BadInput(f"{artifact.uri} is over {VALUE_BYTES_MAX >> 20} MiB: read it as a file")
         with self._places.disk(), self._object(artifact) as (place, _), self._reading():
