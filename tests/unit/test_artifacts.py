@@ -69,6 +69,18 @@ def left_in(store: Artifacts) -> list[str]:
     return sorted(path.name for path in [*found, *(root / "objects").glob("*/*")])
 
 
+@pytest.mark.parametrize("mode", [None, 0o755])
+def test_other_users_of_the_machine_do_not_get_in(tmp_path: Path, mode: int | None):
+    """Also where an earlier version made the folder for all to read."""
+    if mode is not None:
+        (tmp_path / "store").mkdir(mode=mode)
+    made = Artifacts(tmp_path / "store")
+    made.open()
+    made.close()
+
+    assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
+
+
 # ---- digests ------------------------------------------------------------------------------------
 
 
