@@ -79,6 +79,7 @@ from dayfly_pool.workflow.model import (
 from dayfly_pool.workflow.provenance import encode
 from dayfly_pool.workflow.run import AskCancel, Call, Decide, LiveRun, token_of
 from dayfly_pool.workflow.runs import Runs, View
+from dayfly_pool.workflow.threads import SHARE, Threads
 
 SOON_S = 10.0
 """What must happen happens at once; this is for a machine that is very busy."""
@@ -1405,3 +1406,52 @@ async def test_what_the_disk_refuses_is_not_written_down(monkeypatch: pytest.Mon
 
     assert view.status.state == "Succeeded"
     assert began["a"] == 2
+
+
+async def test_while_steps_are_hashed_everything_else_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """The rest of the server, other namespaces, and steps that leave nothing."""
+    gate, began = threading.Event(), threading.Semaphore(0)
+    take = Handover.take
+
+    def take_long(self: Handover, *given: Any) -> Any:
+        began.release()
+        assert gate.wait(SOON_S)
+        return take(self, *given)
+
+    monkeypatch.setattr(Handover, "take", take_long)
+    most = SHARE + 2
+    async with serving(Work()) as server:
+        threads = server.runs._means.handover.threads
+        many = step("a", matrix=Matrix(params={"n": list(range(most))}), outputs=FILES[0].outputs)
+        server.declare(many)
+        await server.start()
+        await until(lambda: len(server.known["began"]) == most)
+        for _ in range(SHARE):
+            assert await asyncio.to_thread(began.acquire, timeout=SOON_S)
+
+        assert await threads.hash("other", lambda: "hashed") == "hashed"
+        assert await threads.do(lambda: "short") == "short"
+        assert not began.acquire(blocking=False)
+        gate.set()
+        view = await server.over()
+
+    assert view.status.succeeded == most
+    assert not threads._shares
+
+
+async def test_a_thread_counts_until_it_has_ended_whoever_waits_for_it():
+    """Or who is cancelled again and again would have them all."""
+    threads, gate = Threads(share=1), threading.Event()
+    for _ in range(2):
+        waiting = asyncio.ensure_future(threads.hash("a", gate.wait))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    late = asyncio.ensure_future(threads.hash("a", lambda: "late"))
+
+    assert await threads.hash("b", lambda: "other") == "other"
+    assert not late.done()
+    gate.set()
+    assert await late == "late"
+    assert not threads._shares
+    threads.close()

@@ -195,8 +195,9 @@ class Attempts:
             await self._calm()
         while self._unsettled:
             given, self._unsettled = self._unsettled, []
-            settle = self._means.handover.settle
-            await asyncio.gather(*(asyncio.to_thread(settle, each) for each in given))
+            handover = self._means.handover
+            do = handover.threads.do
+            await asyncio.gather(*(do(handover.settle, each) for each in given))
 
     def invocation(self, key: str, attempt: int) -> InvocationId:
         """What the pool calls an attempt."""
@@ -243,7 +244,7 @@ class Attempts:
             await asyncio.wait((flight,))
         flight = means.flights[key] = asyncio.get_running_loop().create_future()
         try:
-            if (found := await asyncio.to_thread(self._found, key)) is not None:
+            if (found := await means.handover.threads.do(self._found, key)) is not None:
                 self._saw(invoke, body, found.run)
                 self._keep_given(Given(found.artifacts, []))  # its run may not have settled it
                 return Ended(
@@ -305,13 +306,13 @@ class Attempts:
         function = FunctionId(f"{name}.{new_id()[-12:]}")
         self.functions.add(function)
         prepared = await self._prepare(invoke, body)
-        loop = asyncio.get_running_loop()
+        handover, hash_ = means.handover, means.handover.threads.hash
         hashing: list[asyncio.Future[Early]] = []
 
         def returned(outcome: Outcome) -> None:
             if not isinstance(outcome, Failure):
-                early = means.handover.hash_early
-                hashing.append(loop.run_in_executor(None, early, invoke, prepared))
+                begun = hash_(self.namespace, handover.hash_early, invoke, prepared)
+                hashing.append(asyncio.ensure_future(begun))
 
         try:
             invocation = self._invocation_of(invoke, function, body)
@@ -325,8 +326,8 @@ class Attempts:
             given = None
             if isinstance(end, Ended):
                 early = await asyncio.shield(hashing[0]) if hashing else {}
-                take = means.handover.take
-                given = await asyncio.to_thread(take, self.namespace, invoke, prepared, early)
+                where = self.namespace
+                given = await hash_(where, handover.take, where, invoke, prepared, early)
         except BaseException:
             await asyncio.shield(self._drop(prepared, hashing))
             raise
@@ -344,7 +345,7 @@ class Attempts:
         self._preparing += 1
         self._prepared.clear()
         try:
-            return await asyncio.to_thread(prepare)
+            return await self._means.handover.threads.do(prepare)
         finally:
             self._preparing -= 1
             if not self._preparing:
@@ -374,7 +375,7 @@ class Attempts:
             for found in hashing:
                 for early in (await found).values():
                     early.close()
-            await asyncio.to_thread(self._means.handover.drop, prepared)
+            await self._means.handover.threads.do(self._means.handover.drop, prepared)
         except PlatformError:
             log.exception("a step's folders stay until the next start", extra={"run": self.name})
 
@@ -400,7 +401,8 @@ class Attempts:
         """With large values in place of what stands for them."""
         if not _has_large(params):
             return params
-        whole = await asyncio.to_thread(self._means.handover.whole, self.namespace, params)
+        handover = self._means.handover
+        whole = await handover.threads.do(handover.whole, self.namespace, params)
         assert isinstance(whole, dict)
         return whole
 
@@ -416,8 +418,9 @@ class Attempts:
         try:
             results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
             if facts.to_refer(results):
-                store = self._means.handover.referred
-                results, uris = await asyncio.to_thread(store, self.namespace, results)
+                handover = self._means.handover
+                do = handover.threads.do
+                results, uris = await do(handover.referred, self.namespace, results)
                 self.uris += uris
             ended = Ended(
                 at=self._means.clock.now(),

@@ -2,7 +2,7 @@
 
 Before a step its inputs are looked for and its folders made; they are mounted in its sandbox, and
 nothing is copied. When the sandbox is dead, what the step left is moved into the stores.
-Every method waits for the disk: call it in a thread.
+Every method waits for the disk: call it in one of its `threads`.
 """
 
 import os
@@ -21,6 +21,7 @@ from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of
 from dayfly_pool.workflow.facts import LARGE, Invoke
 from dayfly_pool.workflow.model import Step, TaskSpec
 from dayfly_pool.workflow.steps import StepFolders, Steps
+from dayfly_pool.workflow.threads import Threads
 from dayfly_pool.workflow.workspaces import Workspace, Workspaces
 
 LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
@@ -82,6 +83,7 @@ class Handover:
 
     def __init__(self, data: Path, owner: int) -> None:
         self.artifacts = Artifacts(data / "artifacts")
+        self.threads = Threads()
         self._steps = Steps(data / "steps", owner)
         self._workspaces = Workspaces(data / "workspaces", owner)
         self._owner = owner
@@ -95,7 +97,8 @@ class Handover:
         self._workspaces.open()
 
     def close(self) -> None:
-        """Let go of them."""
+        """Let go of them, when nobody is at them any more."""
+        self.threads.close()
         self._workspaces.close()
         self._steps.close()
         self.artifacts.close()
