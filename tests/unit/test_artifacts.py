@@ -25,6 +25,7 @@ from dayfly_pool.errors import (
     BadTree,
     DiskFull,
     PlatformError,
+    TakingEnded,
 )
 from dayfly_pool.workflow import artifacts, trees
 from dayfly_pool.workflow.artifacts import Artifact, Artifacts
@@ -410,6 +411,28 @@ def test_what_is_mostly_holes_is_refused_before_it_is_read(
         with pytest.raises(BadTree, match=f"^{path} is mostly holes: write what is in it"):
             store.put("team", out, output)
     store.close()
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3, 5])
+def test_what_is_being_read_can_be_stopped_at_any_chunk(
+    store: Artifacts, out: Path, asked: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is left of it then."""
+    monkeypatch.setattr(trees, "CHUNK_BYTES", 100_000)
+    (out / "tree").mkdir()
+    (out / "tree" / "small").write_bytes(b"a" * 100)
+    (out / "tree" / "large").write_bytes(b"a" * 500_000)
+    left = list(range(asked))
+
+    def go_on() -> None:
+        left.pop()
+        if not left:
+            left.append(0)  # whoever asks again is told the same
+            raise TakingEnded
+
+    with pytest.raises(TakingEnded):
+        store.put("team", out, "tree", go_on=go_on)
+    assert left_in(store) == []
 
 
 def test_holes_are_counted_where_the_file_system_says_they_are(out: Path):

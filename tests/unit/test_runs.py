@@ -35,6 +35,7 @@ from dayfly_pool.errors import (
     RunNotFound,
     SandboxStartFailed,
     StoreFailed,
+    TakingEnded,
     WorkflowNotFound,
 )
 from dayfly_pool.journal import Journals
@@ -65,7 +66,7 @@ from dayfly_pool.workflow.attempts import Means
 from dayfly_pool.workflow.bodies import COMMAND, Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.facts import VALUE_BYTES_MAX
-from dayfly_pool.workflow.handover import Given, Handover, owner_of
+from dayfly_pool.workflow.handover import Given, Handover, Taking, owner_of
 from dayfly_pool.workflow.model import (
     Declared,
     Matrix,
@@ -1455,3 +1456,84 @@ async def test_a_thread_counts_until_it_has_ended_whoever_waits_for_it():
     assert await late == "late"
     assert not threads._shares
     threads.close()
+
+
+@pytest.mark.parametrize("is_hard", [True, False])
+async def test_who_cancels_a_step_does_not_wait_for_what_it_left_to_be_hashed(
+    monkeypatch: pytest.MonkeyPatch, is_hard: bool
+):
+    began, take = asyncio.Event(), Handover.take
+    loop = asyncio.get_running_loop()
+
+    def take_for_ever(self: Handover, *given: Any) -> Any:
+        loop.call_soon_threadsafe(began.set)
+        assert given[-1]._stopped.wait(SOON_S)
+        return take(self, *given)
+
+    monkeypatch.setattr(Handover, "take", take_for_ever)
+    async with serving(Work()) as server:
+        server.declare(*FILES)
+        await server.start()
+        await began.wait()
+        await server.ask(AskCancel(hard=is_hard))
+        view = await server.over()
+        states = await server.states()
+        stored = list((server.known["data"] / "artifacts/objects").glob("*/*"))
+
+    assert view.status.state == "Cancelled"
+    assert states["a"] != "Succeeded"
+    assert stored == []
+
+
+async def test_a_server_that_goes_down_does_not_wait_for_what_is_hashed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whoever goes on with the run has the step run again."""
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stopped = []
+
+    def take_for_ever(self: Handover, *given: Any) -> Any:
+        loop.call_soon_threadsafe(began.set)
+        stopped.append(given[-1]._stopped.wait(SOON_S))
+        given[-1].go_on()
+
+    monkeypatch.setattr(Handover, "take", take_for_ever)
+    store = MemoryJournals()
+    async with serving(Work(), store) as server:
+        server.declare(*FILES)
+        await server.start()
+        await began.wait()
+    monkeypatch.undo()
+    async with serving(Work(), store) as server:
+        view = await server.over()
+
+    assert stopped == [True]
+    assert view.status.state == "Succeeded"
+
+
+async def test_the_time_that_it_takes_to_hash_is_the_steps():
+    async with serving(Work()) as server:
+        view = await server.run(step("a", outputs=FILES[0].outputs, timeout=0.000001))
+
+    assert (view.status.state, view.status.kind) == ("Failed", "TimedOut")
+    assert "what it left was still being read after 1e-06 s" in view.status.message
+
+
+def test_the_time_that_a_step_ran_counts_and_that_between_two_readings_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    taking = Taking(10.0)
+    taking.ran_s = 4.0
+    with taking.reading():
+        now[0] += 5.0
+        taking.go_on()
+    now[0] += 100.0
+    with taking.reading():
+        taking.go_on()
+        now[0] += 2.0
+        with pytest.raises(TakingEnded, match="still being read after 10 s"):
+            taking.go_on()
+    assert taking.is_late

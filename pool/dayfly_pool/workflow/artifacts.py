@@ -131,6 +131,7 @@ class Artifacts:
         *,
         is_synced: bool = True,
         early: trees.Early | None = None,
+        go_on: trees.GoOn = trees.always,
     ) -> Artifact:
         """Take over what a dead step left at the path *output* below *folder*.
 
@@ -139,13 +140,13 @@ class Artifacts:
         come first, `path` finds out. All of an out folder is *output* `out` of the folder above.
 
         :raises BadTree: naming what in it cannot be an artifact; all of it is removed then.
-        :raises DiskFull: nothing is left of it.
+        :raises DiskFull: nothing is left of it. :raises TakingEnded: nor is it then, by *go_on*.
         """
         _check(namespace)
         with self._places.disk(), self._places.scratch() as (name, scratch):
             with trees.opened_folder(None, folder) as left:
                 trees.take(left, output, scratch, CONTENT)
-            entries = trees.seal(scratch, CONTENT, self._limits, early=early)
+            entries = trees.seal(scratch, CONTENT, self._limits, early=early, go_on=go_on)
             return self._publish(namespace, name, scratch, entries, is_synced=is_synced)
 
     def put_value(self, namespace: str, value: bytes, *, is_synced: bool = True) -> Artifact:

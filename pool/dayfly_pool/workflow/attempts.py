@@ -27,6 +27,7 @@ from dayfly_pool.errors import (
     FunctionNotFound,
     PackageDamaged,
     PlatformError,
+    TakingEnded,
     WorkspaceConflict,
 )
 from dayfly_pool.ids import new_id
@@ -54,6 +55,7 @@ from dayfly_pool.workflow.handover import (
     Handover,
     Left,
     Prepared,
+    Taking,
     Versions,
     is_furnished,
 )
@@ -181,6 +183,8 @@ class Attempts:
         self._unwanted: set[InvocationId] = set()
         """Attempts under way that are to end, whether their code has begun or not."""
 
+        self._taking: dict[InvocationId, Taking] = {}
+
     @property
     def has_unsettled(self) -> bool:
         """Whether the disk has not got all that is to be written of."""
@@ -207,6 +211,8 @@ class Attempts:
         """End an attempt that is under way; it fails, as one that was stopped."""
         id_ = self.invocation(key, attempt)
         self._unwanted.add(id_)
+        if (taking := self._taking.get(id_)) is not None:
+            taking.stop()
         self._means.pool.stop(id_, CANCELLED)
 
     async def end_of(self, invoke: Invoke) -> Ended | Failed:
@@ -306,36 +312,58 @@ class Attempts:
         function = FunctionId(f"{name}.{new_id()[-12:]}")
         self.functions.add(function)
         prepared = await self._prepare(invoke, body)
-        handover, hash_ = means.handover, means.handover.threads.hash
+        invocation = self._invocation_of(invoke, function, body)
         hashing: list[asyncio.Future[Early]] = []
-
-        def returned(outcome: Outcome) -> None:
-            if not isinstance(outcome, Failure):
-                begun = hash_(self.namespace, handover.hash_early, invoke, prepared)
-                hashing.append(asyncio.ensure_future(begun))
-
+        taking = self._taking[invocation.id] = Taking(invocation.timeout_s)
         try:
-            invocation = self._invocation_of(invoke, function, body)
             if invocation.id in self._unwanted:
-                await self._drop(prepared, hashing)
-                return self._stopped(invoke)
-            outcome = await means.once(function, body, prepared.mounts, invocation, returned)
-            mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
-            why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
-            end = await self._judged(invoke, outcome, why)
-            given = None
-            if isinstance(end, Ended):
-                early = await asyncio.shield(hashing[0]) if hashing else {}
-                where = self.namespace
-                given = await hash_(where, handover.take, where, invoke, prepared, early)
+                raise TakingEnded
+            end, given = await self._taken(invoke, body, prepared, invocation, taking, hashing)
+        except TakingEnded as error:
+            self.spawn(self._drop(prepared, hashing))
+            if taking.is_late:
+                return self.failed(invoke, "TimedOut", str(error))
+            return self._stopped(invoke)
         except BaseException:
+            taking.stop()
             await asyncio.shield(self._drop(prepared, hashing))
             raise
+        finally:
+            del self._taking[invocation.id]
         self.spawn(self._drop(prepared, hashing))
         if given is None:
             return end
         self._keep_given(given)
         return structs.replace(end, outputs=given.outputs, at=self._means.clock.now())
+
+    async def _taken(
+        self,
+        invoke: Invoke,
+        body: Body,
+        prepared: Prepared,
+        invocation: Invocation,
+        taking: Taking,
+        hashing: list[asyncio.Future[Early]],
+    ) -> tuple[Ended | Failed, Given | None]:
+        """How it ended, and what it left; what is hashed before it is dead is *hashing*."""
+        handover, hash_ = self._means.handover, self._means.handover.threads.hash
+        where, mounts = self.namespace, prepared.mounts
+
+        def returned(outcome: Outcome) -> None:
+            if not isinstance(outcome, Failure):
+                taking.ran_s = outcome.timing.handler_s
+                begun = hash_(where, handover.hash_early, invoke, prepared, taking)
+                hashing.append(asyncio.ensure_future(begun))
+
+        outcome = await self._means.once(invocation.function, body, mounts, invocation, returned)
+        mounted = len(mounts.inputs) + len(mounts.workspaces)
+        why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
+        end = await self._judged(invoke, outcome, why)
+        if not isinstance(end, Ended):
+            return end, None
+        early = await asyncio.shield(hashing[0]) if hashing else {}
+        given = await hash_(where, handover.take, where, invoke, prepared, early, taking)
+        return end, given
 
     async def _prepare(self, invoke: Invoke, body: Body) -> Prepared:
         def prepare() -> Prepared:

@@ -5,7 +5,10 @@ nothing is copied. When the sandbox is dead, what the step left is moved into th
 Every method waits for the disk: call it in one of its `threads`.
 """
 
+import contextlib
 import os
+import threading
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import BadInput
+from dayfly_pool.errors import BadInput, TakingEnded
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
 from dayfly_pool.workflow import facts, trees, workspaces
@@ -40,6 +43,48 @@ class Left(Struct, frozen=True, array_like=True):
     workspace: str
     key: str
     version: Workspace
+
+
+class Taking:
+    """How long what one attempt left may be read: see `stop`, and what is left of its timeout."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self._limit_s = limit_s
+        self.ran_s = 0.0
+        """How long its code ran."""
+
+        self.is_late = False
+        """Whether it was out of time."""
+
+        self._read_s = self._since = 0.0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End it, whatever it is at; from any thread."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody wanted it to end."""
+        return self._stopped.is_set()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Its time counts in here, and not while it waits for its turn."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._read_s += time.monotonic() - self._since
+
+    def go_on(self) -> None:
+        """Raise `TakingEnded` when it is to end."""
+        if self.is_stopped:
+            raise TakingEnded("it was stopped")
+        used_s = self.ran_s + self._read_s + time.monotonic() - self._since
+        if self._limit_s is not None and used_s > self._limit_s:
+            self.is_late = True
+            raise TakingEnded(f"what it left was still being read after {self._limit_s:.3g} s")
 
 
 class Prepared(Struct, frozen=True):
@@ -225,22 +270,32 @@ class Handover:
 
     # ---- after it -----------------------------------------------------------------------------
 
-    def hash_early(self, invoke: Invoke, prepared: Prepared) -> Early:
+    def hash_early(self, invoke: Invoke, prepared: Prepared, taking: Taking) -> Early:
         """Begin with what a step has left that has returned, and is being ended."""
         found: Early = {}
-        with trees.opened_folder(None, prepared.folders.out) as out:
+        with taking.reading(), trees.opened_folder(None, prepared.folders.out) as out:
             for each in (invoke.task or invoke.step).outputs:
-                early = None if each.stream else trees.seal_early(out, each.path or each.name)
+                if each.stream:
+                    continue
+                early = trees.seal_early(out, each.path or each.name, taking.go_on)
                 if early is not None:
                     found[each.name] = early
         return found
 
-    def take(self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early) -> Given:
+    def take(
+        self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early, taking: Taking
+    ) -> Given:
         """Store what a step that succeeded has left; its sandbox is dead.
 
         The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for
-        an output that is not there, `BadTree`, `DiskFull`.
+        an output that is not there, `BadTree`, `DiskFull`, `TakingEnded`.
         """
+        with taking.reading():
+            return self._take(namespace, invoke, prepared, early, taking)
+
+    def _take(
+        self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early, taking: Taking
+    ) -> Given:
         outputs: dict[str, facts.Artifact] = {}
         for each in (invoke.task or invoke.step).outputs:
             if each.name in prepared.streams:
@@ -253,6 +308,7 @@ class Handover:
                     path,
                     is_synced=False,
                     early=early.get(each.name),
+                    go_on=taking.go_on,
                 )
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []

@@ -17,13 +17,13 @@ import os
 import secrets
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from msgspec import Struct
 
-from dayfly_pool.errors import BadTree
+from dayfly_pool.errors import BadTree, TakingEnded
 
 ENTRIES_MAX: Final = 250_000
 BYTES_MAX: Final = 64 << 30
@@ -48,6 +48,14 @@ WRITE_BACK_BYTES: Final = 32 << 20
 SYNC_EACH_MAX: Final = 8
 """Up to so many files are synchronized one by one, more with the whole file system: 2,000 small
 files took 490 ms one by one and 29 ms together."""
+
+GoOn = Callable[[], None]
+"""Asked again and again while a tree is read; raises `TakingEnded` when that is to end."""
+
+
+def always() -> None:
+    """Go on to the end."""
+
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -102,9 +110,9 @@ class Early:
         os.close(self._file)
 
 
-def seal_early(folder: int, path: str) -> Early | None:
+def seal_early(folder: int, path: str, go_on: GoOn = always) -> Early | None:
     """Hash the file at *path* below the open *folder* before its step is dead; None if that is no
-    large file of one name, or somebody writes to it still.
+    large file of one name, somebody writes to it still, or it is not to `go_on`.
 
     Only root can: the file is root's from here on, none of the step's processes has it open for
     writing (a read lease is had) and none may open it so, whatever they do until they are dead.
@@ -127,15 +135,21 @@ def seal_early(folder: int, path: str) -> Early | None:
             status = os.fstat(file)
             if holes(file, status) > HOLES_MAX:
                 return None
-            digest = hashed(file, path, status)
+            digest = hashed(file, path, status, go_on)
             closing.pop_all()
             return Early(file, status, digest)
-    except (OSError, BadTree):
+    except (OSError, BadTree, TakingEnded):
         return None  # whatever it is, `seal` says it better
 
 
 def seal(
-    folder: int, name: str, limits: Limits, *, threads: int = 2, early: Early | None = None
+    folder: int,
+    name: str,
+    limits: Limits,
+    *,
+    threads: int = 2,
+    early: Early | None = None,
+    go_on: GoOn = always,
 ) -> list[Entry]:
     """Make *name* in the open *folder* unchangeable, and say what it holds, sorted by path.
 
@@ -145,7 +159,7 @@ def seal(
     that it could not go without them.
     """
     with ThreadPoolExecutor(threads, "hash") as pool:
-        sealing = _Sealing(limits, pool, early)
+        sealing = _Sealing(limits, pool, early, go_on)
         sealing.enter(folder, name, kind_of(os.lstat(name, dir_fd=folder).st_mode), "", 0)
         return sealing.finish()
 
@@ -154,10 +168,15 @@ class _Sealing:
     """One walk. Small files are hashed as they are met, big ones beside it."""
 
     def __init__(
-        self, limits: Limits, pool: ThreadPoolExecutor | None, early: Early | None = None
+        self,
+        limits: Limits,
+        pool: ThreadPoolExecutor | None,
+        early: Early | None = None,
+        go_on: GoOn = always,
     ) -> None:
         self._limits = limits
         self._early = early
+        self._go_on = go_on
         self._pool = pool
         self._found: list[tuple[Entry, Future[str] | str]] = []
         self._bytes = self._holes = 0
@@ -169,6 +188,7 @@ class _Sealing:
 
     def enter(self, folder: int, name: str, kind: str, path: str, depth: int) -> None:
         """Seal *name*, which is *path* in the tree."""
+        self._go_on()
         if len(self._found) >= self._limits.entries:
             raise too_many(self._limits.entries)
         if kind == "file":
@@ -248,14 +268,14 @@ class _Sealing:
         if self._early is not None and self._early.is_of(status):
             return self._early.sha256
         if self._pool is None or status.st_size < BIG_BYTES:
-            return hashed(file, path, status)
+            return hashed(file, path, status, self._go_on)
         if len(self._under_way) >= UNDER_WAY_MAX:
             self._under_way.pop(0).result()  # so many files may be open
         own = os.dup(file)
 
         def work() -> str:
             try:
-                return hashed(own, path, status)
+                return hashed(own, path, status, self._go_on)
             finally:
                 os.close(own)
 
@@ -338,7 +358,7 @@ class _Describing(_Sealing):
 # --- Looking, without believing -------------------------------------------------------------------
 
 
-def hashed(file: int, path: str, status: os.stat_result) -> str:
+def hashed(file: int, path: str, status: os.stat_result, go_on: GoOn = always) -> str:
     """The sha256 of an open file that must stay as *status* says while it is read."""
     digest, done = hashlib.sha256(), 0
     if status.st_size <= CHUNK_BYTES:
@@ -352,6 +372,7 @@ def hashed(file: int, path: str, status: os.stat_result) -> str:
             done += size
             if done > status.st_size:
                 break
+            go_on()
     after = os.fstat(file)
     if (done, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise BadTree(f"{shown(path)} was changed while it was read: its writer must end first")
