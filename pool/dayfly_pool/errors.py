@@ -215,6 +215,13 @@ class BadTree(BadInput):
     """
 
 
+class TakingEnded(PlatformError):
+    """What a step left is not taken over any more.
+
+    The step was stopped, or is out of time: what it leaves has to be read within its timeout too.
+    """
+
+
 class ArtifactGone(PlatformError):
     """The artifact is not stored.
 

@@ -25,6 +25,7 @@ from dayfly_pool.errors import (
     BadTree,
     DiskFull,
     PlatformError,
+    TakingEnded,
 )
 from dayfly_pool.workflow import artifacts, trees
 from dayfly_pool.workflow.artifacts import Artifact, Artifacts
@@ -67,6 +68,18 @@ def left_in(store: Artifacts) -> list[str]:
     root = store._places.root
     found = [*(root / "incoming").iterdir(), *(root / "trash").iterdir()]
     return sorted(path.name for path in [*found, *(root / "objects").glob("*/*")])
+
+
+@pytest.mark.parametrize("mode", [None, 0o755])
+def test_other_users_of_the_machine_do_not_get_in(tmp_path: Path, mode: int | None):
+    """Also where an earlier version made the folder for all to read."""
+    if mode is not None:
+        (tmp_path / "store").mkdir(mode=mode)
+    made = Artifacts(tmp_path / "store")
+    made.open()
+    made.close()
+
+    assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
 
 
 # ---- digests ------------------------------------------------------------------------------------
@@ -378,6 +391,65 @@ def test_a_device_is_refused(store: Artifacts, out: Path):
         store.put("team", out, "tree")
 
 
+def test_what_is_mostly_holes_is_refused_before_it_is_read(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also in several files, each of which would be fine."""
+    store = Artifacts(tmp_path / "large")
+    store.open()
+    (out / "tree").mkdir()
+    for number in range(3):
+        with (out / "tree" / f"{number}").open("wb") as file:
+            file.write(b"data")
+            file.truncate(trees.HOLES_MAX // 2)
+    with (out / "file").open("wb") as file:
+        file.truncate(63 << 30)
+    monkeypatch.setattr(trees, "hashed", lambda *_: "0" * 64)  # it would take minutes
+    with trees.opened_folder(None, out) as folder:
+        assert trees.seal_early(folder, "file") is None
+    for output, path in (("file", r"\."), ("tree", "2")):
+        with pytest.raises(BadTree, match=f"^{path} is mostly holes: write what is in it"):
+            store.put("team", out, output)
+    store.close()
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3, 5])
+def test_what_is_being_read_can_be_stopped_at_any_chunk(
+    store: Artifacts, out: Path, asked: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is left of it then."""
+    monkeypatch.setattr(trees, "CHUNK_BYTES", 100_000)
+    (out / "tree").mkdir()
+    (out / "tree" / "small").write_bytes(b"a" * 100)
+    (out / "tree" / "large").write_bytes(b"a" * 500_000)
+    left = list(range(asked))
+
+    def go_on() -> None:
+        left.pop()
+        if not left:
+            left.append(0)  # whoever asks again is told the same
+            raise TakingEnded
+
+    with pytest.raises(TakingEnded):
+        store.put("team", out, "tree", go_on=go_on)
+    assert left_in(store) == []
+
+
+def test_holes_are_counted_where_the_file_system_says_they_are(out: Path):
+    """And a file that occupies less than its size for another reason has none."""
+    with (out / "file").open("w+b") as file:
+        file.write(b"data" * 1024)
+        file.seek(1 << 20)
+        file.write(b"data" * 1024)
+        file.truncate(2 << 20)
+        status = os.fstat(file.fileno())
+        assert trees.holes(file.fileno(), status) == (2 << 20) - 8192
+        file.seek(0)
+        file.write(b"d" * (2 << 20))
+        file.flush()
+        assert trees.holes(file.fileno(), status) == 0
+
+
 def test_a_file_that_somebody_still_writes_to_is_refused(store: Artifacts, out: Path):
     """Through a descriptor that was passed on he could change it after it was hashed."""
     (out / "tree").mkdir()
@@ -535,6 +607,22 @@ def test_a_file_with_the_bytes_of_a_manifest_is_not_the_folder(store: Artifacts,
     assert store.path(tree).is_dir()
     with pytest.raises(BadInput):
         store.path(Artifact(tree.uri, tree.sha256, "file", 1, 1))
+
+
+def test_a_path_that_no_file_can_have_is_no_path_in_a_folder(store: Artifacts, out: Path):
+    tree = store.put("team", fill(out).parent, "out")
+
+    for path in ("\0", "sub\0", "sub/\0", "sub/\ud800"):
+        with pytest.raises(BadInput, match="is not a path in"):
+            store.read(tree, path)
+
+
+def test_a_folder_is_no_value_and_that_is_not_the_disks_fault(store: Artifacts, out: Path):
+    """What is the disk's fault is tried again for ever."""
+    tree = store.put("team", fill(out).parent, "out")
+
+    with pytest.raises(BadInput, match="is a folder: a value is one file"):
+        store.value(tree)
 
 
 def test_values_are_checked_when_they_are_read(store: Artifacts):

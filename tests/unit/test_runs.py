@@ -35,6 +35,7 @@ from dayfly_pool.errors import (
     RunNotFound,
     SandboxStartFailed,
     StoreFailed,
+    TakingEnded,
     WorkflowNotFound,
 )
 from dayfly_pool.journal import Journals
@@ -65,7 +66,7 @@ from dayfly_pool.workflow.attempts import Means
 from dayfly_pool.workflow.bodies import COMMAND, Body, identity
 from dayfly_pool.workflow.cache import StepCache
 from dayfly_pool.workflow.facts import VALUE_BYTES_MAX
-from dayfly_pool.workflow.handover import Given, Handover, owner_of
+from dayfly_pool.workflow.handover import Given, Handover, Taking, owner_of
 from dayfly_pool.workflow.model import (
     Declared,
     Matrix,
@@ -79,6 +80,7 @@ from dayfly_pool.workflow.model import (
 from dayfly_pool.workflow.provenance import encode
 from dayfly_pool.workflow.run import AskCancel, Call, Decide, LiveRun, token_of
 from dayfly_pool.workflow.runs import Runs, View
+from dayfly_pool.workflow.threads import SHARE, Threads
 
 SOON_S = 10.0
 """What must happen happens at once; this is for a machine that is very busy."""
@@ -445,7 +447,7 @@ async def test_what_only_stands_for_a_value_fails_the_step_that_is_given_it(kind
         view = await server.over()
 
     assert (view.status.state, work.ran) == ("Failed", [])
-    assert "is no value" in view.status.message or "not a value" in view.status.message
+    assert "is no value" in view.status.message or "a value is one file" in view.status.message
 
 
 async def test_a_large_value_is_stored_and_the_next_step_is_given_it_whole():
@@ -1472,3 +1474,133 @@ async def test_what_the_disk_refuses_is_not_written_down(monkeypatch: pytest.Mon
 
     assert view.status.state == "Succeeded"
     assert began["a"] == 2
+
+
+async def test_while_steps_are_hashed_everything_else_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """The rest of the server, other namespaces, and steps that leave nothing."""
+    gate, began = threading.Event(), threading.Semaphore(0)
+    take = Handover.take
+
+    def take_long(self: Handover, *given: Any) -> Any:
+        began.release()
+        assert gate.wait(SOON_S)
+        return take(self, *given)
+
+    monkeypatch.setattr(Handover, "take", take_long)
+    most = SHARE + 2
+    async with serving(Work()) as server:
+        threads = server.runs._means.handover.threads
+        many = step("a", matrix=Matrix(params={"n": list(range(most))}), outputs=FILES[0].outputs)
+        server.declare(many)
+        await server.start()
+        await until(lambda: len(server.known["began"]) == most)
+        for _ in range(SHARE):
+            assert await asyncio.to_thread(began.acquire, timeout=SOON_S)
+
+        assert await threads.hash("other", lambda: "hashed") == "hashed"
+        assert await threads.do(lambda: "short") == "short"
+        assert not began.acquire(blocking=False)
+        gate.set()
+        view = await server.over()
+
+    assert view.status.succeeded == most
+    assert not threads._shares
+
+
+async def test_a_thread_counts_until_it_has_ended_whoever_waits_for_it():
+    """Or who is cancelled again and again would have them all."""
+    threads, gate = Threads(share=1), threading.Event()
+    for _ in range(2):
+        waiting = asyncio.ensure_future(threads.hash("a", gate.wait))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    late = asyncio.ensure_future(threads.hash("a", lambda: "late"))
+
+    assert await threads.hash("b", lambda: "other") == "other"
+    assert not late.done()
+    gate.set()
+    assert await late == "late"
+    assert not threads._shares
+    threads.close()
+
+
+@pytest.mark.parametrize("is_hard", [True, False])
+async def test_who_cancels_a_step_does_not_wait_for_what_it_left_to_be_hashed(
+    monkeypatch: pytest.MonkeyPatch, is_hard: bool
+):
+    began, take = asyncio.Event(), Handover.take
+    loop = asyncio.get_running_loop()
+
+    def take_for_ever(self: Handover, *given: Any) -> Any:
+        loop.call_soon_threadsafe(began.set)
+        assert given[-1]._stopped.wait(SOON_S)
+        return take(self, *given)
+
+    monkeypatch.setattr(Handover, "take", take_for_ever)
+    async with serving(Work()) as server:
+        server.declare(*FILES)
+        await server.start()
+        await began.wait()
+        await server.ask(AskCancel(hard=is_hard))
+        view = await server.over()
+        states = await server.states()
+        stored = list((server.known["data"] / "artifacts/objects").glob("*/*"))
+
+    assert view.status.state == "Cancelled"
+    assert states["a"] != "Succeeded"
+    assert stored == []
+
+
+async def test_a_server_that_goes_down_does_not_wait_for_what_is_hashed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whoever goes on with the run has the step run again."""
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stopped = []
+
+    def take_for_ever(self: Handover, *given: Any) -> Any:
+        loop.call_soon_threadsafe(began.set)
+        stopped.append(given[-1]._stopped.wait(SOON_S))
+        given[-1].go_on()
+
+    monkeypatch.setattr(Handover, "take", take_for_ever)
+    store = MemoryJournals()
+    async with serving(Work(), store) as server:
+        server.declare(*FILES)
+        await server.start()
+        await began.wait()
+    monkeypatch.undo()
+    async with serving(Work(), store) as server:
+        view = await server.over()
+
+    assert stopped == [True]
+    assert view.status.state == "Succeeded"
+
+
+async def test_the_time_that_it_takes_to_hash_is_the_steps():
+    async with serving(Work()) as server:
+        view = await server.run(step("a", outputs=FILES[0].outputs, timeout=0.000001))
+
+    assert (view.status.state, view.status.kind) == ("Failed", "TimedOut")
+    assert "what it left was still being read after 1e-06 s" in view.status.message
+
+
+def test_the_time_that_a_step_ran_counts_and_that_between_two_readings_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    taking = Taking(10.0)
+    taking.ran_s = 4.0
+    with taking.reading():
+        now[0] += 5.0
+        taking.go_on()
+    now[0] += 100.0
+    with taking.reading():
+        taking.go_on()
+        now[0] += 2.0
+        with pytest.raises(TakingEnded, match="still being read after 10 s"):
+            taking.go_on()
+    assert taking.is_late

@@ -131,6 +131,7 @@ class Artifacts:
         *,
         is_synced: bool = True,
         early: trees.Early | None = None,
+        go_on: trees.GoOn = trees.always,
     ) -> Artifact:
         """Take over what a dead step left at the path *output* below *folder*.
 
@@ -139,13 +140,13 @@ class Artifacts:
         come first, `path` finds out. All of an out folder is *output* `out` of the folder above.
 
         :raises BadTree: naming what in it cannot be an artifact; all of it is removed then.
-        :raises DiskFull: nothing is left of it.
+        :raises DiskFull: nothing is left of it. :raises TakingEnded: nor is it then, by *go_on*.
         """
         _check(namespace)
         with self._places.disk(), self._places.scratch() as (name, scratch):
             with trees.opened_folder(None, folder) as left:
                 trees.take(left, output, scratch, CONTENT)
-            entries = trees.seal(scratch, CONTENT, self._limits, early=early)
+            entries = trees.seal(scratch, CONTENT, self._limits, early=early, go_on=go_on)
             return self._publish(namespace, name, scratch, entries, is_synced=is_synced)
 
     def put_value(self, namespace: str, value: bytes, *, is_synced: bool = True) -> Artifact:
@@ -273,7 +274,7 @@ class Artifacts:
         :raises BodyTooLarge: if they are over *most*, before they are read.
         """
         if artifact.kind == "tree":
-            raise BadInput(f"{artifact.uri} is a folder, not a value")
+            raise BadInput(f"{trees.shown(artifact.uri)} is a folder: a value is one file")
         with self._places.disk(), self._object(artifact) as (place, _), self._reading():
             file, status = trees.open_file(place, CONTENT)
             with open(file, "rb") as opened:
@@ -292,7 +293,7 @@ class Artifacts:
     def read(self, artifact: Artifact, path: str) -> int:
         """An open descriptor of the file at *path* in a folder; follows no link, ever."""
         *parents, last = [CONTENT, *path.split("/")] if path else [CONTENT]
-        if {"", ".", ".."} & {*parents, last}:
+        if {"", ".", ".."} & {*parents, last} or "\0" in path or not trees.is_text(path):
             raise BadInput(f"{trees.shown(path)} is not a path in {artifact.uri}")
         with (
             self._places.disk(),

@@ -27,6 +27,7 @@ from dayfly_pool.errors import (
     FunctionNotFound,
     PackageDamaged,
     PlatformError,
+    TakingEnded,
     WorkspaceConflict,
 )
 from dayfly_pool.ids import new_id
@@ -55,6 +56,7 @@ from dayfly_pool.workflow.handover import (
     Handover,
     Left,
     Prepared,
+    Taking,
     Versions,
     is_furnished,
 )
@@ -182,6 +184,8 @@ class Attempts:
         self._unwanted: set[InvocationId] = set()
         """Attempts under way that are to end, whether their code has begun or not."""
 
+        self._taking: dict[InvocationId, Taking] = {}
+
     @property
     def has_unsettled(self) -> bool:
         """Whether the disk has not got all that is to be written of."""
@@ -196,8 +200,9 @@ class Attempts:
             await self._calm()
         while self._unsettled:
             given, self._unsettled = self._unsettled, []
-            settle = self._means.handover.settle
-            await asyncio.gather(*(asyncio.to_thread(settle, each) for each in given))
+            handover = self._means.handover
+            do = handover.threads.do
+            await asyncio.gather(*(do(handover.settle, each) for each in given))
 
     def invocation(self, key: str, attempt: int) -> InvocationId:
         """What the pool calls an attempt."""
@@ -207,6 +212,8 @@ class Attempts:
         """End an attempt that is under way; it fails, as one that was stopped."""
         id_ = self.invocation(key, attempt)
         self._unwanted.add(id_)
+        if (taking := self._taking.get(id_)) is not None:
+            taking.stop()
         self._means.pool.stop(id_, CANCELLED)
 
     async def end_of(self, invoke: Invoke) -> Ended | Failed:
@@ -244,7 +251,7 @@ class Attempts:
             await asyncio.wait((flight,))
         flight = means.flights[key] = asyncio.get_running_loop().create_future()
         try:
-            if (found := await asyncio.to_thread(self._found, key)) is not None:
+            if (found := await means.handover.threads.do(self._found, key)) is not None:
                 self._saw(invoke, body, found.run)
                 self._keep_given(Given(found.artifacts, []))  # its run may not have settled it
                 return Ended(
@@ -306,36 +313,58 @@ class Attempts:
         function = FunctionId(f"{name}.{new_id()[-12:]}")
         self.functions.add(function)
         prepared = await self._prepare(invoke, body)
-        loop = asyncio.get_running_loop()
+        invocation = self._invocation_of(invoke, function, body)
         hashing: list[asyncio.Future[Early]] = []
-
-        def returned(outcome: Outcome) -> None:
-            if not isinstance(outcome, Failure):
-                early = means.handover.hash_early
-                hashing.append(loop.run_in_executor(None, early, invoke, prepared))
-
+        taking = self._taking[invocation.id] = Taking(invocation.timeout_s)
         try:
-            invocation = self._invocation_of(invoke, function, body)
             if invocation.id in self._unwanted:
-                await self._drop(prepared, hashing)
-                return self._stopped(invoke)
-            outcome = await means.once(function, body, prepared.mounts, invocation, returned)
-            mounted = len(prepared.mounts.inputs) + len(prepared.mounts.workspaces)
-            why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
-            end = await self._judged(invoke, outcome, why)
-            given = None
-            if isinstance(end, Ended):
-                early = await asyncio.shield(hashing[0]) if hashing else {}
-                take = means.handover.take
-                given = await asyncio.to_thread(take, self.namespace, invoke, prepared, early)
+                raise TakingEnded
+            end, given = await self._taken(invoke, body, prepared, invocation, taking, hashing)
+        except TakingEnded as error:
+            self.spawn(self._drop(prepared, hashing))
+            if taking.is_late:
+                return self.failed(invoke, "TimedOut", str(error))
+            return self._stopped(invoke)
         except BaseException:
+            taking.stop()
             await asyncio.shield(self._drop(prepared, hashing))
             raise
+        finally:
+            del self._taking[invocation.id]
         self.spawn(self._drop(prepared, hashing))
         if given is None:
             return end
         self._keep_given(given)
         return structs.replace(end, outputs=given.outputs, at=self._means.clock.now())
+
+    async def _taken(
+        self,
+        invoke: Invoke,
+        body: Body,
+        prepared: Prepared,
+        invocation: Invocation,
+        taking: Taking,
+        hashing: list[asyncio.Future[Early]],
+    ) -> tuple[Ended | Failed, Given | None]:
+        """How it ended, and what it left; what is hashed before it is dead is *hashing*."""
+        handover, hash_ = self._means.handover, self._means.handover.threads.hash
+        where, mounts = self.namespace, prepared.mounts
+
+        def returned(outcome: Outcome) -> None:
+            if not isinstance(outcome, Failure):
+                taking.ran_s = outcome.timing.handler_s
+                begun = hash_(where, handover.hash_early, invoke, prepared, taking)
+                hashing.append(asyncio.ensure_future(begun))
+
+        outcome = await self._means.once(invocation.function, body, mounts, invocation, returned)
+        mounted = len(mounts.inputs) + len(mounts.workspaces)
+        why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
+        end = await self._judged(invoke, outcome, why)
+        if not isinstance(end, Ended):
+            return end, None
+        early = await asyncio.shield(hashing[0]) if hashing else {}
+        given = await hash_(where, handover.take, where, invoke, prepared, early, taking)
+        return end, given
 
     async def _prepare(self, invoke: Invoke, body: Body) -> Prepared:
         def prepare() -> Prepared:
@@ -345,7 +374,7 @@ class Attempts:
         self._preparing += 1
         self._prepared.clear()
         try:
-            return await asyncio.to_thread(prepare)
+            return await self._means.handover.threads.do(prepare)
         finally:
             self._preparing -= 1
             if not self._preparing:
@@ -375,7 +404,7 @@ class Attempts:
             for found in hashing:
                 for early in (await found).values():
                     early.close()
-            await asyncio.to_thread(self._means.handover.drop, prepared)
+            await self._means.handover.threads.do(self._means.handover.drop, prepared)
         except PlatformError:
             log.exception("a step's folders stay until the next start", extra={"run": self.name})
 
@@ -401,7 +430,8 @@ class Attempts:
         """With large values in place of what stands for them."""
         if not _has_large(params):
             return params
-        whole = await asyncio.to_thread(self._means.handover.whole, self.namespace, params)
+        handover = self._means.handover
+        whole = await handover.threads.do(handover.whole, self.namespace, params)
         assert isinstance(whole, dict)
         return whole
 
@@ -422,8 +452,9 @@ class Attempts:
         try:
             results = bodies.results_of(invoke, msgspec.json.decode(outcome.body))
             if facts.to_refer(results):
-                store = self._means.handover.referred
-                results, uris = await asyncio.to_thread(store, self.namespace, results)
+                handover = self._means.handover
+                do = handover.threads.do
+                results, uris = await do(handover.referred, self.namespace, results)
                 self.uris += uris
             ended = Ended(
                 at=self._means.clock.now(),

@@ -2,10 +2,13 @@
 
 Before a step its inputs are looked for and its folders made; they are mounted in its sandbox, and
 nothing is copied. When the sandbox is dead, what the step left is moved into the stores.
-Every method waits for the disk: call it in a thread.
+Every method waits for the disk: call it in one of its `threads`.
 """
 
+import contextlib
 import os
+import threading
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from dayfly.protocol import BODY_BYTES_MAX
-from dayfly_pool.errors import BadInput, BodyTooLarge
+from dayfly_pool.errors import BadInput, BodyTooLarge, TakingEnded
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Mounts
 from dayfly_pool.workflow import facts, trees, workspaces
@@ -22,6 +25,7 @@ from dayfly_pool.workflow.artifacts import Artifact, Artifacts, Output, place_of
 from dayfly_pool.workflow.facts import LARGE, Invoke
 from dayfly_pool.workflow.model import Step, TaskSpec
 from dayfly_pool.workflow.steps import StepFolders, Steps
+from dayfly_pool.workflow.threads import Threads
 from dayfly_pool.workflow.workspaces import Workspace, Workspaces
 
 LAYERS, STEPS, EMPTY = "/layers", "/steps", "/empty"
@@ -43,6 +47,48 @@ class Left(Struct, frozen=True, array_like=True):
     workspace: str
     key: str
     version: Workspace
+
+
+class Taking:
+    """How long what one attempt left may be read: see `stop`, and what is left of its timeout."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self._limit_s = limit_s
+        self.ran_s = 0.0
+        """How long its code ran."""
+
+        self.is_late = False
+        """Whether it was out of time."""
+
+        self._read_s = self._since = 0.0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End it, whatever it is at; from any thread."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody wanted it to end."""
+        return self._stopped.is_set()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Its time counts in here, and not while it waits for its turn."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._read_s += time.monotonic() - self._since
+
+    def go_on(self) -> None:
+        """Raise `TakingEnded` when it is to end."""
+        if self.is_stopped:
+            raise TakingEnded("it was stopped")
+        used_s = self.ran_s + self._read_s + time.monotonic() - self._since
+        if self._limit_s is not None and used_s > self._limit_s:
+            self.is_late = True
+            raise TakingEnded(f"what it left was still being read after {self._limit_s:.3g} s")
 
 
 class Prepared(Struct, frozen=True):
@@ -86,6 +132,7 @@ class Handover:
 
     def __init__(self, data: Path, owner: int) -> None:
         self.artifacts = Artifacts(data / "artifacts")
+        self.threads = Threads()
         self._steps = Steps(data / "steps", owner)
         self._workspaces = Workspaces(data / "workspaces", owner)
         self._owner = owner
@@ -99,7 +146,8 @@ class Handover:
         self._workspaces.open()
 
     def close(self) -> None:
-        """Let go of them."""
+        """Let go of them, when nobody is at them any more."""
+        self.threads.close()
         self._workspaces.close()
         self._steps.close()
         self.artifacts.close()
@@ -230,22 +278,32 @@ class Handover:
 
     # ---- after it -----------------------------------------------------------------------------
 
-    def hash_early(self, invoke: Invoke, prepared: Prepared) -> Early:
+    def hash_early(self, invoke: Invoke, prepared: Prepared, taking: Taking) -> Early:
         """Begin with what a step has left that has returned, and is being ended."""
         found: Early = {}
-        with trees.opened_folder(None, prepared.folders.out) as out:
+        with taking.reading(), trees.opened_folder(None, prepared.folders.out) as out:
             for each in (invoke.task or invoke.step).outputs:
-                early = None if each.stream else trees.seal_early(out, each.path or each.name)
+                if each.stream:
+                    continue
+                early = trees.seal_early(out, each.path or each.name, taking.go_on)
                 if early is not None:
                     found[each.name] = early
         return found
 
-    def take(self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early) -> Given:
+    def take(
+        self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early, taking: Taking
+    ) -> Given:
         """Store what a step that succeeded has left; its sandbox is dead.
 
         The next step can have it; before a journal tells of it, `settle` it. Raises `BadInput` for
-        an output that is not there, `BadTree`, `DiskFull`.
+        an output that is not there, `BadTree`, `DiskFull`, `TakingEnded`.
         """
+        with taking.reading():
+            return self._take(namespace, invoke, prepared, early, taking)
+
+    def _take(
+        self, namespace: str, invoke: Invoke, prepared: Prepared, early: Early, taking: Taking
+    ) -> Given:
         outputs: dict[str, facts.Artifact] = {}
         for each in (invoke.task or invoke.step).outputs:
             if each.name in prepared.streams:
@@ -258,6 +316,7 @@ class Handover:
                     path,
                     is_synced=False,
                     early=early.get(each.name),
+                    go_on=taking.go_on,
                 )
             outputs[each.name] = facts.Artifact(artifact.uri, artifact.sha256, artifact.bytes)
         left = []

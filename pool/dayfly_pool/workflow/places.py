@@ -30,10 +30,12 @@ class Places:
     def open(self) -> None:
         """Have the folders, and remove what a crash left half done."""
         with self.disk():
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.chmod(0o700)  # other users of the machine have nothing to look for in it
             # A sandbox may pass through the shelf, where it is mounted, and list nothing.
             for name, mode in ((self._shelf, 0o711), ("incoming", 0o700), ("trash", 0o700)):
                 place = self.root / name
-                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+                place.mkdir(mode=0o700, exist_ok=True)
                 with trees.opened_folder(None, place) as folder:
                     os.fchmod(folder, mode)  # whatever the umask
                     self._open[name] = os.dup(folder)

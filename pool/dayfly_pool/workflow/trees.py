@@ -17,17 +17,20 @@ import os
 import secrets
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from msgspec import Struct
 
-from dayfly_pool.errors import BadTree
+from dayfly_pool.errors import BadTree, TakingEnded
 
 ENTRIES_MAX: Final = 250_000
 BYTES_MAX: Final = 64 << 30
 """Of all files together, holes counted as well: hashing them takes as long."""
+
+HOLES_MAX: Final = 1 << 30
+"""Of a tree's big files: holes cost nobody a byte, and who hashes them as long as bytes would."""
 
 DEPTH_MAX: Final = 128
 PATH_BYTES_MAX: Final = 3072
@@ -38,10 +41,21 @@ BIG_BYTES: Final = 256 << 10
 
 UNDER_WAY_MAX: Final = 64
 CHUNK_BYTES: Final = 256 << 10
+BLOCK_BYTES: Final = 512
+"""In which stat(2) tells what a file occupies, whatever the file system's own blocks are."""
+
 WRITE_BACK_BYTES: Final = 32 << 20
 SYNC_EACH_MAX: Final = 8
 """Up to so many files are synchronized one by one, more with the whole file system: 2,000 small
 files took 490 ms one by one and 29 ms together."""
+
+GoOn = Callable[[], None]
+"""Asked again and again while a tree is read; raises `TakingEnded` when that is to end."""
+
+
+def always() -> None:
+    """Go on to the end."""
+
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -96,9 +110,9 @@ class Early:
         os.close(self._file)
 
 
-def seal_early(folder: int, path: str) -> Early | None:
+def seal_early(folder: int, path: str, go_on: GoOn = always) -> Early | None:
     """Hash the file at *path* below the open *folder* before its step is dead; None if that is no
-    large file of one name, or somebody writes to it still.
+    large file of one name, somebody writes to it still, or it is not to `go_on`.
 
     Only root can: the file is root's from here on, none of the step's processes has it open for
     writing (a read lease is had) and none may open it so, whatever they do until they are dead.
@@ -119,15 +133,23 @@ def seal_early(folder: int, path: str) -> Early | None:
             os.fchmod(file, 0o555)
             refuse_writers(file, path)
             status = os.fstat(file)
-            digest = hashed(file, path, status)
+            if holes(file, status) > HOLES_MAX:
+                return None
+            digest = hashed(file, path, status, go_on)
             closing.pop_all()
             return Early(file, status, digest)
-    except (OSError, BadTree):
+    except (OSError, BadTree, TakingEnded):
         return None  # whatever it is, `seal` says it better
 
 
 def seal(
-    folder: int, name: str, limits: Limits, *, threads: int = 2, early: Early | None = None
+    folder: int,
+    name: str,
+    limits: Limits,
+    *,
+    threads: int = 2,
+    early: Early | None = None,
+    go_on: GoOn = always,
 ) -> list[Entry]:
     """Make *name* in the open *folder* unchangeable, and say what it holds, sorted by path.
 
@@ -137,7 +159,7 @@ def seal(
     that it could not go without them.
     """
     with ThreadPoolExecutor(threads, "hash") as pool:
-        sealing = _Sealing(limits, pool, early)
+        sealing = _Sealing(limits, pool, early, go_on)
         sealing.enter(folder, name, kind_of(os.lstat(name, dir_fd=folder).st_mode), "", 0)
         return sealing.finish()
 
@@ -146,13 +168,18 @@ class _Sealing:
     """One walk. Small files are hashed as they are met, big ones beside it."""
 
     def __init__(
-        self, limits: Limits, pool: ThreadPoolExecutor | None, early: Early | None = None
+        self,
+        limits: Limits,
+        pool: ThreadPoolExecutor | None,
+        early: Early | None = None,
+        go_on: GoOn = always,
     ) -> None:
         self._limits = limits
         self._early = early
+        self._go_on = go_on
         self._pool = pool
         self._found: list[tuple[Entry, Future[str] | str]] = []
-        self._bytes = 0
+        self._bytes = self._holes = 0
         self._links: dict[int, tuple[list[str], int, Future[str] | str]] = {}
         """By inode, of files with several names: those found, how many there are, the digest."""
 
@@ -161,6 +188,7 @@ class _Sealing:
 
     def enter(self, folder: int, name: str, kind: str, path: str, depth: int) -> None:
         """Seal *name*, which is *path* in the tree."""
+        self._go_on()
         if len(self._found) >= self._limits.entries:
             raise too_many(self._limits.entries)
         if kind == "file":
@@ -200,6 +228,9 @@ class _Sealing:
             if self._bytes > self._limits.bytes:
                 most = f"{self._limits.bytes} bytes"
                 raise BadTree(f"with {shown(path)} it is over {most} (holes count): leave less")
+            self._holes += holes(file, status)
+            if self._holes > HOLES_MAX:
+                raise BadTree(f"{shown(path)} is mostly holes: write what is in it")
             digest = self._digest(file, path, status)
         finally:
             os.close(file)
@@ -237,14 +268,14 @@ class _Sealing:
         if self._early is not None and self._early.is_of(status):
             return self._early.sha256
         if self._pool is None or status.st_size < BIG_BYTES:
-            return hashed(file, path, status)
+            return hashed(file, path, status, self._go_on)
         if len(self._under_way) >= UNDER_WAY_MAX:
             self._under_way.pop(0).result()  # so many files may be open
         own = os.dup(file)
 
         def work() -> str:
             try:
-                return hashed(own, path, status)
+                return hashed(own, path, status, self._go_on)
             finally:
                 os.close(own)
 
@@ -327,7 +358,7 @@ class _Describing(_Sealing):
 # --- Looking, without believing -------------------------------------------------------------------
 
 
-def hashed(file: int, path: str, status: os.stat_result) -> str:
+def hashed(file: int, path: str, status: os.stat_result, go_on: GoOn = always) -> str:
     """The sha256 of an open file that must stay as *status* says while it is read."""
     digest, done = hashlib.sha256(), 0
     if status.st_size <= CHUNK_BYTES:
@@ -341,10 +372,32 @@ def hashed(file: int, path: str, status: os.stat_result) -> str:
             done += size
             if done > status.st_size:
                 break
+            go_on()
     after = os.fstat(file)
     if (done, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise BadTree(f"{shown(path)} was changed while it was read: its writer must end first")
     return digest.hexdigest()
+
+
+def holes(file: int, status: os.stat_result) -> int:
+    """How many bytes of a big open file nobody wrote; it stops counting above HOLES_MAX.
+
+    A file system that compresses or writes later says that a file occupies little, so what
+    it occupies is no proof.
+    """
+    size, found, at = status.st_size, 0, 0
+    if size < BIG_BYTES or status.st_blocks * BLOCK_BYTES >= size:
+        return 0
+    while at < size and found <= HOLES_MAX:
+        try:
+            data = os.lseek(file, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return found + size - at  # no more data
+        found += data - at
+        at = os.lseek(file, data, os.SEEK_HOLE)
+    return found
 
 
 def begin_writing(file: int, start: int) -> None:
