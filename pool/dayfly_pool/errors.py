@@ -215,6 +215,17 @@ class BadTree(BadInput):
     """
 
 
+class TooManyStreams(PlatformError):
+    """Too many outputs of steps are being written as streams.
+
+    Retry later: each has memory and threads of the server for as long as its step runs.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
+
+
 class TakingEnded(PlatformError):
     """What a step left is not taken over any more.
 

@@ -26,6 +26,7 @@ from dayfly_pool.errors import (
     DiskFull,
     PlatformError,
     TakingEnded,
+    TooManyStreams,
 )
 from dayfly_pool.workflow import artifacts, trees
 from dayfly_pool.workflow.artifacts import Artifact, Artifacts
@@ -696,6 +697,39 @@ def test_a_stream_that_the_step_replaced_is_refused(store: Artifacts, out: Path)
     with pytest.raises(BadTree, match="log is declared a stream"):
         stream.finish()
     assert left_in(store) == []
+
+
+def test_a_stream_has_a_buffer_when_there_is_something_to_put_into_it(store: Artifacts, out: Path):
+    """And not all that it may have, which is a step's to ask for."""
+    made = store.stream("team", out, "log", os.geteuid())
+    stream = made._stream
+    assert (stream._made, stream._free.qsize()) == (0, 0)
+    assert write(out / "log", "[b'a' * 1000]") == 0
+
+    assert made.finish().bytes == 1000
+    assert stream._made == 1
+
+
+def test_there_are_only_so_many_streams_at_once(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that has ended, however, or that never began makes room."""
+    monkeypatch.setattr(artifacts, "STREAMS_MAX", 2)
+    store = Artifacts(tmp_path / "few")
+    store.open()
+    for _ in range(3):
+        with pytest.raises(PlatformError, match="few failed"):
+            store.stream("team", tmp_path / "none", "log", os.geteuid())
+    first, second = (store.stream("team", out, name, os.geteuid()) for name in "ab")
+    with pytest.raises(TooManyStreams, match="2 streams of steps are being written already"):
+        store.stream("team", out, "c", os.geteuid())
+    first.finish()
+    third = store.stream("team", out, "c", os.geteuid())
+    second.abandon()
+    fourth = store.stream("team", out, "d", os.geteuid())
+    for each in (third, fourth):
+        each.abandon()
+    store.close()
 
 
 def test_an_abandoned_stream_leaves_nothing(store: Artifacts, out: Path):

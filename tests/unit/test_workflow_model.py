@@ -581,6 +581,19 @@ def nested(*inner: str, number: int = 1) -> WorkflowSpec:
     return spec(*plain_steps, *(step(f"run-{name}", workflow=name) for name in inner))
 
 
+def test_a_step_or_task_has_few_streams():
+    """Each has memory and threads of the server; other outputs have not."""
+    many = [{"name": f"o{n}", "stream": n < 9} for n in range(20)]
+    told = "9 outputs are streams, limit 8: leave `stream` out of some"
+    fine = [many[0] | {"stream": False}, *many[1:]]
+
+    assert refusal(step("a", outputs=many)) == f"steps[0]: step 'a': {told}"
+    with pytest.raises(BadDefinition, match=f"the task: {told}"):
+        task_of({"script": "x", "outputs": many})
+    checked(step("a", outputs=fine))
+    task_of({"script": "x", "outputs": fine})
+
+
 def test_workflows_that_run_one_another_are_a_cycle():
     with pytest.raises(BadDefinition) as caught:
         check(nested("b"), {}, {"b": nested("c"), "c": nested("a"), "a": nested("b")}, "a")

@@ -43,7 +43,14 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import ArtifactDamaged, ArtifactGone, BadInput, BadTree, BodyTooLarge
+from dayfly_pool.errors import (
+    ArtifactDamaged,
+    ArtifactGone,
+    BadInput,
+    BadTree,
+    BodyTooLarge,
+    TooManyStreams,
+)
 from dayfly_pool.workflow import places, streams, trees
 from dayfly_pool.workflow.places import Places
 from dayfly_pool.workflow.trees import Entry, Limits
@@ -54,6 +61,9 @@ CONTENT: Final = "content"
 RECORD: Final = "record"
 VALUE_BYTES_MAX: Final = 64 << 20
 """Values are held in memory; what is larger is a file."""
+
+STREAMS_MAX: Final = 64
+"""At once: each has two threads, and memory."""
 
 RECORD_BYTES_MAX: Final = 1 << 30
 _NAMESPACE: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -110,6 +120,8 @@ class Artifacts:
         self._limits = limits or Limits()
         self._lock = threading.Lock()
         """Held while the name of an object appears or goes."""
+
+        self._streams = threading.BoundedSemaphore(STREAMS_MAX)
 
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -174,10 +186,22 @@ class Artifacts:
             return self._publish(namespace, name, scratch, entries, is_synced=is_synced)
 
     def stream(self, namespace: str, folder: Path, output: str, owner: int) -> "Output":
-        """Make a pipe *output* in *folder*, and store what is written to it while it is written."""
+        """Make a pipe *output* in *folder*, and store what is written to it while it is written.
+
+        :raises TooManyStreams: when there are STREAMS_MAX.
+        """
         if not output or "/" in output or output in (".", ".."):
             raise BadInput(f"{trees.shown(output)} is not a name for a stream: give a file's name")
         _check(namespace)
+        if not self._streams.acquire(blocking=False):
+            raise TooManyStreams(f"{STREAMS_MAX} streams of steps are being written already")
+        try:
+            return self._begun(namespace, folder, output, owner)
+        except BaseException:
+            self._streams.release()
+            raise
+
+    def _begun(self, namespace: str, folder: Path, output: str, owner: int) -> "Output":
         with self._places.disk():
             name = self._places.begin()
             try:
@@ -430,6 +454,7 @@ class Output:
                 self._clear()
 
     def _clear(self) -> None:
+        self._store._streams.release()
         os.close(self._scratch)
         self._store._places.give_up(self._name)
 

@@ -37,6 +37,9 @@ STEPS_MAX: Final = 100_000
 
 BODIES: Final = ("handler", "function", "script", "command", "task", "workflow", "wait")
 COMMAND_WORDS_MAX: Final = 10_000
+STREAMS_MAX: Final = 8
+"""Of a step: each has memory and threads of the server while the step runs."""
+
 _DURATION: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|ns|d|h|m|s))+\Z")
 _PART: Final = re.compile(r"([\d.]+)(ms|us|ns|d|h|m|s)")
 _SECONDS: Final = {
@@ -212,6 +215,8 @@ class Step(Model, frozen=True):
             )
         if self.env:
             check_env(self.env, f"step {self.name!r}")
+        if len(self.outputs) > STREAMS_MAX:
+            check_streams(self.outputs, f"step {self.name!r}")
 
     def _check_body(self) -> None:
         # Told apart by hand: this runs for each of 100,000 steps.
@@ -313,6 +318,7 @@ class TaskSpec(Model, frozen=True):
         if self.cache and self.network == "host":
             raise ValueError("what has a network is not cached: leave out cache or network")
         check_env(self.env, "the task")
+        check_streams(self.outputs, "the task")
 
 
 def check_env(env: Mapping[str, str], whose: str) -> None:
@@ -323,6 +329,15 @@ def check_env(env: Mapping[str, str], whose: str) -> None:
                 f"{whose}: env {name[:80]!r}: names are letters, digits and underscores, "
                 "and values hold no NUL"
             )
+
+
+def check_streams(outputs: tuple[Output, ...], whose: str) -> None:
+    """Raise `ValueError` for more streams than a step may have."""
+    if (number := sum(output.stream for output in outputs)) > STREAMS_MAX:
+        raise ValueError(
+            f"{whose}: {number} outputs are streams, limit {STREAMS_MAX}:"
+            " leave `stream` out of some"
+        )
 
 
 def check_command(command: tuple[str, ...], whose: str) -> None:

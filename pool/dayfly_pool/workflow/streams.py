@@ -54,8 +54,9 @@ class Stream:
         self._stop = os.eventfd(0)
         self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        for _ in range(BUFFERS):
-            self._free.put(bytearray(PIPE_BYTES))
+        self._made = 0
+        """Of BUFFERS: a step that writes little, or declares more than it writes, has few."""
+
         self._threads = [
             threading.Thread(target=self._move, name="stream-move", daemon=True),
             threading.Thread(target=self._hash, name="stream-hash", daemon=True),
@@ -132,7 +133,7 @@ class Stream:
         dozen changes of threads.
         """
         if self._buffer is None:
-            self._buffer, self._filled = self._free.get(), 0
+            self._buffer, self._filled = self._next(), 0
         with contextlib.suppress(BlockingIOError):
             while self._filled < PIPE_BYTES:
                 rest = memoryview(self._buffer)[self._filled :]
@@ -141,6 +142,15 @@ class Stream:
                     what = trees.shown(self._output)
                     raise BadTree(f"{what} is over {self._most} bytes: write less")
             self._pass_on()
+
+    def _next(self) -> bytearray:
+        """A buffer that is free, when there is one or all have been made; else another."""
+        if self._made == BUFFERS:
+            return self._free.get()
+        with contextlib.suppress(queue.Empty):
+            return self._free.get_nowait()
+        self._made += 1
+        return bytearray(PIPE_BYTES)
 
     def _pass_on(self) -> None:
         """The buffer into the file, and on to be hashed."""
