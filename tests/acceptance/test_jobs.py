@@ -49,6 +49,9 @@ class Shell:
             env=os.environ | {"DAYFLY_URL": f"http://{self.server.admin}"},
         )
         assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        self.told = done.stderr
+        """What it said beside the last of that."""
+
         return done.stdout if code in (0, 1) and done.stdout else done.stderr
 
     def json(self, *words: str, code: int = 0) -> Any:
