@@ -42,6 +42,8 @@ _WRITE = 0b10
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
 
+is_ours_alone = False
+"""Whether this process is locked down: all that it could signal then is of its own sandbox."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -192,12 +194,14 @@ def lock_down(prepared: Prepared, processes: int) -> None:
 
     *processes* is how many it may have besides the guest and its thread.
     """
+    global is_ours_alone
     _become_nobody()
     # now, and not before: the kernel counts a user namespace's processes against the limit that its
     # maker had, and that of a forked sandbox's would count its siblings too
     _set_limits({resource.RLIMIT_NPROC: processes + 2})
     drop_rights()
     _confine(prepared)
+    is_ours_alone = True
 
 
 def lock_down_zygote(prepared: Prepared) -> None:

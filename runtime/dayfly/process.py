@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import sys
+import time
 
 from dayfly.invoker import Exit
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 FOLDER = "/tmp"
 RESULT_BYTES_MAX = 256 * 1024
+DYING_S = 5.0
+"""Who was killed is gone after this time, or the sandbox is given up."""
+
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit codes
 CANNOT_RUN = "CannotRun"
 """The kind of a failure that the next try would meet as well."""
@@ -46,8 +50,9 @@ def run(event: dict[str, Any], context: Context) -> Any:
 
     Returns what it left in the file `$DAYFLY_RESULT`: the JSON value, else the text. `python` and
     `python3` are the environment's, unless the task has a PATH of its own. What it left running
-    is killed, but for what has made a process group of its own. For `event["results"]`, names, it
-    returns `{"result": ..., "results": {name: text}}`, of the files `PLACE/results/NAME`.
+    is killed before its results are read; without isolation only what is in its process group.
+    For `event["results"]`, names, it returns `{"result": ..., "results": {name: text}}`, of the
+    files `PLACE/results/NAME`.
     """
     # by a name that no earlier task could know, and no process that one has left behind
     place = f"{FOLDER}/.dayfly-{os.urandom(8).hex()}"
@@ -97,6 +102,7 @@ def _run(event: dict[str, Any], places: dict[str, str]) -> None:
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     _kill_group(child)
     _, status = os.waitpid(child, 0)
+    _kill_others()
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         raise Exit(128 - code, f"killed by signal {-code}")
@@ -219,6 +225,35 @@ def _kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def _kill_others() -> None:
+    """Whatever else runs in a sandbox of our own; if something stays, the sandbox ends.
+
+    No other task runs in it now: a handler that is no coroutine has one at a time.
+    """
+    lockdown = sys.modules.get("dayfly.lockdown")
+    if lockdown is None or not lockdown.is_ours_alone:
+        return
+    until = time.monotonic() + DYING_S
+    # at once: nobody is left that could fork again. All but pid 1 and ourselves, says the kernel
+    while _is_anybody_killed():
+        if time.monotonic() > until:
+            os._exit(1)
+        time.sleep(0.0005)
+
+
+def _is_anybody_killed() -> bool:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass  # one that has made itself our child
+    except ChildProcessError:
+        pass
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _forget(place: str) -> None:

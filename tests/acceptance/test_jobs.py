@@ -411,6 +411,37 @@ def test_a_task_leaves_nothing_for_the_next_one(sandboxed: Shell):
     assert sandboxed.results(name) == {0: 1, 1: ["1", "", 1]}
 
 
+def test_no_process_outlives_its_task(sandboxed: Shell):
+    """Whatever session it is in and whoever is its parent; also one that forks all the time."""
+    text = """#!/usr/bin/env python3
+import ctypes, os, platform, signal
+others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) > 1]
+with open(os.environ["DAYFLY_RESULT"], "w") as file:
+    file.write(str(len(others)))
+CLONE, CLONE_PARENT = {"x86_64": 56, "aarch64": 220}[platform.machine()], 0x8000
+reader, writer = os.pipe()
+
+def begin(kind):
+    os.setsid()
+    os.write(writer, b"1")
+    while kind == "forks":
+        if os.fork():
+            os._exit(0)
+    signal.pause()
+
+for kind in ("waits", "forks"):
+    if os.fork() == 0:
+        begin(kind)
+if ctypes.CDLL(None).syscall(CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+    begin("waits")
+for _ in range(3):
+    os.read(reader, 1)
+"""
+    name = sandboxed.script(text, "--size", "3", "--parallelism", "1")
+
+    assert set(sandboxed.results(name).values()) == {2}, "the guest and the script itself"
+
+
 def test_a_task_that_kills_its_parent_fails_and_the_others_go_on(sandboxed: Shell):
     text = 'if [ "$JOB_INDEX" = 3 ]; then kill -9 $PPID; sleep 10; fi\n'
     words = ("--size", "8", "--backoff-limit-per-index", "0")

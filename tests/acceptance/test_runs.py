@@ -266,6 +266,41 @@ results:
     assert results(view) == {"n": 7, "mode": "it is of words", "o": 8}
 
 
+SAYS = """
+- name: say
+  cache: true
+  params: {word: $(params.word), then: $(params.then)}
+  script: |
+    printf '%s' "$(params.word)" > $(results.said.path)
+    $(params.then)
+  results: [{name: said}]
+"""
+FORGE = """
+setsid sh -c 'while touch /tmp/is-up; do
+  for folder in /tmp/.dayfly-*/results; do printf forged > $folder/said; done
+done' &
+until [ -e /tmp/is-up ]; do :; done
+"""
+LOOK = """
+set -- /tmp/.dayfly-*/results/said
+n=0; said=mine
+while [ "$said" = mine ] && [ $n -lt 30000 ]; do
+  read said < $1 || :; n=$((n + 1))
+done
+"""
+
+
+def test_what_a_cached_step_left_running_changes_no_other_steps_result(sandboxed: Flows):
+    """It would be kept as what that one leaves, for everybody who asks for the same."""
+    more = "params: [{name: word}, {name: then}]\nresults: {said: $(steps.say.results.said)}"
+    sandboxed.apply(manifest("says", SAYS, more))
+    sandboxed.start("says", "-p", "word=hostile", "-p", f"then={FORGE}")
+
+    for _ in range(2):
+        run = sandboxed.start("says", "-p", "word=mine", "-p", f"then={LOOK}")
+        assert run["status"]["results"] == {"said": "mine"}
+
+
 def test_functions_tasks_and_workflows_are_steps(dayfly: Flows):
     dayfly.server.deploy(
         "add", files={"main.py": "def handler(event, context):\n    return event['a'] + event['b']"}

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,42 @@ def test_what_a_task_leaves_running_is_killed(tmp_path: Path):
 
     assert time.monotonic() - started < 5
     assert not eventually_none(lambda: [s for s in stat(pid)[:1] if s not in "ZX"])
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, *, is_alone: bool, left: int = 0) -> list[int]:
+    """Whom a task's end signals, where so many others stay for a while."""
+    told: list[int] = []
+
+    def kill(pid: int, number: int) -> None:
+        told.append(pid)
+        if len(told) > left:
+            raise ProcessLookupError
+
+    monkeypatch.setitem(sys.modules, "dayfly.lockdown", SimpleNamespace(is_ours_alone=is_alone))
+    monkeypatch.setattr(os, "kill", kill)
+    assert script("printf 7 >$DAYFLY_RESULT") == 7
+    return told
+
+
+def test_all_in_a_sandbox_are_killed_until_nobody_is_left(monkeypatch: pytest.MonkeyPatch):
+    assert signalled(monkeypatch, is_alone=True, left=2) == [-1, -1, -1]
+
+
+def test_without_a_sandbox_nobody_elses_process_is_killed(monkeypatch: pytest.MonkeyPatch):
+    assert signalled(monkeypatch, is_alone=False) == []
+
+
+def test_a_sandbox_in_which_somebody_stays_ends(monkeypatch: pytest.MonkeyPatch):
+    class Over(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Over
+
+    monkeypatch.setattr(process, "DYING_S", 0.0)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Over):
+        signalled(monkeypatch, is_alone=True, left=1_000_000)
 
 
 def test_a_task_cannot_leave_anything_for_the_next_one():
