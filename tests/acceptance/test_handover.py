@@ -444,6 +444,20 @@ def test_a_step_that_is_given_the_same_by_another_is_not_run_again(dayfly: Flows
     assert states(dayfly, named(other))["make"] == "succeeded"
 
 
+def test_what_ran_before_decides_nothing_that_is_cached(dayfly: Flows):
+    """It could have changed the interpreter, or anything else that a sandbox keeps."""
+    name = f"before-{dayfly.server.driver}"
+    (dayfly.folder / "before.py").write_text(
+        "from dayfly import step, workflow\n\nseen = []\n\n"
+        "@step(cache=True)\ndef pure(n: int) -> list:\n    seen.append(n)\n    return seen\n\n"
+        f"@workflow(name='{name}')\ndef before(n: int):\n    return pure(n)\n"
+    )
+    dayfly("workflow", "deploy", "before.py")
+
+    for number in (1, 2):
+        assert results(dayfly.start(name, "-p", f"n={number}")) == {"result": [number]}
+
+
 @pytest.mark.parametrize("how", ["gone", "changed"])
 def test_a_cached_step_whose_artifact_is_gone_or_changed_is_run_again(sandboxed: Flows, how: str):
     name = f"gone-{next(numbers)}"

@@ -1,8 +1,8 @@
 """One attempt of a step: what it is given, where it runs, what has come of it.
 
 A step with values alone runs in a sandbox that holds its function, warm or not. One that takes or
-leaves files has a sandbox of its own (see `handover`). One that is declared pure is looked for in
-the cache first, and runs once, however many runs ask for it at the same moment.
+leaves files has a sandbox of its own (see `handover`). So has one that is declared pure; it is
+looked for in the cache first, and runs once, however many runs ask for it at the same moment.
 """
 
 import asyncio
@@ -126,6 +126,7 @@ class Means(Struct, frozen=True):
 
 CANCELLED: Final = "it was cancelled"
 ALONE: Final = "a sandbox of its own, which what it leaves is taken from"
+PURE: Final = "a sandbox of its own: what ran before in another could decide what is cached"
 WHY: Final = {
     "warm": "a sandbox that holds this function was free",
     "generic": "no sandbox held it; a ready one took it",
@@ -296,7 +297,7 @@ class Attempts:
 
     async def _run_step(self, invoke: Invoke, body: Body) -> Ended | Failed:
         self._saw(invoke, body)
-        if is_furnished(invoke):
+        if is_furnished(invoke) or cache.is_pure(invoke):
             return await self._furnished(invoke, body)
         function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)
         self.functions.add(function)
@@ -358,7 +359,8 @@ class Attempts:
 
         outcome = await self._means.once(invocation.function, body, mounts, invocation, returned)
         mounted = len(mounts.inputs) + len(mounts.workspaces)
-        why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else ALONE
+        alone = ALONE if is_furnished(invoke) else PURE
+        why = f"a sandbox of its own; what it takes is mounted: {mounted}" if mounted else alone
         end = await self._judged(invoke, outcome, why)
         if not isinstance(end, Ended):
             return end, None
