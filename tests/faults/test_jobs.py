@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="finds processes by control group"),
     pytest.mark.timeout(1800),
 ]
-KILLS = int(os.environ.get("DAYFLY_KILLS", "5"))
+KILLS = int(os.environ.get("DAYFLY_KILLS", "4"))
 SEED = int(os.environ.get("DAYFLY_SEED", "0")) or random.randrange(1, 1 << 30)
 SIZE, ITEMS, FAILS_EVERY, NEVER = 300 * KILLS, 15 * KILLS, 50, 97
 HANDLER = """
