@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install system run test check fix bench load lock clean
+.PHONY: install system run test test-sources test-waits test-servers test-others cluster test-cluster test-cluster-pods test-cluster-others test-kubernetes kubernetes-demo check fix crds bench load lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
@@ -18,12 +18,44 @@ system:
 run: install system
 	$(BIN)/dayfly up --data .dayfly --deploy examples
 
-# Tests that mostly wait (for brokers, leases, clocks) run beside the others.
+# Side by side, since most of what they spend is waiting; each group is printed when it ends.
+GROUPS := sources waits servers others
+SIDE_BY_SIDE := --no-print-directory --jobs --keep-going --output-sync=target
+SERVERS := tests/acceptance tests/faults tests/integration
 test: install
 	@sh .ci/packages test
-	@$(BIN)/python -m pytest -p no:cacheprovider -m waits >.venv/waits.log 2>&1 & waits=$$!; \
-	$(BIN)/python -m pytest -m 'not waits'; rest=$$?; \
-	wait $$waits; waits=$$?; cat .venv/waits.log; exit $$((rest || waits))
+	@echo "the tests run in groups side by side: $(GROUPS); each is printed when it ends"
+	@$(MAKE) $(SIDE_BY_SIDE) $(GROUPS:%=test-%)
+
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+test-sources: ; $(PYTEST) -m 'waits and not cluster' tests/contract
+test-waits: ; $(PYTEST) -m 'waits and not cluster' --ignore=tests/contract
+test-servers: ; $(PYTEST) -m 'not waits and not cluster' $(SERVERS)
+test-others: ; $(PYTEST) -m 'not waits and not cluster' $(SERVERS:%=--ignore=%)
+
+# The chart, its images and all that has to do with a cluster; on the one that KUBECONFIG names, else on a node
+# of its own if there is a build of Kubernetes: see tests/kubernetes/node.py.
+test-kubernetes: install cluster
+	@sh .ci/packages test
+	$(CLUSTER) sh -c "$(PYTEST) tests/kubernetes && $(PYTEST) -m cluster tests/contract"
+
+# Of all tests only those that need a cluster.
+test-cluster: install cluster
+	@sh .ci/packages test
+	$(CLUSTER) $(MAKE) $(SIDE_BY_SIDE) test-cluster-pods test-cluster-others
+
+PODS := tests/contract tests/kubernetes/test_steps.py
+test-cluster-pods: ; $(PYTEST) -m cluster $(PODS)
+test-cluster-others: ; $(PYTEST) -m cluster $(PODS:%=--ignore=%)
+
+CLUSTER := $(BIN)/python -m tests.kubernetes.node run
+cluster: install
+	@if $(BIN)/python -m tests.kubernetes.node which >/dev/null && [ -z "$$KUBECONFIG" ]; then sh .ci/packages node; fi
+	@$(BIN)/python -m tests.kubernetes.tools
+
+# Dayfly on the cluster that KUBECONFIG names, from nothing to an answered request.
+kubernetes-demo: install
+	@$(BIN)/python -m tests.kubernetes.release
 
 check: install
 	$(BIN)/ruff format --check .
@@ -35,9 +67,12 @@ fix: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+crds: install
+	$(BIN)/python -m dayfly_pool.cluster.crds charts/dayfly/crds
+
 bench: install .venv/bench/installed
 	@sh .ci/packages bench
-	for file in cold_start warm burst refill neighbour initialize density many scale_to_zero soak events triggers jobs workflows run_kills handover clone_build gangs; do $(BIN)/python -m bench.$$file || exit 1; done
+	for file in cold_start warm burst refill neighbour initialize density many scale_to_zero soak events triggers jobs workflows run_kills handover clone_build gangs shards wire; do $(BIN)/python -m bench.$$file || exit 1; done
 
 .venv/bench/installed: requirements/bench.txt
 	test -x .venv/bench/bin/python || $(PYTHON) -m venv .venv/bench
@@ -49,7 +84,9 @@ load: install
 
 lock: install
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements/run.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev --extra brokers pyproject.toml -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev --extra brokers --extra kubernetes pyproject.toml -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --extra brokers --extra kubernetes -c requirements/dev.txt pyproject.toml -o requirements/server.txt
+	echo "hatchling>=1.27" | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c requirements/dev.txt - -o requirements/build.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group bench -o requirements/bench.txt
 
 clean:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from tests.harness import Server
 
+CLUSTER = "DAYFLY_TEST_KUBECONFIG"
+"""Names the cluster for tests. Not KUBECONFIG: custom resources are taken away there."""
+
 CANARY = "DAYFLY-CANARY-" + os.urandom(8).hex()
 """In the environment of every server: no function may ever see it."""
 
@@ -28,6 +31,14 @@ IMPATIENT = {
 def pytest_configure() -> None:
     """A shell has what it starts in the background ignore SIGINT, and that is inherited."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a cluster is skipped where there is none."""
+    if CLUSTER not in os.environ:
+        for item in items:
+            if item.get_closest_marker("cluster"):
+                item.add_marker(pytest.mark.skip(reason=f"{CLUSTER} names no cluster"))
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,19 @@ import re
 import socket
 import struct
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from aiohttp import HttpVersion11, web
 from msgspec import structs
 
 from dayfly_gateway import events, later
+from dayfly_gateway.behind import Behind, is_ours
 from dayfly_gateway.config import GatewayConfig
-from dayfly_gateway.hooks import Hooks
 from dayfly_gateway.routing import MethodNotAllowed, Routes
-from dayfly_pool.errors import BodyTooLarge, PlatformError
+from dayfly_pool.errors import BadInput, BodyTooLarge, PlatformError
 from dayfly_pool.ids import in_order
 from dayfly_pool.models import Invocation, InvocationId, Outcome, Success
-from dayfly_pool.service import Service
 
 log = logging.getLogger("dayfly.gateway")
 IDS_AT_ONCE: Final = 256
@@ -64,21 +64,22 @@ def _invocation_ids() -> Iterator[InvocationId]:
 class DataPlane:
     """Serves the functions. `routes` is replaced when declarations change."""
 
-    def __init__(self, service: Service, config: GatewayConfig) -> None:
-        self._service = service
+    def __init__(self, behind: Behind, config: GatewayConfig) -> None:
+        self._behind = behind
         self._config = config
         self._ids = _invocation_ids()
-        self.hooks = Hooks(service)
         self.routes = Routes()
         self.is_draining = False
 
     def reroute(self) -> None:
-        """Take the declared routes anew. Raises `BadInput` when two of them clash."""
-        self.routes = Routes(
-            (stored.id, route)
-            for stored in self._service.functions.values()
-            for route in stored.spec.routes
-        )
+        """Take the declared routes anew; of two that clash the one that was declared first counts.
+
+        Raises `BadInput` when there is a clash that there was not before.
+        """
+        before = self.routes.clashes
+        self.routes = Routes(self._behind.routes())
+        for _, clash in sorted(self.routes.clashes - before):
+            raise BadInput(clash)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error has its problem document."""
@@ -104,11 +105,8 @@ class DataPlane:
     ) -> web.Response | None:
         """None when it is on its way already: whatever is everyday is written at once."""
         path = request.rel_url.raw_path
-        if path.startswith(later.PATH):
-            return await later.show(self._service, request)
-        if self.hooks.takes(path):
-            limit = min(self.hooks.check(request), self._config.body_bytes_max)
-            return await self.hooks.answer(request, await read_body(request, self._config, limit))
+        if is_ours(path):
+            return await self._behind.answer(request, partial(self._read, request))
         invocation = await self._invocation(request, id_)
         if "Prefer" in request.headers and later.preferences(request.headers.getall("Prefer"))[0]:
             return await self._accept(request, invocation, request_id)
@@ -123,12 +121,15 @@ class DataPlane:
         meta = events.http_meta(request, match, self._config.trusted_proxies)
         body = await read_body(request, self._config, self._config.body_bytes_max)
         trace = events.trace(request)
-        queue_s_max = self._service.config.queue_s_max
+        queue_s_max = self._behind.queue_s_max
         return Invocation(id_, match.function, body, meta, trace, queue_s_max)
+
+    async def _read(self, request: web.BaseRequest, limit: int) -> bytes:
+        return await read_body(request, self._config, min(limit, self._config.body_bytes_max))
 
     async def _outcome(self, invocation: Invocation) -> Outcome:
         try:
-            return await self._service.pool.invoke(invocation)
+            return await self._behind.invoke(invocation)
         except PlatformError as error:
             error.fields.setdefault("invocation", invocation.id)
             raise
@@ -137,7 +138,7 @@ class DataPlane:
         self, request: web.BaseRequest, invocation: Invocation, request_id: str
     ) -> web.Response | None:
         invocation = structs.replace(invocation, id=in_order(invocation.id))
-        accepted = await later.accept(self._service, invocation, request)
+        accepted = await later.accept(self._behind.accept, invocation, request)
         transport = request.transport
         if self._is_everyday(request) and accepted.is_new and transport is not None:
             transport.write(later.wire_bytes(accepted, request_id))

@@ -17,6 +17,7 @@ import click
 
 from dayfly_gateway import (
     cli_artifacts,
+    cli_environments,
     cli_events,
     cli_jobs,
     cli_provenance,
@@ -79,90 +80,144 @@ def _data_folder() -> Path:
     return Path(home) / "dayfly"
 
 
-@cli.command(context_settings={**CONTEXT, "auto_envvar_prefix": "DAYFLY", "show_default": True})
-@click.option(
-    "--data",
-    type=PATH,
-    default=_data_folder,
-    show_default="~/.local/share/dayfly",
-    help="Folder for code, environments and declarations.",
+SERVES: Final = {**CONTEXT, "auto_envvar_prefix": "DAYFLY", "show_default": True}
+_ADMIN: Final = options(
+    click.option("--admin", metavar="HOST:PORT", default="127.0.0.1:8081", help="Admin plane."),
+    click.option(
+        "--admin-token-file",
+        type=PATH,
+        help="File with the token that the admin plane asks for; or set DAYFLY_ADMIN_TOKEN.",
+    ),
 )
+_POOL: Final = options(
+    click.option(
+        "--data",
+        type=PATH,
+        default=_data_folder,
+        show_default="~/.local/share/dayfly",
+        help="Folder for code, environments and declarations.",
+    ),
+    click.option(
+        "--driver",
+        type=click.Choice(["linux", "process", "kubernetes"]),
+        default="linux",
+        help="linux isolates; process does not: for your own code on your own laptop; kubernetes"
+        " makes pods.",
+    ),
+    click.option("--kubernetes", type=PATH, help="File that says how pods are made."),
+    click.option("--generic-min", type=int, show_default="4", help="Generic sandboxes kept ready."),
+    click.option("--generic-max", type=int, show_default="32", help="...and at most, when busy."),
+    click.option("--sandboxes-max", type=int, show_default="512", help="Sandboxes at most."),
+    click.option(
+        "--resource",
+        "resources",
+        metavar="NAME=N",
+        multiple=True,
+        help="What else jobs may ask for, like gpu=2. Repeatable.",
+    ),
+    click.option(
+        "--memory-reserve-mb",
+        type=int,
+        show_default="512",
+        help="Below this much available memory idle sandboxes go.",
+    ),
+    click.option(
+        "--foreign-namespace",
+        "foreign_namespaces",
+        metavar="NS",
+        multiple=True,
+        help="Holds anybody's code: nothing of it runs before the lock-down. Repeatable.",
+    ),
+    click.option(
+        "--exec-namespace",
+        "exec_namespaces",
+        metavar="NS",
+        multiple=True,
+        help="Its sandboxes are started, never forked. Repeatable.",
+    ),
+    click.option(
+        "--prewarm",
+        type=click.Choice(["fork", "exec"]),
+        default="fork",
+        help="Fork sandboxes from zygotes where that is allowed, or start each.",
+    ),
+    click.option(
+        "--zygote-forks-max", type=int, show_default="5000", help="Then it is replaced..."
+    ),
+    click.option("--zygote-minutes-max", type=float, show_default="60", help="...and at this age."),
+    click.option(
+        "--initialize-once-ms",
+        type=float,
+        show_default="250",
+        help="A function whose import takes this long is forked after it.",
+    ),
+    click.option(
+        "--package-host",
+        "package_hosts",
+        metavar="HOST",
+        multiple=True,
+        help="Packages come from here by http too, and from a private address. Repeatable.",
+    ),
+    click.option(
+        "--events-dsn-file",
+        type=PATH,
+        help="File with the address of a PostgreSQL that keeps events, declarations and packages,"
+        " for all servers that use it; or set DAYFLY_EVENTS_DSN.",
+    ),
+    click.option(
+        "--secrets",
+        type=PATH,
+        help="Folder with secrets as NAMESPACE/NAME that somebody else keeps; only read.",
+    ),
+)
+_PROXY: Final = options(
+    click.option(
+        "--trusted-proxy",
+        "trusted_proxies",
+        metavar="CIDR",
+        multiple=True,
+        help="Whose X-Forwarded headers are believed. Repeatable.",
+    ),
+)
+_LOG: Final = options(
+    click.option(
+        "--log",
+        type=click.Choice(["json", "text"]),
+        show_default="text on a terminal, else json",
+        help="Form of the log on stdout.",
+    ),
+)
+_CLUSTER: Final = options(
+    click.option(
+        "--tls",
+        type=PATH,
+        required=True,
+        help="Folder with ca.crt, tls.crt and tls.key: see `dayfly certificates`.",
+    ),
+    click.option(
+        "--members",
+        type=click.Choice(["static", "kubernetes"]),
+        default="static",
+        help="Who tells which shards there are: --shard, or Leases in this namespace.",
+    ),
+    click.option(
+        "--shard",
+        "shards",
+        metavar="NAME=HOST:PORT",
+        multiple=True,
+        help="A shard, and where its --wire is. Repeatable.",
+    ),
+)
+
+
+@cli.command(context_settings=SERVES)
 @click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8080", help="Data plane.")
-@click.option("--admin", metavar="HOST:PORT", default="127.0.0.1:8081", help="Admin plane.")
-@click.option(
-    "--admin-token-file",
-    type=PATH,
-    help="File with the token that the admin plane asks for; or set DAYFLY_ADMIN_TOKEN.",
-)
-@click.option(
-    "--driver",
-    type=click.Choice(["linux", "process"]),
-    default="linux",
-    help="linux isolates; process does not: for your own code on your own laptop.",
-)
-@click.option("--generic-min", type=int, show_default="4", help="Generic sandboxes kept ready.")
-@click.option("--generic-max", type=int, show_default="32", help="...and at most, when busy.")
-@click.option("--sandboxes-max", type=int, show_default="512", help="Sandboxes at most.")
-@click.option(
-    "--resource",
-    "resources",
-    metavar="NAME=N",
-    multiple=True,
-    help="What else jobs may ask for, like gpu=2. Repeatable.",
-)
-@click.option(
-    "--memory-reserve-mb",
-    type=int,
-    show_default="512",
-    help="Below this much available memory idle sandboxes go.",
-)
-@click.option(
-    "--foreign-namespace",
-    "foreign_namespaces",
-    metavar="NS",
-    multiple=True,
-    help="Holds anybody's code: nothing of it runs before the lock-down. Repeatable.",
-)
-@click.option(
-    "--exec-namespace",
-    "exec_namespaces",
-    metavar="NS",
-    multiple=True,
-    help="Its sandboxes are started, never forked. Repeatable.",
-)
-@click.option(
-    "--prewarm",
-    type=click.Choice(["fork", "exec"]),
-    default="fork",
-    help="Fork sandboxes from zygotes where that is allowed, or start each.",
-)
-@click.option("--zygote-forks-max", type=int, show_default="5000", help="Then it is replaced...")
-@click.option("--zygote-minutes-max", type=float, show_default="60", help="...and at this age.")
-@click.option(
-    "--initialize-once-ms",
-    type=float,
-    show_default="250",
-    help="A function whose import takes this long is forked after it.",
-)
-@click.option(
-    "--trusted-proxy",
-    "trusted_proxies",
-    metavar="CIDR",
-    multiple=True,
-    help="Whose X-Forwarded headers are believed. Repeatable.",
-)
-@click.option(
-    "--events-dsn-file",
-    type=PATH,
-    help="File with the address of a PostgreSQL that keeps the events; or set DAYFLY_EVENTS_DSN.",
-)
+@_ADMIN
+@_POOL
+@_PROXY
+@click.option("--name", default="dayfly", help="By which its pods are found again.")
 @click.option("--deploy", type=PATH, help="Deploy every function in this folder when up.")
-@click.option(
-    "--log",
-    type=click.Choice(["json", "text"]),
-    show_default="text on a terminal, else json",
-    help="Form of the log on stdout.",
-)
+@_LOG
 def up(
     admin_token_file: Path | None,
     events_dsn_file: Path | None,
@@ -187,7 +242,109 @@ def up(
     token = secret(admin_token_file, "DAYFLY_ADMIN_TOKEN")
     events_dsn = secret(events_dsn_file, "DAYFLY_EVENTS_DSN")
     settings = server.Settings(admin_token=token, events_dsn=events_dsn, **given)
-    server.serve(settings, log or ("text" if sys.stdout.isatty() else "json"), deploy)
+    server.serve(settings, log or _log_form(), deploy)
+
+
+def _log_form() -> str:
+    return "text" if sys.stdout.isatty() else "json"
+
+
+@cli.command(context_settings=SERVES)
+@click.option("--name", metavar="SHARD", required=True, help="What gateways know it by.")
+@click.option("--wire", metavar="HOST:PORT", default="127.0.0.1:8090", help="For gateways.")
+@click.option("--advertise", metavar="HOST:PORT", default="", help="Where they find it [--wire].")
+@click.option(
+    "--watch-namespaces",
+    metavar="NS ...",
+    default="",
+    help="Whose custom resources are declared here; * is all.",
+)
+@_CLUSTER
+@_ADMIN
+@_POOL
+@_LOG
+def pool(
+    name: str,
+    wire: str,
+    advertise: str,
+    tls: Path,
+    members: str,
+    shards: tuple[str, ...],
+    watch_namespaces: str,
+    admin_token_file: Path | None,
+    events_dsn_file: Path | None,
+    log: str | None,
+    **given: Any,
+) -> None:
+    """Start a shard of a pool that several machines have.
+
+    Gateways bring its requests. It serves until SIGTERM; gateways turn to other shards first,
+    and no request fails. Several shards need one PostgreSQL: --events-dsn-file.
+
+    \b
+      dayfly certificates certs
+      dayfly pool --name pool-0 --wire 10.0.0.7:8090 --tls certs/pool
+    """
+    from dayfly_gateway import up, up_roles
+
+    token = secret(admin_token_file, "DAYFLY_ADMIN_TOKEN")
+    events_dsn = secret(events_dsn_file, "DAYFLY_EVENTS_DSN")
+    given |= {"name": name, "admin_token": token, "events_dsn": events_dsn}
+    whole = up.Settings(http="127.0.0.1:0", trusted_proxies=(), **given)
+    settings = up_roles.PoolSettings(
+        wire=wire,
+        advertise=advertise,
+        tls=tls,
+        name=name,
+        members=members,
+        shards=shards,
+        watched=tuple(watch_namespaces.split()),
+    )
+    up_roles.serve_pool(settings, whole, log or _log_form())
+
+
+@cli.command(context_settings=SERVES)
+@click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8080", help="Data plane.")
+@_ADMIN
+@_CLUSTER
+@_PROXY
+@click.option(
+    "--queue-seconds-max",
+    type=float,
+    default=30.0,
+    help="How long a request waits for a shard and a sandbox.",
+)
+@_LOG
+def gateway(admin_token_file: Path | None, log: str | None, **given: Any) -> None:
+    """Start a gateway to a pool that several machines have.
+
+    It keeps nothing: start as many as you need, and a load balancer before them.
+
+    \b
+      dayfly gateway --tls certs/gateway --shard pool-0=10.0.0.7:8090
+    """
+    from dayfly_gateway import up_roles
+
+    token = secret(admin_token_file, "DAYFLY_ADMIN_TOKEN")
+    settings = up_roles.GatewaySettings(admin_token=token, **given)
+    up_roles.serve_gateway(settings, log or _log_form())
+
+
+@cli.command()
+@click.argument("folder", type=PATH, metavar="DIR")
+def certificates(folder: Path) -> None:
+    """Make certificates for gateways and shards in DIR.
+
+    An authority, and one certificate for each role, valid for a year. For trying out: who has
+    ca.key is trusted by all of them. Again: new ones of the same authority.
+
+    \b
+      dayfly certificates certs
+    """
+    from dayfly_pool import tls
+
+    for made in tls.make(folder):
+        click.echo(made)
 
 
 @cli.command()
@@ -586,6 +743,7 @@ def top(session: Session) -> None:
         return
 
 
+cli.add_command(cli_environments.environment)
 cli.add_command(cli_events.events)
 cli.add_command(cli_events.trigger)
 cli.add_command(cli_events.secret)

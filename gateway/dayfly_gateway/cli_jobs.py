@@ -57,6 +57,7 @@ _RUN_OPTIONS: Final = options(
     click.option("--name", help="Default: made of what it runs, and new."),
     click.option("--function", metavar="NAME", help="What each task is: a deployed function..."),
     click.option("--script", type=PATH, help="...or a script; a command stands after --."),
+    click.option("--image", metavar="IMAGE", help="A container's; a command is run in it."),
     click.option("--source", type=PATH, help="Folder or file that the command works with."),
     click.option("--environment", metavar="NAME", help="For a command or script."),
     click.option("--env", metavar="K=V", multiple=True, help="Variable. Repeatable."),
@@ -164,19 +165,28 @@ def _wanted(
         if spec.get("function"):
             raise Misused("--memory: a function has its own limits: deploy it with others")
         spec["limits"] = spec.get("limits", {}) | {"memoryMb": memory_mb}
+    if spec.get("image"):
+        return name or _named(spec, script), spec, source
     work = [said for key, said in WORK.items() if spec.get(key) is not None]
     if len(work) > 1:
         raise Misused(f"{' and '.join(work)}: give only one")
     if not work:
-        raise Misused("what is it to run? Name --function or --script, or a command after --")
+        raise Misused(
+            "what is it to run? Name --function, --script or --image, or a command after --"
+        )
     return name or _named(spec, script), spec, source
+
+
+def _program(spec: Mapping[str, Any]) -> str:
+    return Path(spec["command"][0]).name
 
 
 def _named(spec: Mapping[str, Any], script: Path | None) -> str:
     """A new name that tells what it runs."""
     from dayfly_gateway.manifests import name_of
 
-    what = spec.get("function") or (script and script.stem) or Path(spec["command"][0]).name
+    image = str(spec.get("image") or "").rpartition("/")[2].partition(":")[0].partition("@")[0]
+    what = spec.get("function") or (script and script.stem) or image or _program(spec)
     return f"{name_of(Path(str(what)))[:50]}-{secrets.token_hex(3)}"
 
 

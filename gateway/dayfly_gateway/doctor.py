@@ -383,7 +383,7 @@ class _Heard(logging.Handler):
 async def _probed(folder: Path) -> Outcome:
     digest = await asyncio.to_thread(_stored, folder)
     config = Config(data=folder, generic_min=0, generic_max=1, sandboxes_max=2)
-    pool = Pool(config, LinuxDriver(folder, config.uid_first))
+    pool = Pool(config, LinuxDriver(config))
     spec = FunctionSpec(handler="probe:handler", package=digest)
     id_ = FunctionId("doctor/probe")
     async with pool.running(), asyncio.timeout(SANDBOX_S_MAX):

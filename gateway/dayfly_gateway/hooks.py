@@ -27,7 +27,7 @@ from dayfly_pool.events import HOPS, payload, rfc3339
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Invocation, function_id
 from dayfly_pool.service import Service
-from dayfly_pool.store.sqlite import StoredTrigger
+from dayfly_pool.store.declarations import StoredTrigger
 
 HOOKS: Final = "/hooks/"
 EVENTS: Final = "/events"
@@ -69,10 +69,6 @@ class Hooks:
         for key in self._counts.keys() - self._service.triggers.keys():
             del self._counts[key]
         return self._counts
-
-    def takes(self, path: str) -> bool:
-        """Whether a request for *path* is one of ours."""
-        return path.startswith(HOOKS) or namespace_of(path) is not None
 
     def check(self, request: web.BaseRequest) -> int:
         """How long a body may be read for it. Raises `PlatformError` when none is."""

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -58,8 +58,12 @@ def preferences(headers: Iterable[str]) -> tuple[bool, float]:
     return is_async, wait_s
 
 
-async def accept(service: Service, invocation: Invocation, request: web.BaseRequest) -> Accepted:
-    """Keep *invocation* for later. Raises `PlatformError`."""
+Accept = Callable[[Invocation, tuple[str, str] | None], Awaitable[Accepted]]
+"""Keeps an invocation, with its idempotency key: on the disk when it returns."""
+
+
+async def accept(keep: Accept, invocation: Invocation, request: web.BaseRequest) -> Accepted:
+    """Have *keep* keep *invocation* for later. Raises `PlatformError`."""
     key = None
     text = request.headers.get("Idempotency-Key")
     if text is not None:
@@ -67,7 +71,7 @@ async def accept(service: Service, invocation: Invocation, request: web.BaseRequ
             raise BadInput("Idempotency-Key is 1 to 255 visible ASCII characters")
         said = f"{request.method} {request.rel_url.raw_path_qs} {len(invocation.body)}\n".encode()
         key = text, hashlib.sha256(said + invocation.body).hexdigest()
-    accepted = await service.events.accept(invocation, key=key)
+    accepted = await keep(invocation, key)
     if accepted.is_other:
         raise KeyUsed
     return accepted

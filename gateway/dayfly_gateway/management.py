@@ -42,8 +42,8 @@ from dayfly_pool.models import (
     function_id,
 )
 from dayfly_pool.service import Service
+from dayfly_pool.store.declarations import StoredEnvironment, StoredFunction
 from dayfly_pool.store.secrets import BYTES_MAX as SECRET_BYTES_MAX
-from dayfly_pool.store.sqlite import StoredEnvironment, StoredFunction
 
 log = logging.getLogger("dayfly.admin")
 SPEC_BYTES_MAX: Final = 1024 * 1024
@@ -182,7 +182,8 @@ class Management:
         invocation = Invocation(id_, stored.id, body, None, trace, queue_s_max)
         if later.preferences(request.headers.getall("Prefer", ()))[0]:
             invocation = msgspec.structs.replace(invocation, id=in_order(id_))
-            return later.answer(await later.accept(self._service, invocation, request))
+            keep = self._service.events.accept
+            return later.answer(await later.accept(keep, invocation, request))
         return _invoked(id_, await self._service.pool.invoke(invocation))
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
@@ -389,7 +390,7 @@ def function_view(stored: StoredFunction, service: Service) -> dict[str, Any]:
         "sandboxes": len(boxes),
         "busy": sum(bool(box.running) for box in boxes),
         "waiting": len(record.queue) if record else 0,
-        "url": f"/fn/{name}" if namespace == "default" else f"/ns/{namespace}/fn/{name}",
+        "url": routing.path_of(stored.id),
     }
     if record:
         decided = {True: "once", False: "each", None: "undecided"}[record.once]

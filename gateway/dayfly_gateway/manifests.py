@@ -78,7 +78,8 @@ def plan(
     metadata = {"namespace": namespace, **document.section("metadata")}
     metadata["name"] = name or metadata.get("name") or name_of(path)
     merged = _merged(document.section("spec"), spec)
-    merged.pop("source", None)
+    for other in ("source", "files", "packageUrl"):  # the code is at *path*
+        merged.pop(other, None)
     own = _own_environment(path, metadata, merged, preload)
     if own is not None:
         merged["environment"] = own.metadata.name
@@ -427,7 +428,7 @@ def _own_source(document: Document, spec: Mapping[str, Any], folder: Path) -> Pa
 
 def _source(document: Document, spec: Mapping[str, Any], folder: Path) -> Path | None:
     """Where the function's code is: spec.source, or beside a dayfly.yaml; None for a package."""
-    if "package" in spec and "source" not in spec:
+    if ("package" in spec or "files" in spec or "image" in spec) and "source" not in spec:
         return None
     given = spec.get("source")
     if given is None and Path(document.file).name == MANIFEST_FILE:

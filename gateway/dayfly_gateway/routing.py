@@ -57,18 +57,32 @@ class _End:
         return not self.route.methods or method in self.route.methods
 
 
+def path_of(id_: FunctionId) -> str:
+    """Where a function answers by its name."""
+    namespace, _, name = id_.partition("/")
+    return f"/fn/{name}" if namespace == "default" else f"/ns/{namespace}/fn/{name}"
+
+
 class Routes:
-    """An immutable table of declared routes; build a new one when declarations change."""
+    """An immutable table of declared routes; build a new one when declarations change.
+
+    Of two that clash the first one counts; *clashes* has the functions of the others, and why.
+    """
 
     def __init__(self, declared: Iterable[tuple[FunctionId, Route]] = ()) -> None:
+        self.clashes: set[tuple[FunctionId, str]] = set()
         self._hosts: dict[str, _Node] = {}
         taken: dict[tuple[str, str, str], FunctionId] = {}
         for function, route in declared:
             shape = re.sub(r"\{[^}]*?(\+?)\}", r"{\1}", route.path)
-            for method in route.methods or ("*",):
-                other = taken.setdefault((route.host.lower(), shape, method), function)
-                if other != function:
-                    raise BadInput(f"route {route.host}{route.path} already belongs to {other}")
+            places = [(route.host.lower(), shape, method) for method in route.methods or ("*",)]
+            others = {taken[place] for place in places if place in taken} - {function}
+            if others:
+                where = f"{route.host}{route.path}"
+                why = f"route {where} already belongs to {', '.join(sorted(others))}"
+                self.clashes.add((function, why))
+                continue
+            taken |= dict.fromkeys(places, function)
             self._add(function, route)
 
     def _add(self, function: FunctionId, route: Route) -> None:

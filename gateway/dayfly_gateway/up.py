@@ -5,8 +5,9 @@ import gc
 import logging
 import os
 import resource
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from msgspec import Struct
 
@@ -18,8 +19,10 @@ from dayfly_gateway.events import parse_networks
 from dayfly_gateway.logformat import Outbox
 from dayfly_gateway.manifests import has_workflow, plan
 from dayfly_gateway.server import Server
+from dayfly_pool import pods
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, PlatformError
+from dayfly_pool.pods import Pods
 
 log = logging.getLogger("dayfly.up")
 T = TypeVar("T")
@@ -31,6 +34,9 @@ SANDBOXES_MAX: Final = DEFAULTS.sandboxes_max
 ZYGOTE_FORKS_MAX: Final = DEFAULTS.zygote_forks_max
 ZYGOTE_MINUTES_MAX: Final = DEFAULTS.zygote_s_max / 60
 INITIALIZE_ONCE_MS: Final = DEFAULTS.initialize_once_s * 1000
+POD_STARTS_MAX: Final = 16
+"""Pods that may be starting at once: others start them."""
+
 GC_THRESHOLD: Final = 20_000
 """New objects between two collections; reference counts free nearly all of a request's."""
 
@@ -43,7 +49,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     admin: str
     admin_token: str
     events_dsn: str = ""
-    driver: str
+    secrets: Path | None = None
+    driver: Literal["linux", "process", "kubernetes"]
+    kubernetes: Path | None = None
+    name: str = DEFAULTS.shard
     generic_min: int | None
     generic_max: int | None
     sandboxes_max: int | None
@@ -56,6 +65,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     initialize_once_ms: float | None
     trusted_proxies: tuple[str, ...]
     resources: tuple[str, ...] = ()
+    package_hosts: tuple[str, ...] = ()
 
 
 def configs(settings: Settings) -> tuple[Config, GatewayConfig]:
@@ -77,7 +87,11 @@ def _pool_config(settings: Settings) -> Config:
     return Config(
         data=settings.data.expanduser().resolve(),
         events_dsn=settings.events_dsn,
-        driver="process" if settings.driver == "process" else "linux",
+        secrets=settings.secrets.expanduser().resolve() if settings.secrets else None,
+        pods=_pods(settings.kubernetes) if settings.kubernetes else None,
+        shard=settings.name,
+        starts_max=POD_STARTS_MAX if settings.driver == "kubernetes" else DEFAULTS.starts_max,
+        driver=settings.driver,
         generic_min=generic_min,
         generic_max=generic_max,
         sandboxes_max=most,
@@ -85,11 +99,21 @@ def _pool_config(settings: Settings) -> Config:
         foreign_namespaces=settings.foreign_namespaces,
         exec_namespaces=settings.exec_namespaces,
         resources=dict(map(_resource, settings.resources)),
+        package_hosts=settings.package_hosts,
         prewarm="exec" if settings.prewarm == "exec" else "fork",
         zygote_forks_max=_given(settings.zygote_forks_max, ZYGOTE_FORKS_MAX),
         zygote_s_max=_given(settings.zygote_minutes_max, ZYGOTE_MINUTES_MAX) * 60,
         initialize_once_s=_given(settings.initialize_once_ms, INITIALIZE_ONCE_MS) / 1000,
     )
+
+
+def _pods(file: Path) -> Pods:
+    try:
+        return pods.read(file.read_bytes())
+    except OSError as error:
+        raise BadInput(f"--kubernetes {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"--kubernetes {file}: {error}") from None
 
 
 def _resource(text: str) -> tuple[str, float]:
@@ -104,21 +128,22 @@ def _given(value: T | None, default: T) -> T:
 
 
 def _gateway_config(settings: Settings) -> GatewayConfig:
-    admin = _address("--admin", settings.admin)
+    admin = address("--admin", settings.admin)
     if not admin.is_loopback and not settings.admin_token:
         raise BadInput(
             f"refusing to serve the admin plane on {admin} without a token, as anybody who reaches "
             "it could run code here: give --admin-token-file FILE, or set DAYFLY_ADMIN_TOKEN"
         )
     return GatewayConfig(
-        http=_address("--http", settings.http),
+        http=address("--http", settings.http),
         admin=admin,
         admin_token=settings.admin_token,
         trusted_proxies=parse_networks(settings.trusted_proxies),
     )
 
 
-def _address(option: str, text: str) -> Address:
+def address(option: str, text: str) -> Address:
+    """What *option* gives. Raises `BadInput`."""
     try:
         return Address.parse(text)
     except ValueError as error:
@@ -127,26 +152,34 @@ def _address(option: str, text: str) -> Address:
 
 def serve(settings: Settings, log_form: str, deploy: Path | None) -> None:
     """Run until SIGTERM or SIGINT. Raises `PlatformError` when it cannot start."""
+    config, gateway = configs(settings)
+
+    async def main(outbox: Outbox) -> None:
+        async def on_ready(server: Server) -> None:
+            extra = {"http": str(gateway.http), "admin": str(gateway.admin)}
+            extra |= {"driver": config.driver, "data": str(config.data)}
+            log.info("dayfly is up", extra=extra | {"pid": os.getpid()})
+            if deploy is not None:
+                await asyncio.to_thread(_deploy_all, deploy, gateway, outbox)
+
+        await Server(config, gateway).run(on_ready)
+
+    run(log_form, main)
+
+
+def run(log_form: str, main: Callable[[Outbox], Coroutine[Any, Any, None]]) -> None:
+    """Run *main* on a loop of its own, with the log on stdout. Raises `PlatformError`."""
     import uvloop
 
-    config, gateway = configs(settings)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again
     gc.set_threshold(GC_THRESHOLD)
     outbox = Outbox(log_form)
     outbox.install()
-    server = Server(config, gateway)
-
-    async def on_ready(server: Server) -> None:
-        extra = {"http": str(gateway.http), "admin": str(gateway.admin), "driver": config.driver}
-        log.info("dayfly is up", extra=extra | {"data": str(config.data), "pid": os.getpid()})
-        if deploy is not None:
-            await asyncio.to_thread(_deploy_all, deploy, gateway, outbox)
-
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.run(on_ready))
+            runner.run(main(outbox))
         log.info("dayfly has ended")
     except BaseExceptionGroup as group:
         raise_ours(group)

@@ -1,17 +1,23 @@
 """The pool's settings: one frozen object, checked at birth, defaults visible here."""
 
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from msgspec import Struct
+
+from dayfly_pool.pods import Pods
+
+SHARD: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+"""It is in labels and in names."""
 
 
 class Config(Struct, frozen=True, kw_only=True):
     """How one pool behaves. Times are in seconds."""
 
     data: Path
-    driver: Literal["linux", "process"] = "linux"
+    driver: Literal["linux", "process", "kubernetes"] = "linux"
     generic_min: int = 4
     generic_max: int = 32
     sandboxes_max: int = 512
@@ -36,6 +42,9 @@ class Config(Struct, frozen=True, kw_only=True):
 
     start_timeout_s: float = 30.0
     init_timeout_s: float = 10.0
+    image_timeout_s: float = 600.0
+    """A pod of a user's own image has so long to find room and to get its image."""
+
     grace_s: float = 2.0
     """Between SIGTERM at an invocation's deadline and SIGKILL."""
 
@@ -53,8 +62,21 @@ class Config(Struct, frozen=True, kw_only=True):
     resources: dict[str, float] = {}
     """What else jobs may need and this machine has, as `gpu`."""
 
+    package_hosts: tuple[str, ...] = ()
+    """Packages may be fetched from these also by http, and at addresses that are not public."""
+
     events_dsn: str = ""
-    """The PostgreSQL that keeps the events, as libpq has it; empty for a file of our own."""
+    """The PostgreSQL that keeps events, journals, declarations and packages, for all servers that
+    use it, as libpq has it; empty for files of our own."""
+
+    secrets: Path | None = None
+    """The folder with secrets that somebody else keeps, only read; None: we keep them."""
+
+    pods: Pods | None = None
+    """How sandboxes are made where they are pods."""
+
+    shard: str = "dayfly"
+    """What this pool is called among those of its cluster; its pods are found again by it."""
 
     garbage_s: float = 3600.0
     """What runs left behind, and nothing refers to, is kept for so long."""
@@ -74,6 +96,8 @@ class Config(Struct, frozen=True, kw_only=True):
             self.tick_s,
             self.garbage_s,
         )
+        if not SHARD.fullmatch(self.shard):
+            raise ValueError(f"shard: {self.shard!r} must be a-z, 0-9 and -, and 63 at most")
         if self.memory_reserve_mb < 0:
             raise ValueError("memory-reserve-mb must not be negative")
         if min(self.zygote_forks_max, self.zygote_s_max, self.zygote_idle_s) <= 0:

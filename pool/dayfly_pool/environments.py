@@ -17,6 +17,7 @@ import shutil
 import signal
 import stat
 import sys
+import zipfile
 from asyncio.subprocess import PIPE
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from dayfly_pool.errors import (
     EnvironmentBuildFailed,
     EnvironmentNotFound,
 )
+from dayfly_pool.models import Parcel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,6 +54,8 @@ KILL_S_MAX: Final = 10.0
 ANSWER_BYTES_MAX: Final = 8 << 20
 LINE_CHARACTERS_MAX: Final = 500
 LINES_KEPT: Final = 30
+BLOCK_BYTES: Final = 4096
+"""What a file takes beyond its own size, at most."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _PASSED: Final = re.compile(
@@ -201,8 +205,9 @@ class EnvironmentStore:
             self._resolutions.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir()
-            self._temporary.chmod(0o700)
-            self._resolutions.chmod(0o700)
+            self._parcels.mkdir(exist_ok=True)
+            for folder in (self._temporary, self._resolutions, self._parcels):
+                folder.chmod(0o700)
 
     def __repr__(self) -> str:
         return f"<EnvironmentStore {self._root}>"
@@ -219,10 +224,44 @@ class EnvironmentStore:
         :raises EnvironmentBuildFailed: with uv's last lines; also after *build_s_max* seconds.
         """
         wanted = parse(requirements)
+        async with self._building():
+            return await self._build(wanted, progress)
+
+    async def resolve(self, requirements: str, *, progress: Progress = lambda line: None) -> str:
+        """The resolved text alone: every version and hash. Raises as `build`."""
+        wanted = parse(requirements)
+        async with self._building():
+            return await self._resolve(wanted, progress)
+
+    async def pack(self, digest: str) -> Parcel:
+        """An environment that is built, as one file; it is packed once.
+
+        :raises EnvironmentNotFound: if it is not built.
+        """
+        target = self._parcels / f"{digest}.zip"
+        async with self._building(), self._alone(digest):
+            folder = await asyncio.to_thread(self.path, digest)
+            if not await asyncio.to_thread(target.is_file):
+                async with self._scratch() as scratch:
+                    await _in_thread(_pack, folder, scratch / "zip", target)
+            return await asyncio.to_thread(_parcel, target)
+
+    async def install(self, resolved: str, *, progress: Progress = lambda line: None) -> Path:
+        """The folder of the libraries in a text that `build` has resolved, here or elsewhere.
+
+        What is there is taken as it is. Raises `EnvironmentBuildFailed`.
+        """
+        _understood(resolved.encode())
+        async with self._building():
+            self._identity = self._identity or await self._identify()
+            return (await self._installed(resolved, progress))[1]
+
+    @contextlib.asynccontextmanager
+    async def _building(self) -> AsyncIterator[None]:
         with self._disk():
             try:
                 async with asyncio.timeout(self._build_s_max):
-                    return await self._build(wanted, progress)
+                    yield
             except TimeoutError as error:
                 raise EnvironmentBuildFailed(
                     f"not built within {self._build_s_max:g} s: list fewer packages, or retry"
@@ -248,22 +287,29 @@ class EnvironmentStore:
         with self._disk(), contextlib.suppress(EnvironmentNotFound):
             # Out of its name at once: half an environment is never seen under it.
             doomed = self._scratch_path()
+            (self._parcels / f"{digest}.zip").unlink(missing_ok=True)
             self.path(digest).rename(doomed)
             shutil.rmtree(doomed)
 
     async def _build(self, wanted: list[Requirement], progress: Progress) -> tuple[str, Path, str]:
+        resolved = await self._resolve(wanted, progress)
+        return *(await self._installed(resolved, progress)), resolved
+
+    async def _resolve(self, wanted: list[Requirement], progress: Progress) -> str:
         self._identity = self._identity or await self._identify()
         text = "".join(f"{line}\n" for line in sorted(map(str, wanted)))
         key = self._digest(text)
         async with self._alone(key):
-            resolved = await self._resolved(key, wanted, text, progress)
+            return await self._resolved(key, wanted, text, progress)
+
+    async def _installed(self, resolved: str, progress: Progress) -> tuple[str, Path]:
         digest = self._digest(resolved)
         folder = self._root / digest
         async with self._alone(digest):
             if not await asyncio.to_thread(folder.is_dir):
                 async with self._turns:
                     await self._install(folder, resolved, progress)
-        return digest, folder, resolved
+        return digest, folder
 
     async def _identify(self) -> str:
         """What compiled libraries depend on: interpreter, version, machine, C library."""
@@ -340,6 +386,10 @@ class EnvironmentStore:
         return self._root / "tmp"
 
     @property
+    def _parcels(self) -> Path:
+        return self._root / "parcels"
+
+    @property
     def _resolutions(self) -> Path:
         return self._root / "resolutions"
 
@@ -408,6 +458,32 @@ def _seal(libraries: Path, folder: Path) -> None:
     # syncing each of 10,000 takes longer than the build.
     os.sync()
     libraries.rename(folder)
+
+
+def _pack(folder: Path, made: Path, target: Path) -> None:
+    """Zip what `_seal` has sealed: there are no links in it. Quick to make and to read."""
+    with zipfile.ZipFile(made, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for at, folders, files in os.walk(folder):
+            folders.sort()
+            for name in sorted(files):
+                path = Path(at, name)
+                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix())
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                entry.external_attr = path.stat().st_mode << 16
+                with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as put:
+                    shutil.copyfileobj(source, put, 1 << 20)
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    made.rename(target)
+
+
+def _parcel(path: Path) -> Parcel:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with zipfile.ZipFile(path) as archive:
+        sizes = [entry.file_size for entry in archive.infolist()]
+    room = path.stat().st_size + sum(size + BLOCK_BYTES for size in sizes)
+    return Parcel(path=str(path), digest=digest, room_bytes=room)
 
 
 def _write_durably(scratch: Path, target: Path, text: str) -> None:
@@ -485,8 +561,9 @@ def _bound(pid: int, what: int, most: int) -> None:
 
 async def _feed(stdin: asyncio.StreamWriter, text: bytes) -> None:
     with contextlib.suppress(ConnectionError):  # it ended without reading: its code says why
-        stdin.write(text)
-        await stdin.drain()
+        if not stdin.is_closing():  # uvloop: to write to a closed pipe is an error of ours
+            stdin.write(text)
+            await stdin.drain()
     stdin.close()
 
 

@@ -3,15 +3,15 @@
 User code's failures are not here: they are data (`models.Failure`).
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class PlatformError(Exception):
     """Something on our side failed."""
 
-    status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
-    retry_after_s: ClassVar[int | None] = None
+    status: int = 500
+    retryable: bool = False
+    retry_after_s: int | None = None
 
     def __init__(self, detail: str = "", **fields: Any) -> None:
         super().__init__(detail or type(self).title())
@@ -59,6 +59,18 @@ class FunctionNotFound(PlatformError):
     """
 
     status = 404
+
+
+class NotReadyHere(PlatformError):
+    """What it needs is not on this server yet.
+
+    It was declared at another one, and its package or its environment is on its way: try again in
+    a moment. The server's log says why when that fails.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
 
 
 class TriggerNotFound(PlatformError):
@@ -113,6 +125,16 @@ class SecretNotFound(PlatformError):
     """
 
     status = 404
+
+
+class SecretsAreMounted(PlatformError):
+    """This server's secrets are kept by somebody else.
+
+    Nothing was changed. Change them where they come from, as in the Kubernetes Secret that is
+    mounted there; or start the server without --secrets.
+    """
+
+    status = 409
 
 
 class EnvironmentNotFound(PlatformError):
@@ -175,6 +197,43 @@ class Draining(PlatformError):
     retry_after_s = 1
 
 
+class NoShard(NoCapacity):
+    """No shard of the pool could be reached before the deadline.
+
+    Retry later. If it stays so, look whether `dayfly pool` runs, and at the gateway's log.
+    """
+
+
+class ShardLost(PlatformError):
+    """The shard that had the request is gone, or does not answer.
+
+    Nobody knows whether the function ran. Retry if it may run twice; what must not be lost is sent
+    with `Prefer: respond-async` and an Idempotency-Key.
+    """
+
+    status = 502
+    retryable = True
+    retry_after_s = 1
+
+
+class ShardFailed(PlatformError):
+    """The shard could not do it.
+
+    Its log says why. Retry later.
+    """
+
+    status = 503
+    retryable = True
+    retry_after_s = 1
+
+
+class CertificatesUnusable(PlatformError):
+    """The certificates cannot be used.
+
+    Give a folder with ca.crt, tls.crt and tls.key; `dayfly certificates DIR` makes some to try.
+    """
+
+
 class SandboxStartFailed(PlatformError):
     """A sandbox could not be started.
 
@@ -191,6 +250,17 @@ class ZygoteUnfit(SandboxStartFailed):
 
     Sandboxes of this environment are started instead; it costs each of them what a start costs.
     """
+
+
+class FetchFailed(PlatformError):
+    """The package could not be fetched from its URL.
+
+    Nothing was changed. Correct packageUrl, or upload the package with `dayfly deploy`.
+    """
+
+    status = 502
+    retryable = True
+    retry_after_s = 5
 
 
 class ItemDamaged(PlatformError):

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from dayfly_pool.config import Config
-from dayfly_pool.errors import FunctionNotFound, Refused, TooManyHops
+from dayfly_pool.errors import FunctionNotFound, NotReadyHere, Refused, TooManyHops
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import (
     Destination,
@@ -29,8 +29,8 @@ from dayfly_pool.models import (
 )
 from dayfly_pool.pool import Pool
 from dayfly_pool.queue import Queue, Work
+from dayfly_pool.store.declarations import StoredFunction
 from dayfly_pool.store.events import Accepted, Ended, Event, Key, Lease, State
-from dayfly_pool.store.sqlite import StoredFunction
 from dayfly_pool.stores import events_of
 
 HOPS_MAX: Final = 8
@@ -219,9 +219,9 @@ class Events:
     async def accept(
         self,
         invocation: Invocation,
+        key: tuple[str, str] | None = None,
         *,
         priority: int = 0,
-        key: tuple[str, str] | None = None,
         key_s: float | None = None,
         items: Sequence[str] = (),
         refused: str = "",
@@ -237,6 +237,8 @@ class Events:
         """
         work = self.work_of(invocation.function)
         if work is None:
+            if why := self._pool.unready.get(invocation.function):
+                raise NotReadyHere(why)
             raise FunctionNotFound(f"no function {invocation.function!r}")
         now = self.queue.clock.now()
         until = now + (key_s or self.queue.keep.keys_s)

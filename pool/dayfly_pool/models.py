@@ -7,6 +7,7 @@ same file works with `dayfly apply -f` and, in a cluster, `kubectl apply -f`.
 import math
 import re
 from typing import Annotated, Any, Final, Literal, NewType
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,6 +28,10 @@ Network = Literal["none", "host"]
 Isolation = Literal["fork", "exec"]
 Initialize = Literal["auto", "once", "each"]
 ENV_BYTES_MAX: Final = 32 * 1024
+FILES_MAX: Final = 100
+FILES_BYTES_MAX: Final = 128 * 1024
+"""Of the files in one manifest: `kubectl apply` keeps a copy of it in 256 KiB of annotations."""
+
 TRIGGER_DATA_BYTES_MAX: Final = 64 * 1024
 DESTINATIONS: Final = (
     "function",
@@ -54,14 +59,29 @@ SOURCES: Final = (
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
+Image = Annotated[str, Meta(pattern=r"^([a-zA-Z0-9][^\s\x00-\x1f]*)?\Z", max_length=1024)]
+Words = tuple[Annotated[str, Meta(max_length=128 * 1024)], ...]
+WORDS_MAX: Final = 1000
+"""Of a command, and of its arguments."""
+
+
+Resource = Annotated[
+    str, Meta(pattern=r"^[a-z0-9][-a-z0-9.]{0,252}/[A-Za-z0-9][-A-Za-z0-9_.]{0,62}\Z")
+]
+
+
 class Limits(Model, frozen=True):
-    """What one sandbox of a function may use at most."""
+    """What one sandbox of a function may use at most.
+
+    *resources* are what else the pod of an image is given, as `nvidia.com/gpu: 1`.
+    """
 
     memory_mb: Annotated[int, Meta(ge=16, le=1 << 20)] = 256
     cpu: Annotated[float, Meta(gt=0, le=256)] = 1.0
     processes: Annotated[int, Meta(ge=2, le=32768)] = 64
     open_files: Annotated[int, Meta(ge=32, le=65536)] = 256
     tmp_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 64
+    resources: dict[Resource, Annotated[int, Meta(ge=1, le=1024)]] = {}
 
 
 class Route(Model, frozen=True):
@@ -73,7 +93,9 @@ class Route(Model, frozen=True):
 
     path: Annotated[str, Meta(pattern=r"^/", max_length=1024)]
     host: Annotated[str, Meta(max_length=253)] = ""
-    methods: tuple[Annotated[str, Meta(pattern=r"^[A-Z]{1,20}\Z")], ...] = ()
+    methods: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^[A-Z]{1,16}\Z")], ...], Meta(max_length=16)
+    ] = ()
 
 
 class Retry(Model, frozen=True):
@@ -136,12 +158,68 @@ def check_env(env: dict[str, str]) -> None:
         raise ValueError(f"env is over {ENV_BYTES_MAX} bytes")
 
 
-class FunctionSpec(Model, frozen=True):
-    """What a user declares of a function. *package* is a digest; *source* is for the CLI only."""
+class Code(Model, frozen=True, kw_only=True):
+    """Where code comes from: one of these.
 
-    handler: Annotated[str, Meta(min_length=1, max_length=256)]
+    *package* is the digest of one that was uploaded, or that *package_url* has. *files* are in the
+    manifest itself: contents by path. *source* is on the disk of whoever applies it: only the CLI
+    can read it.
+    """
+
     package: Digest = ""
+    package_url: Annotated[str, Meta(max_length=4096)] = ""
+    files: dict[Annotated[str, Meta(min_length=1, max_length=1024)], str] = {}
     source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.files and (self.package or self.package_url or self.source):
+            raise ValueError("files are the package: leave package, packageUrl and source out")
+        if self.package_url:
+            _check_package_url(self.package_url, self.package)
+        if len(self.files) > FILES_MAX:
+            raise ValueError(f"more than {FILES_MAX} files: upload a package")
+        if sum(len(k.encode()) + len(v.encode()) for k, v in self.files.items()) > FILES_BYTES_MAX:
+            raise ValueError(f"files are over {FILES_BYTES_MAX >> 10} KiB: upload a package")
+
+    @property
+    def has_own(self) -> bool:
+        """Whether it says at all where code comes from."""
+        return bool(self.package or self.package_url or self.files or self.source)
+
+
+def _check_package_url(url: str, digest: str) -> None:
+    parts = urlsplit(url)  # ValueError for what is none
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ValueError(f"packageUrl {url[:80]!r} is not like https://HOST/PATH")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("packageUrl holds a login: sign the address, or upload the package")
+    if not digest:
+        raise ValueError("packageUrl needs package, the sha256 of what is there")
+
+
+def check_image(code: Code, environment: str, command: Words, args: Words) -> None:
+    """Raise ValueError for what an image has itself."""
+    if code.has_own or environment != BASE:
+        raise ValueError("code and environment are in the image: leave them out")
+    if max(len(command), len(args)) > WORDS_MAX:
+        raise ValueError(f"command and args have at most {WORDS_MAX} words each")
+    if any("\0" in word for word in (*command, *args)):
+        raise ValueError("a word of command or args holds a NUL character")
+
+
+class FunctionSpec(Code, frozen=True, kw_only=True):
+    """What a user declares of a function: code with a *handler*, or an *image*.
+
+    The image's own program, or *command* and *args*, answers HTTP on *port*, which is also in
+    `$PORT`, at the latest *startup_seconds* after it was started.
+    """
+
+    handler: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    image: Image = ""
+    command: Words = ()
+    args: Words = ()
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8080
+    startup_seconds: Seconds = 60.0
     environment: Annotated[str, Meta(max_length=64)] = BASE
     env: dict[str, str] = {}
     timeout_seconds: Seconds = 30.0
@@ -160,6 +238,15 @@ class FunctionSpec(Model, frozen=True):
     routes: tuple[Route, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.handler) == bool(self.image):
+            raise ValueError("one of handler and image is needed")
+        if self.image:
+            check_image(self, self.environment, self.command, self.args)
+            if self.isolation != "fork" or self.initialize != "auto":
+                raise ValueError("isolation and initialize are for handlers, not for images")
+        elif self.command or self.args or self.limits.resources:
+            raise ValueError("command, args and limits.resources go with image")
         if self.min_scale > self.max_scale:
             raise ValueError("minScale is over maxScale")
         if len(self.routes) > 100:
@@ -170,9 +257,14 @@ class FunctionSpec(Model, frozen=True):
 
 
 class EnvironmentSpec(Model, frozen=True):
-    """An interpreter plus libraries: *requirements* in pip's format, *preload* imported early."""
+    """An interpreter plus libraries: *requirements* in pip's format, *preload* imported early.
+
+    Where sandboxes are pods, *image* has the libraries, if it is given: the requirements are what
+    is installed elsewhere.
+    """
 
     requirements: Annotated[str, Meta(max_length=256 * 1024)] = ""
+    image: Annotated[str, Meta(pattern=r"^([A-Za-z0-9][\w./:@-]*)?\Z", max_length=512)] = ""
     preload: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*\Z", max_length=128)], ...] = ()
     generic_min: Annotated[int, Meta(ge=0, le=1000)] = 1
 
@@ -282,6 +374,30 @@ class TriggerManifest(Model, frozen=True, tag_field="kind", tag="Trigger"):
 Manifest = FunctionManifest | EnvironmentManifest | TriggerManifest
 
 
+class Parcel(Model, frozen=True):
+    """An environment's libraries as one zip, for sandboxes that must be sent them.
+
+    *digest* is the file's; it and all that is in it take *room_bytes*.
+    """
+
+    path: str
+    digest: str
+    room_bytes: int
+
+
+class Container(Model, frozen=True):
+    """What a pod of the user's own image runs. With a *port* it serves HTTP there, at the latest
+    *startup_seconds* after its start; with 0 it runs to its end."""
+
+    image: str
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    port: int = 0
+    startup_seconds: float = 60.0
+    resources: dict[str, int] = {}
+
+
 class Environment(Model, frozen=True):
     """A built environment. *path* holds its libraries, empty for `base`.
 
@@ -293,6 +409,13 @@ class Environment(Model, frozen=True):
     preload: tuple[str, ...] = ()
     early: bool = True
     generic_min: int = 0
+    image: str = ""
+    """What its pods run, where sandboxes are pods; empty: the runtime's, and they are sent it."""
+
+    parcel: Parcel | None = None
+
+    container: Container | None = None
+    """In place of all that: one function's own."""
 
 
 class Mold(Struct, frozen=True):
@@ -303,6 +426,8 @@ class Mold(Struct, frozen=True):
     With a *function* (`namespace/name@version`) they are forked after its import. With *steps*
     the stores of artifacts and workspaces are in reach until the lock-down, and of no others.
     Those for *batch* have what everything else on the machine leaves, from their first moment on.
+    *memory_mb* is their size, where it cannot be changed later. With a *container*
+    (`namespace/name@version`) they are pods of that function's own image, made when it needs one.
     """
 
     environment: str
@@ -311,10 +436,13 @@ class Mold(Struct, frozen=True):
     function: str = ""
     steps: bool = False
     batch: bool = False
+    memory_mb: int = 0
+    container: str = ""
 
     def __str__(self) -> str:
-        whose = self.function or self.namespace or "*"
+        whose = self.container or self.function or self.namespace or "*"
         kind = "/steps" * self.steps + "/batch" * self.batch
+        kind += f"/{self.memory_mb}Mi" if self.memory_mb else ""
         return f"{self.environment[:12]}/{self.network}/{whose}{kind}"
 
 

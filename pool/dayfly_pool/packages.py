@@ -26,7 +26,7 @@ import threading
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
@@ -34,6 +34,7 @@ import msgspec
 from msgspec import Struct
 
 from dayfly_pool.errors import BadInput, BadPackage, DataFolderUnusable, PackageDamaged
+from dayfly_pool.store.archives import Archives
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ PATH_BYTES_MAX: Final = 1024
 COMPONENT_BYTES_MAX: Final = 255
 DEPTH_MAX: Final = 32
 CHUNK_BYTES: Final = 64 << 10
+DROP_S: Final = 86400.0
+"""A package that several servers have is kept for so long after somebody put or noted it."""
+
 COMPILE_S_MAX: Final = 60
 COMPILE_MEMORY_BYTES_MAX: Final = 1 << 30
 CODE_FOLDER: Final = "/code"
@@ -386,12 +390,15 @@ class Manifest(Struct, frozen=True):
 class PackageStore:
     """Packages under *root*, by digest. One server a folder; safe to call from many threads.
 
-    Methods block, the constructor too: call them by `asyncio.to_thread`. A disk that fails is
-    DataFolderUnusable.
+    With *shared* archives, several servers have the same packages: the folder then holds those
+    that were needed here. Methods block, the constructor too: call them by `asyncio.to_thread`. A
+    disk that fails is DataFolderUnusable, shared archives that do are StoreFailed.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shared: Archives | None = None) -> None:
         self._root = root
+        self._shared = shared
+        self._fetching = threading.Lock()
         self._archives = root / "archives"
         self._manifests = root / "manifests"
         self._trees = root / "unpacked"
@@ -421,17 +428,36 @@ class PackageStore:
             if not (self._archive(digest).is_file() and self._is_whole(digest)):
                 self._store(digest, archive)
             self._verified.add(digest)
+            if self._shared is not None:
+                self._shared.put(digest, archive)
         return digest
+
+    def note(self, digest: str) -> None:
+        """Have it here, and kept for everybody, as something is about to refer to it.
+
+        Raises as `path` does.
+        """
+        self.path(digest)
+        if self._shared is not None and not self._shared.note(digest):
+            with self._lock(digest), self._disk():
+                log.warning("package given to the others again", extra={"package": digest})
+                self._shared.put(digest, self._archive(digest).read_bytes())
+
+    def is_here(self, digest: str) -> bool:
+        """Whether `path` has nothing to do but to answer."""
+        return digest in self._verified and self._tree(digest).is_dir()
 
     def path(self, digest: str) -> Path:
         """The unpacked tree: verified before its first use in this process, repaired if need be.
 
+        What is missing or damaged here is fetched from the shared archives.
+
         :raises BadInput: if *digest* is not a digest.
-        :raises PackageDamaged: if it is not stored, or neither tree nor archive is what it was.
+        :raises PackageDamaged: if it is not stored, or nothing of it is what it was.
         """
         _refuse_digest(digest)
         tree = self._tree(digest)
-        if digest in self._verified and tree.is_dir():
+        if self.is_here(digest):
             return tree
         with self._lock(digest), self._disk():
             self._verified.discard(digest)
@@ -447,7 +473,7 @@ class PackageStore:
         return sorted(name for name in names if _DIGEST.fullmatch(name))
 
     def remove(self, digest: str) -> None:
-        """Forget a package; nothing happens if it is not stored. No sandbox may be using it."""
+        """Forget a package here; nothing happens if there is none. No sandbox may be using it."""
         _refuse_digest(digest)
         with self._lock(digest), self._disk():
             self._verified.discard(digest)
@@ -455,6 +481,18 @@ class PackageStore:
             self._archive(digest).unlink(missing_ok=True)
             self._manifest(digest).unlink(missing_ok=True)
             self._discard_tree(digest)
+
+    def drop(self, used: Collection[str]) -> None:
+        """Forget what is not *used*: here at once, as nothing runs yet that may have it.
+
+        Where other servers keep it as well, somebody may have put it and be about to refer to it:
+        there it stays until nobody has put or noted it for `DROP_S`.
+        """
+        for digest in self.digests():
+            if digest not in used:
+                self.remove(digest)
+        if self._shared is not None:
+            self._shared.drop(used, DROP_S)
 
     def _store(self, digest: str, archive: bytes) -> None:
         entries = check(archive)
@@ -472,18 +510,38 @@ class PackageStore:
             tree.rename(self._tree(digest))
 
     def _restore(self, digest: str) -> None:
-        """Unpack again from the archive, which must still be what its name says."""
-        try:
-            archive = self._archive(digest).read_bytes()
-        except FileNotFoundError as error:
-            raise PackageDamaged(f"package {digest[:12]} is not stored: deploy again") from error
-        if hashlib.sha256(archive).hexdigest() != digest:
-            raise PackageDamaged(f"package {digest[:12]} is damaged on disk: deploy again")
-        log.warning("package damaged, unpacked again", extra={"package": digest})
+        """Unpack again from an archive that still is what its name says: ours, else the shared."""
+        archive = self._read(digest)
+        if archive is None and self._shared is not None:
+            archive = self._fetch(digest, self._shared)
+        if archive is None:
+            what = "is damaged on disk" if self._archive(digest).is_file() else "is not stored"
+            raise PackageDamaged(f"package {digest[:12]} {what}: deploy again")
         try:
             self._store(digest, archive)
         except BadPackage as error:  # accepted by an earlier version with other limits
             raise PackageDamaged(f"package {digest[:12]} is refused now: {error}") from error
+
+    def _read(self, digest: str) -> bytes | None:
+        """Our own archive, if it is what its name says."""
+        try:
+            archive = self._archive(digest).read_bytes()
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(archive).hexdigest() != digest:
+            return None
+        log.warning("package damaged, unpacked again", extra={"package": digest})
+        return archive
+
+    def _fetch(self, digest: str, shared: Archives) -> bytes | None:
+        """The shared archive, if it is what its name says. One at a time: each is in memory."""
+        with self._fetching:
+            archive = shared.get(digest)
+        if archive is not None and hashlib.sha256(archive).hexdigest() != digest:
+            raise PackageDamaged(
+                f"package {digest[:12]} is damaged where all keep it: deploy again"
+            )
+        return archive
 
     def _is_whole(self, digest: str) -> bool:
         if digest in self._verified:
@@ -703,6 +761,21 @@ def pack(path: Path) -> bytes:
     archive = _zipped(contents, modes, zipfile.ZIP_DEFLATED)
     if _is_bomb(total, len(archive)):  # harmless here, but not to the one who receives it
         archive = _zipped(contents, modes, zipfile.ZIP_STORED)
+    check(archive)
+    return archive
+
+
+def pack_texts(files: Mapping[str, str]) -> bytes:
+    """The same of texts by their paths; those that begin with `#!` can be run.
+
+    :raises BadPackage: as `pack` does.
+    """
+    for name in files:
+        if why := _wrong_with_path(name):
+            _refuse(name, why, "rename it")
+    contents = {name: files[name].encode() for name in sorted(files)}
+    modes = {name: 0o755 if files[name].startswith("#!") else 0o644 for name in files}
+    archive = _zipped(contents, modes, zipfile.ZIP_STORED)
     check(archive)
     return archive
 

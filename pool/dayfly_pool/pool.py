@@ -16,13 +16,15 @@ from msgspec import structs
 from dayfly.protocol import Failed, Invoke, Log, Message, Result
 from dayfly_pool import autoscale, commands, memory, records, state
 from dayfly_pool.config import Config
+from dayfly_pool.containers import Ran, Served
 from dayfly_pool.deadlines import Deadlines
-from dayfly_pool.driver import Driver
+from dayfly_pool.driver import Driver, Survivor
 from dayfly_pool.errors import (
     BadInput,
     Draining,
     FunctionNotFound,
     NoCapacity,
+    NotReadyHere,
     PlatformError,
     QueueFull,
     SandboxStartFailed,
@@ -53,13 +55,25 @@ REFILL_DELAY_S: Final = 0.01
 """A refill waits this long, not to compete with the cold start that took the last one."""
 
 BACKGROUND_S_MAX: Final = 0.25
+ADOPT_S_MAX: Final = 2.0
+"""A generic sandbox of an earlier server that does not answer by then is not waited for."""
+
 LATE_SHARE: Final = 0.5
 """Of the time that a start or a load may take, a batch's has what others leave for this share."""
+
+ARRIVAL_S_MAX: Final = 30.0
+"""A sandbox of an earlier server, whose function is not known by then, is in nobody's use."""
 
 TRACEBACK_LINES_MAX: Final = 200
 LAST_WORDS_MAX: Final = 200
 OWN_FOLDER: Final = re.compile(r"/tmp/\.dayfly-[0-9a-f]{16}/")
 """Where a script is that is run: another one each time."""
+
+
+GONE: Final = Environment("")
+"""In place of the container of a function that has been deleted meanwhile, or is another by now."""
+
+AnySandbox = Sandbox | Served | Ran
 
 
 class _Call:
@@ -81,7 +95,7 @@ class _Box:
 
     __slots__ = ("calls", "create_s", "function", "grave", "sandbox", "specialize_s")
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox | Served | Ran) -> None:
         self.grave: asyncio.Future[None] | None = None
         """Done when every process is dead, if somebody waits for that."""
 
@@ -116,10 +130,19 @@ class Pool:
         self.metrics = Metrics(self.state)
         self.logs = Logs()
         self.pace = Pace()
+        self.unready: dict[FunctionId, str] = {}
+        """Functions that are declared and cannot run here yet, and why."""
+
         self._driver = driver
         self._environments: dict[str, Environment] = {}
         self._boxes: dict[SandboxId, _Box] = {}
         self._calls: dict[InvocationId, _Call] = {}
+        self._leavers: set[SandboxId] = set()
+        """Those that others are about to end, and that were not ours to let go of then."""
+
+        self._waiting_for: set[asyncio.Task[None]] = set()
+        """Sandboxes on their way to us, which may never come."""
+
         self._warming: set[asyncio.Task[None]] = set()
         """The life of every zygote."""
 
@@ -133,6 +156,10 @@ class Pool:
         self._loop: asyncio.AbstractEventLoop
         self._memory_groups: tuple[memory.Group, ...]
         self._is_draining = False
+        self._restored = asyncio.Event()
+        self._awaited: dict[FunctionId, asyncio.Event] = {}
+        """Functions that sandboxes of an earlier server hold, and that are not known yet."""
+
         self._last_start_error = ""
         self._waiting: Deadlines[_Call] = Deadlines(self._give_up)
         self._running: Deadlines[_Call] = Deadlines(self._time_out)
@@ -141,12 +168,14 @@ class Pool:
     async def running(self) -> AsyncIterator["Pool"]:
         """Serve while the block runs. Every task and sandbox of the pool ends with it."""
         self._loop = asyncio.get_running_loop()
+        self._driver.on_leaving = self._leaving
         await self._driver.open()
         self._memory_groups = memory.groups()  # the driver may have moved us
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 ticking = tasks.create_task(self._tick(), name="pool-tick")
+                await self._adopt_generic()
                 try:
                     yield self
                 finally:
@@ -155,9 +184,15 @@ class Pool:
                     self._turn_away()
                     for zygote in self._warming:
                         zygote.cancel()
-                    for box in list(self._boxes.values()):
-                        tasks.create_task(self._destroy(box, "closed"))
+                    if self._driver.outlives:
+                        for arrival in self._waiting_for:
+                            arrival.cancel()
+                    else:
+                        for box in list(self._boxes.values()):
+                            tasks.create_task(self._destroy(box, "closed"))
         finally:
+            for box in self._boxes.values():
+                box.sandbox.leave()
             await self._driver.close()
             for box in chain.from_iterable(self._once.values()):
                 box.bury()
@@ -176,6 +211,77 @@ class Pool:
             await asyncio.sleep(0)  # the callers take their outcomes
         return not self._calls
 
+    async def _adopt_generic(self) -> None:
+        """Take over the generic sandboxes of an earlier server, before any is made."""
+        generic = [s for s in self._driver.survivors() if s.holds is None]
+        if generic:
+            async with asyncio.TaskGroup() as tasks:
+                for survivor in generic:
+                    tasks.create_task(self._adopt(survivor, ADOPT_S_MAX))
+
+    def adopt(self) -> None:
+        """All functions are known again: take over the sandboxes that hold one.
+
+        Each is ours as soon as it has ended what it is doing.
+        """
+        self._restored.set()
+        for survivor in self._driver.survivors():
+            self._await_arrival(self._adopt(survivor, self.config.start_timeout_s))
+
+    async def _adopt(self, survivor: Survivor, timeout_s: float) -> None:
+        id_, mold, function = survivor.sandbox, survivor.mold, None
+        sandbox = self._sandbox(id_, Served if mold.container else Sandbox)
+        try:
+            if survivor.holds is not None:
+                await self._known(survivor.holds[0])
+                function = self._held(*survivor.holds, mold)
+                timeout_s += function.spec.timeout_seconds  # it may be busy
+            hello = await sandbox.adopt(function, timeout_s)
+            if function is not None:
+                self._held(function.id, function.version, mold)  # still
+        except SandboxStartFailed as error:
+            log.info("sandbox not adopted", extra={"sandbox": id_, "why": error.detail})
+            await sandbox.destroy()
+            self._leavers.discard(id_)
+            return
+        box = self._boxes[id_] = _Box(sandbox)
+        box.function = function
+        log.info("sandbox adopted", extra={"sandbox": id_, "function": function and function.id})
+        now = time.monotonic()
+        if function is None:
+            self._carry_out(self.state.survived(id_, mold, now))
+        else:
+            self._carry_out(self.state.survived_with(id_, function, hello.slots, now))
+        self._let_go_of(id_)
+
+    async def _known(self, id_: FunctionId) -> None:
+        """Wait until the function is there: what it needs may be on its way to this server."""
+        if id_ not in self.state.functions:
+            arrived = self._awaited.setdefault(id_, asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ARRIVAL_S_MAX):
+                    await arrived.wait()
+
+    def _held(self, id_: FunctionId, version: str, mold: Mold) -> Function:
+        """The function that a survivor holds. Raises `SandboxStartFailed` if it is another now."""
+        record = self.state.functions.get(id_)
+        if record is None or (record.function.version, record.function.mold) != (version, mold):
+            raise SandboxStartFailed(f"{id_}@{version} is not what runs now")
+        return record.function
+
+    def _leaving(self, id_: SandboxId) -> None:
+        log.info("sandbox leaves", extra={"sandbox": id_})
+        self._leavers.add(id_)
+        record = self.state.sandboxes.get(id_)
+        if record is not None and record.phase is not records.Phase.LOADING:
+            self._let_go_of(id_)
+
+    def _let_go_of(self, id_: SandboxId) -> None:
+        """If it is to leave: what runs in it ends, and nothing comes."""
+        if id_ in self._leavers:
+            self._leavers.discard(id_)
+            self._carry_out(self.state.leaving(id_, time.monotonic()))
+
     # ---- declarations -------------------------------------------------------------------------
 
     def keep_generic(self, mold: Mold, environment: Environment, least: int) -> None:
@@ -185,19 +291,32 @@ class Pool:
 
     def deploy(self, function: Function, environment: Environment) -> None:
         """When this returns, no new invocation runs another version of the function."""
+        self._forget_container(function.id)
         self._environments[environment.digest] = environment
         now = time.monotonic()
         if function.mold not in self.state.molds:
             least = 0 if function.mold.batch else environment.generic_min
             self._carry_out(self.state.add_mold(function.mold, least, now, pinned=False))
         self._carry_out(self.state.deploy(function, now))
+        if arrived := self._awaited.pop(function.id, None):
+            arrived.set()
+
+    def keep(self, id_: FunctionId, least: int) -> None:
+        """Have *least* sandboxes of the function, whatever it was deployed with."""
+        self._carry_out(self.state.keep(id_, least, time.monotonic()))
 
     def remove(self, id_: FunctionId, *, keep_logs: bool = False) -> None:
         """The function is gone; running invocations end, waiting ones are refused."""
+        self._forget_container(id_)
         self._carry_out(self.state.remove(id_, time.monotonic()))
         self.metrics.forget(id_)
         if not keep_logs:
             self.logs.forget(id_)
+
+    def _forget_container(self, id_: FunctionId) -> None:
+        record = self.state.functions.get(id_)
+        if record is not None and record.function.mold.container:
+            self._environments.pop(record.function.mold.environment, None)
 
     # ---- invocations --------------------------------------------------------------------------
 
@@ -209,6 +328,8 @@ class Pool:
                 raise Draining
             if len(self._calls) >= self.config.invocations_max:
                 raise QueueFull(f"{len(self._calls)} invocations are under way in this pool")
+            if why := self.unready.get(invocation.function):
+                raise NotReadyHere(why)
             now = time.monotonic()
             call = self._calls[id_] = _Call(invocation, self._loop.create_future(), now)
             try:
@@ -266,9 +387,18 @@ class Pool:
         """No sandbox in time."""
         if self.state.abandon(call.invocation.id) and not call.future.done():
             why = f"none for {call.invocation.function} in {call.invocation.queue_s_max:g} s"
-            if self._last_start_error:
+            if trouble := self._trouble(call.invocation.function):
+                why += f"; its pod waits: {trouble}"
+            elif self._last_start_error:
                 why += f"; the last start failed: {self._last_start_error}"
             call.future.set_exception(NoCapacity(why))
+
+    def _trouble(self, id_: FunctionId) -> str:
+        """What keeps the pod of a container from running."""
+        record = self.state.functions.get(id_)
+        if record is None or not record.function.mold.container:
+            return ""
+        return next(filter(None, map(self._driver.trouble, record.sandboxes)), "")
 
     def _assign(self, command: commands.Assign) -> None:
         call = self._calls[command.invocation]
@@ -337,6 +467,8 @@ class Pool:
             timing.handler_s = message.handler_s
             outcome = Success(body, timing, message.status, message.headers)
         elif isinstance(message, Lost):
+            if message.error is not None and not call.future.done():
+                call.future.set_exception(message.error)
             timing.handler_s = time.monotonic() - call.assigned_at
             outcome = Failure(message.kind, message.message, "", timing, message.was_killed)
         else:
@@ -415,6 +547,7 @@ class Pool:
         try:
             await box.sandbox.stop("Crashed", why, self.config.grace_s)
         finally:
+            self._leavers.discard(box.sandbox.id)
             box.bury()
 
     # ---- commands -----------------------------------------------------------------------------
@@ -427,7 +560,7 @@ class Pool:
                 case commands.Create() | commands.Warm() if self._is_draining:
                     pass  # what is destroyed now is not to be replaced
                 case commands.Create():
-                    self._spawn(self._create(command))
+                    self._await_arrival(self._create(command))
                 case commands.Warm():
                     self._spawn_zygote(command)
                 case commands.Retire(zygote=id_):
@@ -436,7 +569,8 @@ class Pool:
                     if function.id in self._once and (box := self._boxes.get(id_)):
                         box.grave = self._loop.create_future()
                         self._once[function.id].append(box)
-                    self._spawn(self._specialize(command))
+                    start = self._await_arrival if function.mold.container else self._spawn
+                    start(self._specialize(command))
                 case commands.Destroy(sandbox=id_, reason=reason):
                     if box := self._boxes.pop(id_, None):
                         self._spawn(self._destroy(box, reason))
@@ -459,6 +593,9 @@ class Pool:
             told = Failure(failure.kind, failure.message, failure.traceback, call.timing)
             self._settle(call, "", told)
 
+    def _sandbox(self, id_: SandboxId, kind: type[AnySandbox]) -> AnySandbox:
+        return kind(id_, self._driver, on_log=self._on_log, on_death=self._died, spawn=self._spawn)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         try:
             return self._tasks.create_task(guarded := _guarded(work))
@@ -467,19 +604,27 @@ class Pool:
             work.close()
             return None
 
+    def _await_arrival(self, work: Coroutine[Any, Any, None]) -> None:
+        """As `_spawn`; what has not come when the pool ends is not waited for, if it lives on."""
+        if task := self._spawn(work):
+            self._waiting_for.add(task)
+            task.add_done_callback(self._waiting_for.discard)
+            task.add_done_callback(lambda _: work.close())  # one that was cancelled unbegun
+
     async def _create(self, command: commands.Create) -> None:
         id_ = command.sandbox
-        sandbox = Sandbox(
-            id_, self._driver, on_log=self._on_log, on_death=self._died, spawn=self._spawn
-        )
+        environment = self._environments.get(command.mold.environment, GONE)
+        sandbox = self._sandbox(id_, _kind(environment))
         box = self._boxes[id_] = _Box(sandbox)
         if self._is_draining:
+            return
+        if command.mold.container and environment is GONE:
+            self._died(id_, "its function has gone")
             return
         if not command.claimed:
             await asyncio.sleep(REFILL_DELAY_S)
         self.metrics.created()
         started = time.monotonic()
-        environment = self._environments[command.mold.environment]
         ids = (id_,) if command.zygote is None else (id_, command.zygote)
         try:
             timeout_s = self.config.start_timeout_s
@@ -602,6 +747,8 @@ class Pool:
         started = time.monotonic()
         environment = self._environments[function.mold.environment]
         timeout_s = self.config.init_timeout_s
+        if environment.container is not None:
+            timeout_s = self.config.image_timeout_s
         late_s = _late_s(function.mold, timeout_s)
         with self._giving_way(command.behind, command.sandbox, late_s=late_s):
             loaded = await box.sandbox.load(function, environment, timeout_s)
@@ -616,6 +763,7 @@ class Pool:
             self._carry_out(self.state.load_failed(command.sandbox, loaded, now))
             return
         box.specialize_s = now - started
+        self._driver.note(command.sandbox, function)
         extra = {
             "sandbox": command.sandbox,
             "function": function.id,
@@ -634,6 +782,7 @@ class Pool:
             leftovers=left_behind(loaded),
         )
         self._carry_out(ready)
+        self._let_go_of(command.sandbox)
 
     async def _destroy(self, box: _Box, reason: str) -> None:
         self._boxes.pop(box.sandbox.id, None)
@@ -643,6 +792,7 @@ class Pool:
             with self._giving_way(not is_awaited, box.sandbox.id):
                 await box.sandbox.destroy()
         finally:
+            self._leavers.discard(box.sandbox.id)
             box.bury()
         log.info("sandbox destroyed", extra={"sandbox": box.sandbox.id, "reason": reason})
 
@@ -656,10 +806,14 @@ class Pool:
             self._spawn(self._destroy(box, "failed"))
 
     async def _tick(self) -> None:
+        if self._driver.outlives:
+            await self._restored.wait()  # or what is not known yet would be ended as surplus
         while True:
             await asyncio.sleep(self.config.tick_s)
-            available = memory.available_bytes(self._memory_groups)
-            is_short = available < self.config.memory_reserve_mb << 20
+            is_short = False
+            if self._driver.shares_machine:
+                available = memory.available_bytes(self._memory_groups)
+                is_short = available < self.config.memory_reserve_mb << 20
             if is_short != self.state.is_short_of_memory:
                 text = "short of memory" if is_short else "no longer short of memory"
                 log.warning("the machine is %s", text)
@@ -717,6 +871,12 @@ def _late_s(mold: Mold, timeout_s: float) -> float:
     0 for those that are not kept behind for longer than that of others is.
     """
     return timeout_s * LATE_SHARE if mold.batch else 0.0
+
+
+def _kind(environment: Environment) -> type[AnySandbox]:
+    if environment.container is None:
+        return Sandbox
+    return Served if environment.container.port else Ran
 
 
 def _for_once(function: Function) -> Function:

@@ -7,17 +7,22 @@ taken, and anything else ends the sandbox (`ProtocolViolation`) and nothing else
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any, Final, cast
 
 import msgspec
 
 from dayfly.capabilities import ZYGOTE_CAP_EFF
+from dayfly.freight import Unfit
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
+    Fetch,
     Frame,
     FrameReader,
     Hello,
@@ -26,14 +31,15 @@ from dayfly.protocol import (
     Loaded,
     Log,
     Message,
+    Piece,
     ProtocolError,
     Result,
     decode,
     encode,
 )
 from dayfly_pool.driver import GENERIC_LIMITS, Driver, Exit
-from dayfly_pool.errors import SandboxStartFailed
-from dayfly_pool.models import CANNOT_RUN, Environment, Failure, Function, Mold, SandboxId
+from dayfly_pool.errors import PlatformError, SandboxStartFailed
+from dayfly_pool.models import CANNOT_RUN, Environment, Failure, Function, Mold, Mounts, SandboxId
 
 log = logging.getLogger("dayfly.sandbox")
 LOG_BYTES_MAX: Final = 64 * 1024
@@ -53,8 +59,9 @@ RUNNING_FAILURES: Final = frozenset({"Raised", "Exited", CANNOT_RUN, "BadRespons
 LOADING_FAILURES: Final = frozenset({"HandlerMissing", "SyntaxError", "ImportFailed"})
 KILLED_CODE: Final = 128 + signal.SIGKILL
 MORE_MEMORY: Final = "raise limits.memoryMb"
-DEATH_REPORT_S: Final = 0.08
-"""How long to wait for the kernel's account of a death before its cause is given as unknown."""
+PIECE_BYTES: Final = 1 << 20
+PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
+"""What environments are built for."""
 
 LogSink = Callable[[SandboxId, int, Log, bytes], None]
 Answer = Callable[["Message | Lost", bytes], None]
@@ -63,9 +70,18 @@ Answer = Callable[["Message | Lost", bytes], None]
 class Lost(Exception):
     """The sandbox died, or was ended by us, while something was pending in it."""
 
-    def __init__(self, kind: str, message: str, *, was_killed: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        was_killed: bool = False,
+        error: PlatformError | None = None,
+    ) -> None:
         super().__init__(message)
         self.kind, self.message, self.was_killed = kind, message, was_killed
+        self.error = error
+        """What is to be said instead, where it is no failure of the code's."""
 
 
 class _Connection(asyncio.Protocol):
@@ -74,6 +90,8 @@ class _Connection(asyncio.Protocol):
     def __init__(self, on_frame: Callable[[Frame], None], on_end: Callable[[str], None]) -> None:
         self._reader = FrameReader()
         self._on_frame, self._on_end = on_frame, on_end
+        self._writable = asyncio.Event()
+        self._writable.set()
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -86,7 +104,18 @@ class _Connection(asyncio.Protocol):
         except ProtocolError as error:
             self._on_end(str(error))
 
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    async def writable(self) -> None:
+        """Return when there is room for more, or there is nobody any more who takes it."""
+        await self._writable.wait()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._writable.set()
         self._on_end("")
         # nothing comes any more; the sandbox and this would keep each other until the collector's
         # turn, which for what has lived long comes after 100,000 others
@@ -124,6 +153,18 @@ class Sandbox:
         self._oom_kills = 0
         """Those of its processes that have been told of."""
 
+        self._offered: tuple[str, Path] | None = None
+        """What it may ask for now, once: the digest, and where it is."""
+
+        self._mounts: Mounts | None = None
+        """A step's folders, where they are carried to it and back."""
+
+        self._folders_wanted: Mounts | None = None
+        """The same, until it has asked for them."""
+
+        self._loading: asyncio.Timeout | None = None
+        self._load_s = 0.0
+        self._collecting: asyncio.Task[None] | None = None
         self._is_over = False
         self._log_at = 0.0
         self._log_frames, self._log_lines = float(LOG_FRAMES_BURST), float(LOG_LINES_BURST)
@@ -143,27 +184,55 @@ class Sandbox:
         In the *background* until it is told otherwise. With *keeps* it is to be that function's
         zygote. Raises `SandboxStartFailed`.
         """
+        if (parcel := environment.parcel) is not None:
+            self._offered = (parcel.digest, Path(parcel.path))
+        message = await self._greeted(
+            self._driver.create(self.id, mold, environment, zygote, keeps, background=background),
+            timeout_s,
+        )
+        if message.slots:
+            raise SandboxStartFailed("it holds a function already")
+        if environment.path and message.python.rpartition(".")[0] != PYTHON:
+            why = f"the environment is for Python {PYTHON}, the sandbox has {message.python}"
+            raise SandboxStartFailed(why)
+        for failure in message.preload_failures:
+            log.warning("preload failed", extra={"environment": mold.environment, "why": failure})
+        return message
+
+    async def adopt(self, function: Function | None, timeout_s: float) -> Hello:
+        """Take it over from a server that there was before; it holds *function*, or is generic.
+
+        Waits until it has ended what it was doing. Raises `SandboxStartFailed`.
+        """
+        connecting = self._driver.adopt(self.id, has_function=function is not None)
+        message = await self._greeted(connecting, timeout_s)
+        most = function.spec.concurrency if function is not None else 0
+        if not min(1, most) <= message.slots <= most:
+            raise SandboxStartFailed(f"it offers {message.slots} places")
+        return message
+
+    async def _greeted(self, connecting: Awaitable[socket.socket], timeout_s: float) -> Hello:
+        """Its first words, on the connection that *connecting* makes."""
         loop = asyncio.get_running_loop()
         hello = self._expect_setup()
         try:
             async with asyncio.timeout(timeout_s):
-                end: socket.socket = await self._driver.create(
-                    self.id, mold, environment, zygote, keeps, background=background
-                )
-                connection = _Connection(self._take, self._end)
-                self._connection = connection
-                await loop.create_unix_connection(lambda: connection, sock=end)
+                end = await connecting
+                connection = self._connection = _Connection(self._take, self._end)
+                if end.family == socket.AF_UNIX:
+                    await loop.create_unix_connection(lambda: connection, sock=end)
+                else:
+                    await loop.create_connection(lambda: connection, sock=end)
                 message = await hello
         except TimeoutError:
-            raise SandboxStartFailed(f"not up within {timeout_s:g} s") from None
+            why = self._driver.trouble(self.id)
+            raise SandboxStartFailed(f"not up within {timeout_s:g} s{why and ': '}{why}") from None
         except Lost as lost:
             raise SandboxStartFailed(lost.message) from None
         except OSError as error:  # no descriptor or memory left for one more
             raise SandboxStartFailed(str(error)) from error
         if not isinstance(message, Hello) or message.protocol != PROTOCOL:
             raise SandboxStartFailed(f"the guest does not speak protocol {PROTOCOL}")
-        for failure in message.preload_failures:
-            log.warning("preload failed", extra={"environment": mold.environment, "why": failure})
         return message
 
     async def load(
@@ -190,11 +259,15 @@ class Sandbox:
                 why = f"the environment alone needs more than the limits allow: {error}"
                 return Failure("OutOfMemory", why)
         answer = self._expect_setup()
+        archive = self._driver.archive(function.spec.package)
+        self._offered = (function.spec.package, archive) if archive is not None else None
+        self._mounts = self._folders_wanted = function.mounts if self._driver.carries else None
         folders = msgspec.json.encode(function.mounts) if function.mounts else b""
         load = _load(function, environment, timeout_s, as_zygote=as_zygote)
         self._send(encode(load, body=folders))
         try:
-            async with asyncio.timeout(timeout_s):
+            self._load_s = timeout_s
+            async with asyncio.timeout(timeout_s) as self._loading:
                 message = await answer
         except TimeoutError:
             return Failure("InitTimedOut", f"the import took longer than {timeout_s:g} s")
@@ -252,6 +325,9 @@ class Sandbox:
         """Kill what is left of it, close the connection; returns when every process is dead."""
         self._is_over = True
         self._lose("Crashed", "the sandbox was destroyed", was_killed=True)
+        if self._collecting is not None:
+            self._collecting.cancel()
+            await asyncio.wait((self._collecting,))
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.pause_reading()
         try:
@@ -260,6 +336,12 @@ class Sandbox:
             return await self._driver.destroy(self.id)
         finally:
             self._abort()
+
+    def leave(self) -> None:
+        """Let go of it, and let it live: whoever adopts it finds it as it is."""
+        self._is_over = True
+        self._lose("Crashed", "the server ends", was_killed=True)
+        self._abort()
 
     def _expect_setup(self) -> asyncio.Future[Message]:
         """The one answer outside any invocation: `Hello`, then `Loaded` or `Failed`."""
@@ -287,21 +369,107 @@ class Sandbox:
             self._connection.transport.abort()
 
     def _take(self, frame: Frame) -> None:
-        if self._is_over:
+        if self._is_over or self._collecting is not None:
             return
         message = decode(frame)
         if isinstance(message, Log):
             self._take_log(frame, message)
+            return
+        if isinstance(message, Fetch):
+            self._take_fetch(message)
             return
         expected = (Result, Failed) if frame.invocation else (Hello, Loaded, Failed)
         answer = self._pending.get(frame.invocation)
         if answer is None or not isinstance(message, expected):
             raise ProtocolError(f"unasked {type(message).__name__} for {frame.invocation}")
         _distrust(message, is_loading=not frame.invocation)
+        if isinstance(message, Result) and self._mounts is not None:
+            self._begin_collecting(frame, message, self._mounts)
+            return
         del self._pending[frame.invocation]
         if isinstance(message, Failed) and message.exit_code == KILLED_CODE:
             message = self._explained(message)
         answer(message, frame.body)
+
+    def _begin_collecting(self, frame: Frame, result: Result, mounts: Mounts) -> None:
+        """It is the caller's answer when all that the step left is here, and not before."""
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.pause_reading()
+        work = self._collect(frame.invocation, result, frame.body, mounts)
+        task = self._spawn(work)
+        if isinstance(task, asyncio.Task):
+            self._collecting = task
+
+    async def _collect(self, number: int, result: Result, body: bytes, mounts: Mounts) -> None:
+        message: Result | Lost = result
+        try:
+            await self._driver.collect(self.id, mounts)
+        except (OSError, SandboxStartFailed) as error:
+            why = f"the sandbox was lost before all that the step left was here: {error}"
+            message = Lost("Crashed", why, was_killed=True)
+        except PlatformError as error:
+            message = Lost(type(error).__name__, error.detail, error=error)
+        self._is_over = True
+        if (answer := self._pending.pop(number, None)) is not None:
+            answer(message, body)
+        self._abort()
+
+    def _take_fetch(self, message: Fetch) -> None:
+        """Its environment, its package or its step's folders: each once, and nothing else."""
+        mounts = self._folders_wanted
+        if mounts is not None and message.digest == mounts.step:
+            self._folders_wanted = None  # once
+            self._spawn(self._send_folders(mounts))
+            return
+        offered, self._offered = self._offered, None
+        if offered is None or message.digest != offered[0]:
+            raise ProtocolError("it asks for what it is not to have")
+        self._spawn(self._send_archive(offered[1]))
+
+    async def _send_archive(self, archive: Path) -> None:
+        """In pieces, as fast as they are taken. What cannot be read is not the guest's fault."""
+        assert self._connection is not None
+        try:
+            with archive.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                while True:
+                    if size <= PIECE_BYTES:  # most are, and are in the kernel's cache
+                        data = file.read(PIECE_BYTES)
+                    else:
+                        data = await asyncio.to_thread(file.read, PIECE_BYTES)
+                    size -= len(data)
+                    is_last = size <= 0 or not data
+                    self._send(encode(Piece(is_last=is_last), body=data))
+                    if is_last:
+                        return
+                    await self._connection.writable()
+        except OSError as error:
+            log.error("archive not sent", extra={"path": str(archive), "why": str(error)})
+            self._end("")
+
+    async def _send_folders(self, mounts: Mounts) -> None:
+        """Only what is not taken for too long is late."""
+        assert self._connection is not None
+        pieces = self._driver.folders(mounts)
+        try:
+            while piece := await asyncio.to_thread(next, pieces, b""):
+                for at in range(0, len(piece), PIECE_BYTES):
+                    body = piece[at : at + PIECE_BYTES]
+                    self._send(encode(Piece(is_last=False), body=body))
+                await self._connection.writable()
+                self._was_taken_now()
+                if self._is_over:
+                    return
+            self._send(encode(Piece(is_last=True)))
+        except (OSError, Unfit) as error:
+            log.error("folders not sent", extra={"step": mounts.step, "why": str(error)})
+            self._end("")
+
+    def _was_taken_now(self) -> None:
+        loading = self._loading
+        if loading is not None and not loading.expired():
+            with contextlib.suppress(RuntimeError):  # it is over
+                loading.reschedule(asyncio.get_running_loop().time() + self._load_s)
 
     def _explained(self, failed: Failed) -> Failed:
         """A process of it was killed: for its memory, if the kernel has done so just now."""
@@ -331,7 +499,7 @@ class Sandbox:
 
     def _end(self, violation: str) -> None:
         """The connection is gone (no *violation*), or must go."""
-        if self._is_over:
+        if self._is_over or self._collecting is not None:
             return
         self._is_over = True
         self._violation = violation
@@ -343,7 +511,7 @@ class Sandbox:
         exit_: Exit | None = None
         if not self._violation:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DEATH_REPORT_S):
+                async with asyncio.timeout(self._driver.report_s):
                     exit_ = await self._driver.exited(self.id)
         if exit_ is None and not self._violation:
             exit_ = await self._finish_off()
@@ -390,7 +558,7 @@ def _load(
     spec, limits = function.spec, function.spec.limits
     return Load(
         digest=spec.package,
-        handler=spec.handler,
+        handler=spec.handler or "",
         namespace=function.namespace,
         function=function.name,
         version=function.version,

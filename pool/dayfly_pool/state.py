@@ -85,7 +85,9 @@ PRELOADED_WEIGHT: Final = 0.25
 
 
 def _weight(mold: MoldRecord) -> float:
-    """Of starting one more."""
+    """Of starting one more. A container's own pod keeps no processor of ours busy."""
+    if mold.mold.container:
+        return 0.0
     return FORK_WEIGHT if mold.zygote else START_WEIGHT
 
 
@@ -182,6 +184,19 @@ class PoolState:
         fresh = self._adopt(FunctionRecord(function, record.queue, uses=record.uses), now)
         return commands + self._keep_min_scale(fresh, now) + self._dispatch(fresh, now)
 
+    def keep(self, id_: FunctionId, least: int, now: float) -> list[Command]:
+        """Have *least* sandboxes of the function from now on, whatever it was deployed with."""
+        record = self.functions.get(id_)
+        if record is None or record.function.spec.min_scale == least:
+            return []
+        spec = structs.replace(record.function.spec, min_scale=least)
+        record.function = structs.replace(record.function, spec=spec)
+        if not least:
+            self._minimums.pop(id_, None)
+            return []
+        self._minimums[id_] = record
+        return self._keep_min_scale(record, now)
+
     def remove(self, id_: FunctionId, now: float) -> list[Command]:
         """The function is gone: what waits for it is refused."""
         record = self.functions.pop(id_, None)
@@ -238,6 +253,7 @@ class PoolState:
         assert box.function is not None
         record = self.functions[box.function.id]
         record.handler_s = autoscale.smoothed(record.handler_s, handler_s)
+        record.failures = 0
         if box.running:
             record.open[box.id] = box
         else:
@@ -269,6 +285,46 @@ class PoolState:
         mold.generic[box.id] = box
         self._look_at(mold)
         return self._start_where_needed(now)
+
+    def survived(self, sandbox: SandboxId, mold: Mold, now: float) -> list[Command]:
+        """A generic sandbox is there that an earlier server made."""
+        record = self._mold(mold)
+        box = SandboxRecord(sandbox, mold, now, Phase.GENERIC, start="generic")
+        self.sandboxes[box.id] = record.generic[box.id] = box
+        self._look_at(record)
+        return self._start_where_needed(now)
+
+    def survived_with(
+        self, sandbox: SandboxId, function: Function, slots: int, now: float
+    ) -> list[Command]:
+        """One is there that holds *function*, which is the version that there is."""
+        record = self.functions[function.id]
+        box = SandboxRecord(
+            sandbox, function.mold, now, Phase.LOADING, function, slots=slots, start="warm"
+        )
+        self.sandboxes[box.id] = record.sandboxes[box.id] = box
+        record.slots = slots
+        self._rest(box, record, now)
+        return self._dispatch(record, now) + self._start_where_needed(now)
+
+    def leaving(self, sandbox: SandboxId, now: float) -> list[Command]:
+        """Others are about to end it: it takes nothing more, and goes when it has finished."""
+        box = self.sandboxes.get(sandbox)
+        if box is None or box.stale:
+            return []
+        if box.phase is Phase.BUSY and box.function is not None:
+            self._forsake(box, self.functions[box.function.id])
+            return self._dispatch(self.functions[box.function.id], now)
+        if box.phase is Phase.LOADING:
+            return []  # it is soon something else, or dead
+        commands: list[Command] = [self._destroy(box, "leaving")]
+        return commands + self._start_where_needed(now)
+
+    def _forsake(self, box: SandboxRecord, record: FunctionRecord) -> None:
+        """It ends after what it runs, and counts as its function's no more."""
+        record.sandboxes.pop(box.id, None)
+        record.open.pop(box.id, None)
+        box.stale = True
 
     def warmed(self, zygote: SandboxId, now: float) -> list[Command]:
         """A zygote is ready to fork, in place of the one before it."""
@@ -347,7 +403,9 @@ class PoolState:
         record = self.functions[box.function.id]
         record.loading -= 1
         self._end_work(box)
-        record.slots, record.failure, record.failures, record.lost_loads = slots, None, 0, 0
+        record.slots, record.failure, record.lost_loads = slots, None, 0
+        if not box.mold.container:  # what listens has yet to answer
+            record.failures = 0
         if not box.mold.function:
             record.load_weight = autoscale.load_weight(import_s, busy_s)
             self._weigh_import(record, import_s, leftovers, now)
@@ -399,7 +457,11 @@ class PoolState:
             commands += self._start_failed(box, now)
         commands.append(self._destroy(box, "failed"))
         if box.function is not None and not box.stale:
-            commands += self._dispatch(self.functions[box.function.id], now)
+            record = self.functions[box.function.id]
+            if box.mold.container:  # not one pod after the other for a minScale
+                record.failures += 1
+                record.broken_until = now + autoscale.backoff_s(record.failures)
+            commands += self._dispatch(record, now)
         return commands + self._start_where_needed(now)
 
     def tick(self, now: float, *, is_short_of_memory: bool = False) -> list[Command]:
@@ -574,8 +636,9 @@ class PoolState:
             record = self.functions[id_]
             tenant = record.function.namespace
             weight = PRELOADED_WEIGHT if mold.mold.function else record.load_weight
+            weight = 0.0 if mold.mold.container else weight
             # a sandbox is ready for it: its own starts do not keep it from the first load
-            if self._loads[tenant] and not self._turns.may(tenant, weight, now):
+            if weight and self._loads[tenant] and not self._turns.may(tenant, weight, now):
                 is_turn = False
                 continue
             if record.slots is None and record.loading >= self._unknown_loads_max:
@@ -586,7 +649,7 @@ class PoolState:
             self._move(box, Phase.LOADING)
             box.function, box.since = record.function, now
             self._begin_work(box, tenant, weight, now)
-            self._loads[tenant] += 1
+            self._loads[tenant] += weight > 0
             record.sandboxes[box.id] = box
             record.loading += 1
             behind = self._turns.wants_more(tenant, now)
@@ -605,8 +668,9 @@ class PoolState:
     def _begin_work(
         self, worker: SandboxRecord | ZygoteRecord, tenant: str, weight: float, now: float
     ) -> None:
-        worker.work = tenant, weight
-        self._turns.begin(tenant, weight, now)
+        if weight:
+            worker.work = tenant, weight
+            self._turns.begin(tenant, weight, now)
 
     def _end_work(self, worker: SandboxRecord | ZygoteRecord) -> None:
         """Its start or load is over: others may have their turn."""
@@ -656,8 +720,8 @@ class PoolState:
     def _target(self, mold: MoldRecord, now: float) -> int:
         if not self._is_used(mold, now) or self.is_short_of_memory or mold.mold.function:
             return 0
-        if mold.mold.batch:
-            return 0  # nobody waits for it
+        if mold.mold.batch or mold.mold.container:
+            return 0  # nobody waits for it, or it is made for who does
         start_s = mold.start_s or DEFAULT_START_S
         rate = mold.rate.per_s(now)
         return autoscale.desired_generic(rate, start_s, mold.least, self.generic_max)
@@ -885,7 +949,8 @@ class PoolState:
         """Idle sandboxes end now, the others when they have finished."""
         commands: list[Command] = []
         for box in list(record.sandboxes.values()):
-            if box.phase is Phase.IDLE:
+            is_waiting = box.phase is Phase.LOADING and box.mold.container
+            if box.phase is Phase.IDLE or is_waiting:  # a pod may wait for room for long
                 commands.append(self._destroy(box, reason, record))
             else:
                 box.stale = True

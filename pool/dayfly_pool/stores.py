@@ -2,7 +2,8 @@
 
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput
-from dayfly_pool.store import events, journals
+from dayfly_pool.store import archives, declarations, events, journals
+from dayfly_pool.store.sqlite_declarations import SqliteDeclarations
 from dayfly_pool.store.sqlite_events import SqliteEvents
 from dayfly_pool.store.sqlite_journals import SqliteJournals
 
@@ -33,5 +34,29 @@ def journals_of(config: Config) -> journals.Store:
     return PostgresJournals(config.events_dsn)
 
 
+def declarations_of(config: Config) -> declarations.Store:
+    """Of what is declared. Raises `BadInput` without PostgreSQL's extra."""
+    if not config.events_dsn:
+        return SqliteDeclarations(config.data / "dayfly.sqlite")
+    try:
+        from dayfly_pool.store.postgres_declarations import PostgresDeclarations
+    except ImportError as error:
+        raise _missing(error) from None
+    return PostgresDeclarations(config.events_dsn)
+
+
+def archives_of(config: Config) -> archives.Archives | None:
+    """Of packages, for all servers; None for one alone. Raises `BadInput` without the extra."""
+    if not config.events_dsn:
+        return None
+    try:
+        from dayfly_pool.store.postgres_archives import PostgresArchives
+    except ImportError as error:
+        raise _missing(error) from None
+    return PostgresArchives(config.events_dsn)
+
+
 def _missing(error: ImportError) -> BadInput:
-    return BadInput(f"events in PostgreSQL need an extra ({error}): pip install 'dayfly[postgres]'")
+    return BadInput(
+        f"what is kept in PostgreSQL needs an extra ({error}): pip install 'dayfly[postgres]'"
+    )

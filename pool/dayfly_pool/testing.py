@@ -29,7 +29,7 @@ from dayfly.protocol import (
     decode,
     encode,
 )
-from dayfly_pool.driver import Exit
+from dayfly_pool.driver import Exit, OnThisMachine
 from dayfly_pool.errors import SandboxStartFailed
 from dayfly_pool.models import (
     BASE,
@@ -214,7 +214,7 @@ class FakeGuest:
                 await self.say(answer, frame.invocation)
 
 
-class FakeDriver:
+class FakeDriver(OnThisMachine):
     """See `Driver`. *functions* maps handlers (`main:greet`) to what they do.
 
     A behaviour returns the body, a `Result`, a `Failed`, or None for no answer at all; it raises
@@ -230,6 +230,7 @@ class FakeDriver:
         on_start: Hook | None = None,
         on_load: Hook | None = None,
     ) -> None:
+        super().__init__()
         self.isolated = isolated
         self.can_fork = self.sets_apart = True
         self.steps_owner = os.geteuid()

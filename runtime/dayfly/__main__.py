@@ -18,6 +18,7 @@ from dayfly.context import FOLDERS
 from dayfly.protocol import (
     PROTOCOL,
     Failed,
+    Fetch,
     Frame,
     FrameReader,
     Hello,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dayfly.keeper import Seat
+    from dayfly.porter import Line
 
 SOCKET = 3
 LEFTOVERS_S = 0.02
@@ -65,17 +67,38 @@ class Settings(Record):
     stores: dict[str, str]
     """What steps' folders are made from; empty where there are none."""
 
+    pod: dict[str, Any] | None = None
+    """A porter's post, where the guest is in a pod: it cannot mount there, and need not."""
+
+    parcel: str = ""
+    """The digest of the environment, where it has to be sent to the pod."""
+
+    line: int = 0
+    """Where a guest that has started itself again has its line to the porter."""
+
 
 class Guest:
     """One sandbox seen from inside: generic until `Load`, then one function until its end.
 
     *failures* are the modules that could not be preloaded. With a *seat* it is to be a function's
     zygote: it imports the function, and every fork of it is a sandbox that waits for `Load` again.
+    With a *line* it is in a pod and lives on when the connection is gone: there may be another.
     """
 
-    def __init__(self, settings: Settings, failures: list[str], seat: Seat | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        failures: list[str],
+        seat: Seat | None = None,
+        line: Line | None = None,
+    ) -> None:
         self._settings, self._failures, self._seat = settings, failures, seat
+        self._line, self._is_loading = line, False
+        self._connections = 0
+        """How many there were before this one."""
+
         self._channel = output.Channel(SOCKET)
+        self._channel.may_break = line is not None
         self._output = output.Output(self._channel)
         self._reader = FrameReader()
         self._prepared: Any = None
@@ -83,9 +106,11 @@ class Guest:
         """The module, which a package's own of that name must not replace."""
 
         self._function: invoker.Function | None = None
+        self._slots = 0
+        """How many invocations of it may run here at once."""
 
     def run(self) -> None:
-        """Live until the pool closes the connection."""
+        """Live until the pool closes the connection; in a pod, until the porter ends it."""
         frames = self._frames()
         if not self._become_function(frames):
             return
@@ -119,7 +144,7 @@ class Guest:
         if not isinstance(load, Load):
             raise SystemExit(f"expected Load, got {type(load).__name__}")
         try:
-            loaded = self._specialize(load, frame.body)
+            loaded = self._specialize(load, frame.body, frames)
         except loader.LoadFailure as failure:
             self._output.flush(0)
             text = (failure.kind, failure.message[:2048], failure.traceback)
@@ -133,13 +158,8 @@ class Guest:
     def _become_generic(self) -> None:
         settings = self._settings
         if settings.isolated and len(os.listdir("/proc/self/task")) > 1:
-            _restart_with_late_preload(settings)
-        hello = Hello(
-            protocol=PROTOCOL,
-            python=".".join(map(str, sys.version_info[:3])),
-            preload_failures=self._failures,
-        )
-        self._channel.send(encode(hello))
+            _restart_with_late_preload(settings, self._line)
+        self._say_hello()
         # what follows is done while the pool takes note, and sends `Load` if somebody waits
         if settings.isolated:
             if self._lockdown is None:
@@ -152,17 +172,37 @@ class Guest:
                     folders.prepare()
             is_zygote = self._seat is not None
             with open(settings.zygote_seccomp if is_zygote else settings.seccomp, "rb") as file:
-                self._prepared = self._lockdown.prepare(file.read(), is_zygote=is_zygote)
+                program = file.read()
+            if self._line is not None:
+                from dayfly import folders, parcel  # noqa: F401  (now, see above)
+
+                self._prepared = self._lockdown.prepare_in_pod(program)
+            else:
+                self._prepared = self._lockdown.prepare(program, is_zygote=is_zygote)
         self._output.prepare()
         gc.freeze()
         gc.enable()
 
-    def _specialize(self, load: Load, mounts: bytes) -> Loaded:
+    def _say_hello(self) -> None:
+        slots = 0
+        if self._line is not None and self._function is not None and not self._is_loading:
+            slots = self._slots  # elsewhere what is forked of a function waits for `Load`
+        hello = Hello(
+            protocol=PROTOCOL,
+            python=".".join(map(str, sys.version_info[:3])),
+            preload_failures=self._failures,
+            slots=slots,
+        )
+        self._channel.send(encode(hello))
+
+    def _specialize(self, load: Load, mounts: bytes, frames: Any) -> Loaded:
         started = time.perf_counter()
         confirmed = (0, 0, 0, 0)
         code = os.path.join(self._settings.packages, load.digest)
         places = FOLDERS
-        if self._settings.isolated:
+        if self._line is not None:
+            confirmed, code = self._settle_in_pod(load, mounts, frames)
+        elif self._settings.isolated:
             confirmed, code = self._lock_down(load, mounts)
         elif mounts:
             places = self._link_folders(mounts)
@@ -182,8 +222,10 @@ class Guest:
             threads, children, descriptors = self._leftovers()
             busy_s = min(import_s, _busy_s())
         cap_eff, no_new_privs, seccomp, landlock = confirmed
+        self._slots = load.concurrency if self._function.is_async else 1
+        self._is_loading = False
         return Loaded(
-            slots=load.concurrency if self._function.is_async else 1,
+            slots=self._slots,
             lockdown_s=locked - started,
             import_s=import_s,
             busy_s=busy_s,
@@ -278,11 +320,51 @@ class Guest:
             lockdown.lock_down(self._prepared, load.processes)
         else:
             lockdown.lock_down_zygote(self._prepared)
-        rights = lockdown.rights()
-        if rights != (lockdown.LOCKED if self._seat is None else lockdown.LOCKED_ZYGOTE):
+        return self._confirmed(lockdown.LOCKED if self._seat is None else lockdown.LOCKED_ZYGOTE)
+
+    def _confirmed(self, expected: Any) -> tuple[tuple[int, int, int, int], str]:
+        rights = self._lockdown.rights()
+        if rights != expected:
             raise SystemExit(f"the lock-down did not hold: {rights}")
         abi = self._prepared.landlock_abi
-        return (rights.cap_eff, rights.no_new_privs, rights.seccomp, abi), lockdown.CODE
+        return (rights.cap_eff, rights.no_new_privs, rights.seccomp, abi), self._lockdown.CODE
+
+    def _settle_in_pod(
+        self, load: Load, mounts: bytes, frames: Any
+    ) -> tuple[tuple[int, int, int, int], str]:
+        """Have the package sent, and a step's folders, and become untrusted."""
+        from dayfly import parcel
+
+        assert self._line is not None
+        self._is_loading = True
+        self._line.take()
+        lockdown = self._lockdown
+        self._channel.send(encode(Fetch(digest=load.digest)))
+        try:
+            parcel.unpack(parcel.receive(frames, load.digest, lockdown.CODE), lockdown.CODE)
+        except Exception as error:  # a damaged one, or no room for it
+            why = f"the package cannot be unpacked: {error}"
+            raise loader.LoadFailure("ImportFailed", why, "") from None
+        largest = self._fetch_folders(mounts, frames) if mounts else 0
+        lockdown.limit(open_files=load.open_files, memory_bytes=None, file_bytes=largest)
+        lockdown.lock_down_in_pod(self._prepared, load.processes)
+        self._line.taken()
+        return self._confirmed(lockdown.LOCKED)
+
+    def _fetch_folders(self, body: bytes, frames: Any) -> int:
+        """Have a step's folders sent; how large its files may be. Raises `LoadFailure`."""
+        from dayfly import folders, parcel
+
+        try:
+            mounts = folders.read(body)
+            self._channel.send(encode(Fetch(digest=mounts.step)))
+            pieces = parcel.bodies(frames)
+            folders.receive(mounts, lambda: next(pieces, b""), self._prepared)
+            for _ in pieces:
+                pass  # the last is empty
+        except (OSError, ValueError) as error:
+            raise _no_folders(error) from None
+        return mounts.file_bytes_max
 
     def _answer(self, frame: Frame, request: Invoke) -> None:
         assert self._function is not None
@@ -318,17 +400,26 @@ class Guest:
 
         async def answer(frame: Frame, request: Invoke) -> None:
             assert self._function is not None
+            connection = self._connections
             output.current.set(frame.invocation)
             self._output.running = frame.invocation
             message, body = await invoker.call_async(self._function, request, frame.body)
+            if connection != self._connections:
+                return  # who asked is gone, and its numbers mean others now
             self._output.flush(frame.invocation)
             self._reply(frame.invocation, message, body)
 
+        def reconnect() -> None:
+            loop.remove_reader(self._channel.socket)
+            self._reconnect()
+            loop.add_reader(self._channel.socket, readable)
+
         def readable() -> None:
-            data = self._channel.socket.recv(RECEIVE_BYTES)
+            data = self._receive()
             if not data:
                 loop.remove_reader(self._channel.socket)
-                ended.set_result(None)
+                if self._line is None:
+                    ended.set_result(None)
                 return
             for frame in self._reader.feed(data):
                 request = decode(frame, is_trusted=True)
@@ -338,22 +429,55 @@ class Guest:
                 task.add_done_callback(running.discard)
 
         loop.add_reader(self._channel.socket, readable)
+        if self._line is not None:
+            loop.add_reader(self._line, reconnect)
         await ended
         for task in running:
             task.cancel()
 
     def _frames(self) -> Any:
-        readable = select.poll()
-        readable.register(SOCKET, select.POLLIN)
-        while readable.poll() and (data := self._channel.socket.recv(RECEIVE_BYTES)):
-            yield from self._reader.feed(data)
+        readable, either = select.poll(), select.poll()
+        for poll in (readable, either):
+            poll.register(SOCKET, select.POLLIN)
+        if self._line is not None:
+            either.register(self._line, select.POLLIN)
+        while ready := (readable if self._is_loading else either).poll():
+            if ready[0][0] != SOCKET or len(ready) > 1:
+                self._reconnect()
+            elif data := self._receive():
+                yield from self._reader.feed(data)
+            elif self._line is None:
+                break
+            else:
+                self._reconnect()
         raise SystemExit(0)
+
+    def _receive(self) -> bytes:
+        try:
+            data: bytes = self._channel.socket.recv(RECEIVE_BYTES)
+            return data
+        except OSError:
+            if self._line is None:
+                raise
+            return b""
+
+    def _reconnect(self) -> None:
+        """The pool is another one, or comes again: wait for it if need be, and tell it who is here.
+
+        One that is lost while a function loads is not waited for: nobody knows what is here then.
+        """
+        assert self._line is not None
+        if self._is_loading:
+            raise SystemExit(0)
+        self._line.connect()
+        self._connections += 1
+        self._reader = FrameReader()
+        self._channel.renew()
+        self._say_hello()
 
 
 def warm_up(settings: Settings) -> list[str]:
     """All that every sandbox of the environment has in common; the preloads that failed."""
-    _yield_to_the_server()
-    os.closerange(SOCKET + 1, 1024)
     sys.path.extend(settings.libraries)
     return _preload_single_threaded(settings.preload)
 
@@ -412,9 +536,13 @@ def _busy_s() -> float:
     return (int(ran) + int(waited)) / 1e9
 
 
-def _restart_with_late_preload(settings: Settings) -> None:
+def _restart_with_late_preload(settings: Settings, line: Line | None) -> None:
     """A preloaded module started threads: start again, and import them after the lock-down."""
     again = settings.__dict__ | {"preload": [], "late": settings.preload}
+    if line is not None:
+        again["line"] = line.fileno()
+        for descriptor in (SOCKET, line.fileno()):
+            os.set_inheritable(descriptor, True)
     os.write(2, b"preload started threads; it will be done after the lock-down\n")
     os.execv(sys.executable, [*sys.orig_argv[:-1], json.dumps(again)])
 
@@ -430,19 +558,42 @@ def preload(modules: list[str]) -> list[str]:
     return failures
 
 
+def _let_in(settings: Settings) -> Line:
+    """In a pod: wait for the pool, and have it send the environment that the image has not.
+
+    Returns in the guest; the porter has forked it before there was anything but our own code.
+    """
+    from dayfly import porter
+
+    if settings.line:
+        return porter.Line.inherited(settings.line)
+    assert settings.pod is not None
+    line = porter.serve(porter.Post(**settings.pod))
+    if settings.parcel:
+        from dayfly import parcel
+
+        parcel.bring(SOCKET, settings.parcel, settings.libraries[0])
+    return line
+
+
 def main() -> None:
     """Entry point; the settings are the last argument, as JSON."""
     gc.disable()  # nothing of the start-up is garbage
     settings = Settings(**json.loads(sys.argv.pop()))
+    _yield_to_the_server()
+    if not settings.line:
+        os.closerange(SOCKET + 1, 1024)
     try:
+        seat = line = None
+        if settings.pod is not None:
+            line = _let_in(settings)
         failures = warm_up(settings)
-        seat = None
         if settings.zygote:
             from dayfly import zygote
 
             # returns in every forked sandbox
             seat = zygote.serve(has_network=settings.has_network)
-        Guest(settings, failures, seat).run()
+        Guest(settings, failures, seat, line).run()
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the pool went away: nobody is left to tell
 

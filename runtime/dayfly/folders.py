@@ -11,20 +11,32 @@ Mounted at `Load`, from the stores that the sandbox was started with, before any
     the stores          covered, for steps and for whoever else becomes a sandbox that had them
 
 Without isolation the first is made of symbolic links, and there is no third.
+In a pod all of it is sent: as files of its own, see `freight`; there the stores are not.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import re
+import time
 
-from dayfly import lockdown
+from dayfly import freight, lockdown
 from dayfly.context import FOLDERS
 from dayfly.record import Record
+
+TYPE_CHECKING = False  # see `record`
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 INPUTS_MAX, WORKSPACES_MAX, BRANCHES_MAX = 1000, 32, 256
 STORES = {"artifacts": "/artifacts", "steps": "/steps", "layers": "/layers"}
 OVERLAY_OPTIONS = "userxattr,redirect_dir=nofollow,metacopy=off,index=off,xino=off"
 IN, OUT, WORKSPACES = FOLDERS
+GIVEN = f"{IN}/.given"
+"""In a pod: what each workspace held in the beginning, where user code cannot write."""
+
+_COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE: what the times of files are told by
 
 _INPUT = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}(/[0-9]{1,6})?")
 _PLACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/(file|tree)-[0-9a-f]{64}/content")
@@ -167,3 +179,80 @@ def link(mounts: Mounts, stores: dict[str, str]) -> tuple[str, str, str]:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.symlink(f"{stores['artifacts']}/{place}", target)
     return f"{own}/in", f"{own}/out", f"{own}/workspaces"
+
+
+def receive(mounts: Mounts, pull: Callable[[], bytes], prepared: lockdown.Prepared) -> None:
+    """The same in a pod: made of what the pool sends, in the order in which *mounts* names it.
+
+    Raises OSError, and ValueError for what is none of it.
+    """
+    if not os.path.isdir(OUT):
+        raise OSError("this sandbox was not made for steps")
+    source = freight.Source(pull)
+    try:
+        top = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _unpack(mounts, source, top)
+        finally:
+            os.close(top)
+    except (freight.Unfit, freight.Malformed) as error:
+        raise ValueError(str(error)) from None
+    lockdown.allow_writing(prepared, OUT)
+    for name, _ in mounts.workspaces:
+        lockdown.allow_writing(prepared, f"{WORKSPACES}/{name}")
+    # a file that is changed from now on has another time than those that were made until now
+    made = time.clock_gettime_ns(_COARSE_CLOCK)
+    while time.clock_gettime_ns(_COARSE_CLOCK) <= made:
+        time.sleep(0.001)
+
+
+def _unpack(mounts: Mounts, source: freight.Source, top: int) -> None:
+    plain = freight.Unpacking(source)
+    for name, _ in mounts.inputs:
+        parent = os.path.dirname(f"{IN}/{name}")
+        os.makedirs(parent, exist_ok=True)
+        plain.tree(top, f"{IN}/{name}")
+    os.mkdir(GIVEN, 0o700)
+    for name, _ in mounts.workspaces:
+        _unpack_workspace(source, top, name)
+    for name in dict.fromkeys(name.partition("/")[0] for name, _ in mounts.branches):
+        os.mkdir(f"{WORKSPACES}/{name}.branches", 0o755)
+        plain.tree(top, f"{WORKSPACES}/{name}.conflicts")
+    for name, _ in mounts.branches:
+        workspace, _, number = name.partition("/")
+        place = f"{WORKSPACES}/{workspace}.branches/{number}"
+        os.mkdir(place, 0o755)
+        plain.tree(top, place)
+
+
+def _unpack_workspace(source: freight.Source, top: int, name: str) -> None:
+    place = f"{WORKSPACES}/{name}"
+    os.mkdir(place, 0o755)
+    with open(f"{GIVEN}/{name}", "wb") as given:
+
+        def note(path: bytes, status: os.stat_result) -> None:
+            given.write(freight.Given.note(path, status))
+
+        freight.Unpacking(source, note=note).tree(top, place)
+        if not given.tell():  # there was nothing yet
+            note(b"", os.stat(place))
+
+
+def left() -> Iterator[bytes]:
+    """What a step has left in a pod, for the pool: its output, and by the names of the workspaces
+    what it has changed in them. Nobody may be there any more who could change it.
+    """
+    return freight.pieces(_left())
+
+
+def _left() -> Iterator[bytes]:
+    try:
+        yield from freight.tree([OUT])
+        for name in sorted(os.listdir(GIVEN)):
+            with open(f"{GIVEN}/{name}", "rb") as file:
+                given = freight.Given(file.read())
+            yield from freight.changes(f"{WORKSPACES}/{name}", given)
+    except freight.Unfit as error:
+        yield freight.unfit(str(error))
+    except OSError as error:
+        yield freight.unfit(f"what the step left cannot be read: {error}")

@@ -22,6 +22,9 @@ from dayfly.capabilities import ZYGOTE_CAP_EFF, ZYGOTE_CAPABILITIES
 from dayfly.record import Record
 
 CODE = "/code"
+HIDDEN = ("run",)
+"""Where a pod has its secret."""
+
 PACKAGES = "/packages"
 EMPTY = "/empty"
 USER = 1000
@@ -38,6 +41,7 @@ SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 LANDLOCK_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
 
 _READ = 0b1101  # execute, read a file, read a folder
+_LIST = 0b1000
 _WRITE = 0b10
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # file system rights known by ABI
@@ -116,15 +120,33 @@ def prepare(seccomp: bytes, *, is_zygote: bool = False) -> Prepared:
     )
 
 
-def _ruleset(abi: int) -> int:
-    """Reading and executing everywhere; writing only in /tmp, /dev/shm and harmless devices."""
+def prepare_in_pod(seccomp: bytes) -> Prepared:
+    """The same in a pod, whose mounts are as they are: what lies in `HIDDEN` is out of reach."""
+    abi = landlock_abi()
+    return Prepared(
+        seccomp=seccomp,
+        landlock=_ruleset(abi, hidden=HIDDEN) if abi else None,
+        landlock_abi=abi,
+    )
+
+
+def _ruleset(abi: int, hidden: tuple[str, ...] = ()) -> int:
+    """Reading and executing everywhere; writing only in /tmp, /dev/shm and harmless devices.
+
+    Of the top folders that are *hidden* nothing can be read but names.
+    """
     rights = (1 << _LANDLOCK_RIGHTS.get(abi, 16)) - 1
     scoped = 0b11 if abi >= 6 else 0  # abstract Unix sockets and signals stay inside
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     attributes = struct.pack("=QQQ", rights, 0, scoped)[:size]
     ruleset = check(_libc.syscall(SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     write_device = _READ | _WRITE | (1 << 15 if abi >= 5 else 0) | (1 << 14 if abi >= 3 else 0)
-    paths = {"/": _READ, "/tmp": rights, "/dev/shm": rights}
+    paths = {"/": _READ}
+    if hidden:
+        shown = [f"/{name}" for name in os.listdir("/") if name not in hidden]
+        paths = {path: _READ if os.path.isdir(path) else _READ & ~_LIST for path in shown}
+        paths["/"] = _LIST
+    paths |= {"/tmp": rights, "/dev/shm": rights}
     paths |= {f"/dev/{name}": write_device & ~0b1000 for name in _DEVICES}
     for path, allowed in paths.items():
         _allow(ruleset, path, allowed)
@@ -199,6 +221,15 @@ def lock_down(prepared: Prepared, processes: int) -> None:
     # now, and not before: the kernel counts a user namespace's processes against the limit that its
     # maker had, and that of a forked sandbox's would count its siblings too
     _set_limits({resource.RLIMIT_NPROC: processes + 2})
+    drop_rights()
+    _confine(prepared)
+    is_ours_alone = True
+
+
+def lock_down_in_pod(prepared: Prepared, processes: int) -> None:
+    """Give away every right, for good, in a pod: it has no capabilities, and a uid of its own."""
+    global is_ours_alone
+    _set_limits({resource.RLIMIT_NPROC: processes + 3})  # the porter is one of them, too
     drop_rights()
     _confine(prepared)
     is_ours_alone = True

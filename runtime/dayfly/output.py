@@ -39,13 +39,19 @@ class Channel:
         self.socket = _socket.socket(fileno=descriptor)
         self._lock = _thread.allocate_lock()
         self._rest = b""
+        self.may_break = False
+        """Whether there can be another connection: what is said on a broken one is lost."""
 
     def send(self, frame: bytes) -> None:
         """Send *frame*, waiting as long as it takes."""
         with self._lock:
             if self._rest:
                 frame, self._rest = self._rest + frame, b""
-            self.socket.sendall(frame)
+            try:
+                self.socket.sendall(frame)
+            except OSError:
+                if not self.may_break:
+                    raise
 
     def try_send(self, frame: bytes) -> bool:
         """Send *frame* if there is room for its start now; False when it was not taken at all."""
@@ -58,10 +64,13 @@ class Channel:
                 self._rest = frame[self._send_now(frame) :]
             except BlockingIOError:
                 return False
+            except OSError:
+                self._rest = b""
+                return self.may_break
             return True
 
     def renew(self) -> None:
-        """In a fork, whose descriptor is another connection."""
+        """The descriptor is another connection."""
         self._lock = _thread.allocate_lock()
         self._rest = b""
 

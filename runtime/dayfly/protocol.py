@@ -19,9 +19,9 @@ from dayfly.record import Record
 
 TYPE_CHECKING = False  # see `record`
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEADER = struct.Struct("!IBBHQ")
 BODY_BYTES_MAX = 6 * 1024 * 1024
 META_BYTES_MAX = 0xFFFF
@@ -45,11 +45,16 @@ class Frame:
 
 
 class Hello(Record):
-    """Guest to pool, once: this sandbox is up, holds no user code, and waits for `Load`."""
+    """Guest to pool, once a connection: this sandbox is up.
+
+    It holds no user code and waits for `Load`; in a pod it may hold a function already, of which
+    *slots* invocations may run at once, from a pool that there was before.
+    """
 
     protocol: int
     python: str
     preload_failures: list[str]
+    slots: int = 0
 
 
 class Load(Record):
@@ -97,6 +102,22 @@ class Loaded(Record):
     landlock: int
 
 
+class Fetch(Record):
+    """Guest to pool: send me the environment, the package or a step's folders, as `Piece`s.
+
+    Only in a pod, which sees none of the stores: an environment before `Hello`, the others while it
+    loads. *digest* is what the settings or `Load` call them.
+    """
+
+    digest: str
+
+
+class Piece(Record):
+    """Pool to guest: a part of what was fetched, in the body; in order, *is_last* in the last."""
+
+    is_last: bool
+
+
 class Invoke(Record):
     """Pool to guest: call the handler. The body is the event (JSON) or the HTTP request's body.
 
@@ -141,7 +162,7 @@ class Log(Record):
     dropped: int = 0
 
 
-Message = Hello | Load | Loaded | Invoke | Result | Failed | Log
+Message = Hello | Load | Loaded | Invoke | Result | Failed | Log | Fetch | Piece
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Load,
@@ -150,6 +171,8 @@ KINDS: dict[int, type[Message]] = {
     5: Result,
     6: Failed,
     7: Log,
+    8: Fetch,
+    9: Piece,
 }
 _NUMBERS = {message: number for number, message in KINDS.items()}
 
@@ -228,12 +251,15 @@ def _is_shallow(value: object, depth: int) -> bool:
 
 
 class FrameReader:
-    """Cuts a byte stream into frames, whatever the chunks; holds at most a frame and a chunk."""
+    """Cuts a byte stream into frames, whatever the chunks; holds at most a frame and a chunk.
 
-    __slots__ = ("_buffer",)
+    *kinds* are those that there are.
+    """
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+    __slots__ = ("_buffer", "_kinds")
+
+    def __init__(self, kinds: "Container[int]" = KINDS) -> None:
+        self._buffer, self._kinds = bytearray(), kinds
 
     def feed(self, data: bytes) -> "Iterator[Frame]":
         """Every frame completed by *data*. Raises `ProtocolError` as soon as a header is wrong."""
@@ -247,7 +273,7 @@ class FrameReader:
             while len(buffer) - at >= HEADER.size:
                 size, kind, zero, meta_len, invocation = HEADER.unpack_from(buffer, at)
                 is_sized = meta_len <= size <= meta_len + BODY_BYTES_MAX
-                if not is_sized or zero or kind not in KINDS:
+                if not is_sized or zero or kind not in self._kinds:
                     raise ProtocolError(f"bad header: {size=} {kind=} {meta_len=}")
                 start = at + HEADER.size
                 if len(buffer) < start + size:

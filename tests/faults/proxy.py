@@ -7,10 +7,13 @@ from typing import Any
 
 
 class Proxy:
-    """Passes connections to *port* of this machine on to there. Use it as a context manager."""
+    """Passes connections on to *port* of *host*. Use it as a context manager.
 
-    def __init__(self, port: int) -> None:
-        self._to = port
+    It listens at *at*: at the same port, if that is another address.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1", at: str = "127.0.0.1") -> None:
+        self._to, self._at = (host, port), (at, 0 if at == host else port)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._wires: set[asyncio.Task[None]] = set()
@@ -53,7 +56,7 @@ class Proxy:
             await self._flows.wait()
             if self._is_cut:
                 return
-            opening = asyncio.ensure_future(asyncio.open_connection("127.0.0.1", self._to))
+            opening = asyncio.ensure_future(asyncio.open_connection(*self._to))
             try:
                 back, to = await asyncio.shield(opening)
             except asyncio.CancelledError:
@@ -85,7 +88,7 @@ class Proxy:
     async def _listen(self) -> asyncio.Server:
         self._flows = asyncio.Event()
         self._flows.set()
-        return await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return await asyncio.start_server(self._accept, *self._at)
 
     def __enter__(self) -> "Proxy":
         self._thread.start()

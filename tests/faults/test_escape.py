@@ -98,7 +98,7 @@ def ordinary_user() -> tuple[list[str], dict[str, str]]:
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     why = []
     for python in (sys.executable, f"/usr/local/bin/{name}", f"/usr/bin/{name}"):
-        prefix = [*become, python]
+        prefix = [*become, python, "-S"]  # or old libraries of the machine's own come before ours
         tried = subprocess.run(
             [*prefix, str(DAYFLY), "--version"],
             env=os.environ | env,

@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
+from dayfly_pool import environments
 from dayfly_pool.environments import REQUIREMENTS_MAX, EnvironmentStore, parse
 from dayfly_pool.errors import (
     BadInput,
@@ -165,6 +167,16 @@ async def test_a_cancelled_build_leaves_no_process_and_no_file(tmp_path: Path) -
 
     assert children() == before
     assert leftovers(tmp_path) == []
+
+
+def test_a_program_that_ends_before_it_is_fed_is_no_error_of_ours() -> None:
+    async def feeds_the_dead() -> None:
+        true = await environments._start(["/bin/true"], {})
+        await true.wait()
+        await true.stdin.wait_closed()
+        await environments._feed(true.stdin, b"text")
+
+    uvloop.run(asyncio.wait_for(feeds_the_dead(), 10))
 
 
 async def test_a_build_that_takes_too_long_is_ended(tmp_path: Path) -> None:

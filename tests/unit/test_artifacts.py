@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from dayfly import freight
 from dayfly_pool.errors import (
     ArtifactDamaged,
     ArtifactGone,
@@ -402,7 +403,7 @@ def test_what_is_mostly_holes_is_refused_before_it_is_read(
     for number in range(3):
         with (out / "tree" / f"{number}").open("wb") as file:
             file.write(b"data")
-            file.truncate(trees.HOLES_MAX // 2)
+            file.truncate(freight.HOLES_MAX // 2)
     with (out / "file").open("wb") as file:
         file.truncate(63 << 30)
     monkeypatch.setattr(trees, "hashed", lambda *_: "0" * 64)  # it would take minutes
@@ -444,11 +445,11 @@ def test_holes_are_counted_where_the_file_system_says_they_are(out: Path):
         file.write(b"data" * 1024)
         file.truncate(2 << 20)
         status = os.fstat(file.fileno())
-        assert trees.holes(file.fileno(), status) == (2 << 20) - 8192
+        assert freight.holes(file.fileno(), status) == (2 << 20) - 8192
         file.seek(0)
         file.write(b"d" * (2 << 20))
         file.flush()
-        assert trees.holes(file.fileno(), status) == 0
+        assert freight.holes(file.fileno(), status) == 0
 
 
 def test_a_file_that_somebody_still_writes_to_is_refused(store: Artifacts, out: Path):

@@ -1052,3 +1052,39 @@ def test_a_tasks_result_commands_no_terminal_and_is_one_line(
     assert shown == (
         '{"index":0,"result":"\\x9b2J"}\n{"index":1,"result":"a\\u2028b\\x85c \\u001b[2J"}\n'
     )
+
+
+# ---- several machines ----------------------------------------------------------------------------
+
+
+def test_certificates_are_made_for_each_role_and_again(tmp_path: Path) -> None:
+    """The authority stays, the rest is new; nobody else can read them."""
+    first, again = (dayfly("certificates", str(tmp_path)) for _ in range(2))
+
+    assert first.stdout.split() == again.stdout.split()
+    assert [Path(line).name for line in first.stdout.split()] == ["gateway", "pool"]
+    for role in ("gateway", "pool"):
+        names = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / role).iterdir()}
+        assert names == dict.fromkeys(("ca.crt", "tls.crt", "tls.key"), 0o600)
+    assert (tmp_path / "pool" / "ca.crt").read_bytes() == (tmp_path / "ca.crt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("gateway", "--tls", "nowhere", "--shard", "a=h:1"), "No such file"),
+        (("gateway", "--tls", "{made}"), "give --shard NAME=HOST:PORT"),
+        (("gateway", "--tls", "{made}", "--shard", "a"), "give NAME=HOST:PORT"),
+        (("gateway", "--tls", "{made}", "--shard", "a=h:1", "--admin", "0.0.0.0:1"), "refusing"),
+        (("pool", "--tls", "{made}", "--name", "a", "--shard", "b=h:1"), "not --name a"),
+        (("pool", "--tls", "{made}", "--name", "a b"), "give letters"),
+        (("pool", "--tls", "{made}", "--name", "a", "--advertise", "h"), "give HOST:PORT"),
+    ],
+)
+def test_a_role_that_cannot_begin_says_why(tmp_path: Path, args: tuple[str, ...], why: str) -> None:
+    dayfly("certificates", str(tmp_path))
+    given = [arg.format(made=tmp_path / "gateway") for arg in args]
+    told = dayfly(*given)
+
+    assert told.exit_code in (1, 2)
+    assert why in told.stderr

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -489,6 +490,90 @@ def test_a_damaged_package_without_a_good_archive_is_never_run(
         again.path(tree.name)
     assert again.put(GOOD) == tree.name
     assert sources_of(again.path(tree.name)) == {"main.md": MAIN, "sub/a.txt": b"hello"}
+
+
+class Kept(dict[str, bytes]):
+    """`Archives` in memory; *noted* are those that somebody is about to refer to."""
+
+    noted: tuple[str, ...] = ()
+
+    def put(self, digest: str, archive: bytes) -> None:
+        self[digest] = archive
+
+    def note(self, digest: str) -> bool:
+        self.noted = (*self.noted, digest)
+        return digest in self
+
+    def drop(self, used: Collection[str], idle_s: float) -> int:
+        gone = self.keys() - set(used) - set(self.noted)
+        for digest in gone:
+            del self[digest]
+        return len(gone)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def test_what_one_server_was_given_another_has_when_it_needs_it(tmp_path: Path) -> None:
+    """Unpacked as for an upload, once; until then nothing of it is there."""
+    kept = Kept()
+    one, other = PackageStore(tmp_path / "one", kept), PackageStore(tmp_path / "other", kept)
+    digest = one.put(GOOD)
+    assert not other.is_here(digest)
+
+    assert sources_of(other.path(digest)) == {"main.md": MAIN, "sub/a.txt": b"hello"}
+    assert other.is_here(digest)
+    kept.clear()
+    assert PackageStore(tmp_path / "other", kept).path(digest) == other.path(digest)
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:2])
+def test_a_damaged_package_is_fetched_again(tmp_path: Path, damage) -> None:
+    """Where the archive beside it is none any more."""
+    kept = Kept()
+    store = PackageStore(tmp_path / "one", kept)
+    tree = store.path(store.put(GOOD))
+    damage(tree)
+    (tmp_path / "one" / "archives" / f"{tree.name}.zip").write_bytes(GOOD[:-1])
+
+    again = PackageStore(tmp_path / "one", kept)
+    assert sources_of(again.path(tree.name)) == {"main.md": MAIN, "sub/a.txt": b"hello"}
+
+
+def test_what_is_fetched_and_is_not_what_its_digest_says_is_never_unpacked(tmp_path: Path) -> None:
+    """Whoever can write there does not say what runs here."""
+    kept = Kept()
+    digest = PackageStore(tmp_path / "one", kept).put(GOOD)
+    kept[digest] = zipped(Part(b"main.py", b"evil = True\n"))
+    other = PackageStore(tmp_path / "other", kept)
+
+    with pytest.raises(PackageDamaged, match="damaged where all keep it"):
+        other.path(digest)
+    assert other.digests() == []
+
+
+def test_a_package_that_is_about_to_be_used_is_given_to_the_others_again(tmp_path: Path) -> None:
+    """It had been dropped there, as nobody used it."""
+    kept = Kept()
+    store = PackageStore(tmp_path / "one", kept)
+    digest = store.put(GOOD)
+    kept.clear()
+    store.note(digest)
+
+    assert kept == {digest: GOOD}
+
+
+def test_a_start_drops_what_is_not_used_but_for_what_others_have_noted(tmp_path: Path) -> None:
+    """Its own folder is a cache: that may go whatever others do."""
+    kept = Kept()
+    store = PackageStore(tmp_path / "one", kept)
+    used, noted, old = (store.put(zipped(Part(b"main.py", text))) for text in (b"1", b"2", b"3"))
+    store.note(noted)
+    store.drop({used})
+
+    assert store.digests() == [used]
+    assert sorted(kept) == sorted([used, noted])
+    assert old not in kept
 
 
 def test_a_tree_that_vanishes_is_noticed_at_once(store: PackageStore) -> None:

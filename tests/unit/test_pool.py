@@ -1919,6 +1919,25 @@ async def test_the_limits_of_a_function_are_its_sandboxes():
         assert driver.guests[box].limits == each.spec.limits
 
 
+class Leaving(FakeDriver):
+    """Others end every sandbox while we do."""
+
+    async def destroy(self, sandbox: SandboxId) -> Exit:
+        self.on_leaving(sandbox)
+        return await super().destroy(sandbox)
+
+
+@pytest.mark.parametrize("how", ["removed", "timed out"])
+async def test_what_others_end_while_it_is_ended_is_not_remembered(how: str):
+    each = function("greet", timeout_seconds=0.05)
+    driver = Leaving({"main:greet": hello if how == "removed" else hang})
+    async with running(driver, each) as pool:
+        await call(pool, each)
+        pool.remove(each.id)
+        await eventually(lambda: driver.destroyed)
+        await eventually(lambda: not pool._leavers)
+
+
 @pytest.mark.parametrize("stage", ["ready", "importing", "starting", "retired"])
 async def test_the_end_of_the_pool_ends_every_functions_zygote_and_leaves_no_task(stage: str):
     """Wherever it is in its life; an import may take ten seconds, and nobody waits for it."""

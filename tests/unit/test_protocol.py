@@ -17,6 +17,7 @@ from dayfly.protocol import (
     META_BYTES_MAX,
     PROTOCOL,
     Failed,
+    Fetch,
     Frame,
     FrameReader,
     Hello,
@@ -25,6 +26,7 @@ from dayfly.protocol import (
     Loaded,
     Log,
     Message,
+    Piece,
     ProtocolError,
     Result,
     decode,
@@ -66,7 +68,9 @@ INVOKE = Invoke(id="abc", remaining_s=30, http={"method": "GET", "headers": [["a
 RESULT = Result(handler_s=0.5, status=200, headers=[["content-type", "text/plain"]])
 FAILED = Failed(kind="Raised", message="ValueError: no", traceback="Traceback ...")
 LOG = Log(stream="stderr", dropped=3)
-EVERY: list[Message] = [HELLO, LOAD, LOADED, INVOKE, RESULT, FAILED, LOG]
+FETCH = Fetch(digest="0" * 64)
+PIECE = Piece(is_last=True)
+EVERY: list[Message] = [HELLO, LOAD, LOADED, INVOKE, RESULT, FAILED, LOG, FETCH, PIECE]
 NUMBERS = {kind: number for number, kind in KINDS.items()}
 
 
@@ -179,7 +183,7 @@ def test_a_length_over_the_limit_is_refused_before_anything_is_kept(size: int, m
         frames([HEADER.pack(size, NUMBERS[Log], 0, meta, 0)])
 
 
-@pytest.mark.parametrize("kind", [0, 8, 255])
+@pytest.mark.parametrize("kind", [0, 10, 255])
 def test_an_unknown_kind_is_refused(kind: int):
     with pytest.raises(ProtocolError, match="bad header"):
         frames([pack(kind, {})])

@@ -28,8 +28,8 @@ from dayfly_pool.errors import QueueFull, StoreFailed
 from dayfly_pool.events import HOPS
 from dayfly_pool.models import Batch, FunctionId, Invocation, InvocationId, Retry, TriggerSpec
 from dayfly_pool.queue import Work
+from dayfly_pool.store.declarations import StoredTrigger
 from dayfly_pool.store.events import Accepted, Shown
-from dayfly_pool.store.sqlite import StoredTrigger
 
 SOON_S = 5.0
 

@@ -157,8 +157,13 @@ def test_another_route_that_takes_the_method_is_found_behind_one_that_does_not()
 )
 def test_two_functions_cannot_have_the_same_route(first: Route, second: Route):
     """The second is refused by name; the first is not touched."""
-    with pytest.raises(BadInput, match="already belongs to default/one"):
-        Routes([(ONE, first), (TWO, second)])
+    alone, both = Routes([(ONE, first)]), Routes([(ONE, first), (TWO, second)])
+
+    ((function, clash),) = both.clashes
+    assert function == TWO
+    assert "already belongs to default/one" in clash
+    assert alone.clashes == set()
+    assert repr(alone._hosts) == repr(both._hosts)
 
 
 @pytest.mark.parametrize(

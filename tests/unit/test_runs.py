@@ -426,7 +426,7 @@ async def test_large_values_are_together_no_more_than_a_step_can_be_given():
     assert "over 6 MiB" in view.status.message
 
 
-@pytest.mark.parametrize("kind", ["text", "nested", "folder"])
+@pytest.mark.parametrize("kind", ["text", "bytes", "nested", "folder"])
 async def test_what_only_stands_for_a_value_fails_the_step_that_is_given_it(kind: str):
     """Anybody can write a reference; what it leads to need be no value."""
     work = Work()
@@ -436,7 +436,12 @@ async def test_what_only_stands_for_a_value_fails_the_step_that_is_given_it(kind
         if kind == "folder":
             (out / "x").mkdir()
         else:
-            (out / "x").write_text("no JSON" if kind == "text" else "[" * 200_000 + "]" * 200_000)
+            there = {
+                "text": b"no JSON",
+                "bytes": b'"\xff"',
+                "nested": b"[" * 200_000 + b"]" * 200_000,
+            }
+            (out / "x").write_bytes(there[kind])
         handover = server.runs._means.handover
         kept = handover.artifacts.put("default", out, "x")
         forged = {"$large": {"uri": kept.uri, "sha256": kept.sha256}}

@@ -1,6 +1,7 @@
 """Schedules: a trigger that cannot fire says why, and costs the others nothing."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from dayfly_gateway.triggers import schedules as module
 from dayfly_gateway.triggers.schedules import Schedules
 from dayfly_pool.errors import StoreFailed
 from dayfly_pool.models import Cron, Invocation, InvocationId, TriggerSpec
+from dayfly_pool.store.declarations import StoredTrigger
 from dayfly_pool.store.events import Accepted
-from dayfly_pool.store.sqlite import StoredTrigger
 
 NOW = 1_790_000_000.0
 SOON_S = 5.0
@@ -21,6 +22,7 @@ class FakeService:
 
     def __init__(self, *triggers: StoredTrigger) -> None:
         self.triggers = {(each.namespace, each.name): each for each in triggers}
+        self.owns: Callable[[str], bool] = lambda function: True
         self.errors: dict[str, Exception] = {}
         self.accepted: list[str] = []
         self.events = self.queue = self
@@ -108,3 +110,20 @@ async def test_a_look_that_fails_is_logged_and_not_the_last_one(
 
     assert caplog.records[0].exc_info
     assert set(service.accepted) == {"default/good"}
+
+
+async def test_only_what_the_server_owns_fires_and_the_rest_when_it_owns_that():
+    """From where it was; and what it owns no more is not waited for."""
+    service = FakeService(trigger("ours"), trigger("theirs"))
+    service.owns = lambda function: function == "default/ours"
+    watched = schedules(service)
+    await watched.look()
+    assert service.accepted == ["default/ours"]
+
+    service.owns = lambda function: function == "default/theirs"
+    next_at = await watched.look()
+    assert service.accepted == ["default/ours", "default/theirs"]
+    assert next_at is not None
+
+    service.owns = lambda function: False
+    assert await watched.look() is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dayfly_pool.errors import SecretNotFound
+from dayfly_pool.errors import SecretNotFound, SecretsAreMounted
 from dayfly_pool.store import secrets as module
 from dayfly_pool.store.secrets import Secrets
 
@@ -72,3 +72,20 @@ def test_one_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "secrets" / "default").iterdir()) == []
     with pytest.raises(SecretNotFound):
         secrets.get("default", "key")
+
+
+def test_those_that_somebody_else_keeps_are_read_and_never_changed(tmp_path: Path):
+    """As Kubernetes mounts them: links to a folder that is replaced as a whole."""
+    told = tmp_path / "secrets" / "default"
+    (told / "..data").mkdir(parents=True)
+    (told / "..data" / "key").write_bytes(b"x\n")
+    (told / "key").symlink_to("..data/key")
+    secrets = Secrets(tmp_path / "secrets", is_ours=False)
+
+    assert secrets.get("default", "key") == "x"
+    assert secrets.names() == [("default", "key")]
+    with pytest.raises(SecretsAreMounted, match="only read"):
+        secrets.put("default", "key", b"y")
+    with pytest.raises(SecretsAreMounted, match="only read"):
+        secrets.delete("default", "key")
+    assert secrets.get("default", "key") == "x"

@@ -14,8 +14,8 @@ from dayfly_gateway.hooks import Hooks
 from dayfly_pool.brokers import EventsSource, WebhookSource
 from dayfly_pool.errors import BadInput, BodyTooLarge, FunctionNotFound, PlatformError, StoreFailed
 from dayfly_pool.models import Invocation, InvocationId, TriggerSpec
+from dayfly_pool.store.declarations import StoredTrigger
 from dayfly_pool.store.events import Accepted
-from dayfly_pool.store.sqlite import StoredTrigger
 
 HEADERS = {"content-type": "application/cloudevents+json", "traceparent": ""}
 

@@ -1,6 +1,7 @@
 """One server's declarations: who may be forked, and events that wait for what is deployed."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,11 +11,20 @@ import msgspec
 import pytest
 
 from dayfly.protocol import Invoke
+from dayfly_gateway.app import DataPlane
+from dayfly_gateway.behind import Local
+from dayfly_gateway.config import GatewayConfig
+from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool import driver as drivers
+from dayfly_pool import service as services
+from dayfly_pool.batch.model import JobManifest, JobSpec
+from dayfly_pool.brokers import FolderSource
 from dayfly_pool.config import Config
+from dayfly_pool.errors import BadInput, BadPackage
 from dayfly_pool.events import EventMeta, failures, payload
 from dayfly_pool.models import (
     BASE,
+    Cron,
     EnvironmentManifest,
     EnvironmentSpec,
     FunctionManifest,
@@ -24,12 +34,17 @@ from dayfly_pool.models import (
     Metadata,
     Mold,
     Retry,
+    Route,
+    TriggerManifest,
+    TriggerSpec,
     function_id,
 )
-from dayfly_pool.packages import pack
+from dayfly_pool.packages import pack, pack_texts
 from dayfly_pool.service import Service
+from dayfly_pool.store.declarations import Change, StoredFunction, StoredTrigger
 from dayfly_pool.store.events import Ended, Event, Lease, State
 from dayfly_pool.testing import FakeDriver, FakeGuest
+from dayfly_pool.workflow.model import Output, Step, TaskSpec, WorkflowSpec
 
 E1 = InvocationId("event-1")
 SOURCE = "def handle(event):\n    return event\n"
@@ -61,7 +76,7 @@ class Server:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver()
-    monkeypatch.setattr(drivers, "load", lambda name, data, uid_first: driver)
+    monkeypatch.setattr(drivers, "load", lambda config: driver)
     return driver
 
 
@@ -331,3 +346,161 @@ async def test_what_is_kept_ready_is_what_functions_of_the_default_namespace_use
         assert list(server.service.pool.state.molds) == [Mold(BASE, "none", "default")]
     async with serving(tmp_path, generic_min=1, exec_namespaces=("default",)) as server:
         assert list(server.service.pool.state.molds) == [Mold(BASE)]
+
+
+async def test_routes_that_others_have_declared_over_each_other_are_lived_with(
+    driver: FakeDriver, tmp_path: Path
+):
+    """Who was declared first has it, at every server; and only a new clash is refused."""
+    route = Route("/x")
+    async with serving(tmp_path) as server:
+        plane = DataPlane(Local(server.service), GatewayConfig())
+        server.service.watch(plane.reroute)
+        for at, name in enumerate(("first", "second")):
+            spec = FunctionSpec(handler="main:handle", package=server.package, routes=(route,))
+            stored = StoredFunction(function_id("ours", name), 1, spec, BASE, float(at))
+            server.service._take_in(Change("Function", "ours", name, stored))
+
+        assert plane.routes.match("", "/x", "GET").function == "ours/first"
+        with pytest.raises(BadInput, match="already belongs"):
+            await server.deploy("ours", routes=(route,))
+        await server.deploy("ours")
+        server.service._take_in(Change("Function", "ours", "first", None))
+        assert plane.routes.match("", "/x", "GET").function == "ours/second"
+        assert function_id("ours", "first") not in server.service.pool.state.functions
+
+
+async def test_another_servers_firings_wake_nothing_here(driver: FakeDriver, tmp_path: Path):
+    """But how far it has looked is known, for whoever has the trigger next."""
+    every_minute = TriggerSpec(function="greet", cron=Cron("* * * * *"))
+    one = StoredTrigger("ours", "tick", every_minute, 1.0, seen=1.0)
+    seen = msgspec.structs.replace(one, seen=2.0)
+    paused = msgspec.structs.replace(seen, spec=msgspec.structs.replace(every_minute, paused=True))
+    woken = []
+    async with serving(tmp_path) as server:
+        service = server.service
+        service.watch_triggers(lambda: woken.append(service.triggers.get(("ours", "tick"))))
+        for stored in (one, one, seen, paused, None, None):
+            service._take_in(Change("Trigger", "ours", "tick", stored))
+            assert service.triggers.get(("ours", "tick")) == stored
+
+    assert woken == [one, paused, None]
+
+
+# ---- how code comes -----------------------------------------------------------------------------
+
+FILES = {"main.py": SOURCE, "data/numbers.txt": "1 2 3\n"}
+
+
+async def declared(service: Service, **code: Any) -> set[str]:
+    """Something of each kind with that code; the packages that they have now."""
+    await service.set_task("ours", "greet", TaskSpec(handler="main:handle", **code))
+    step = Step(name="a", handler="main:handle")
+    await service.set_workflow("ours", "greet", WorkflowSpec(steps=(step,), **code))
+    manifest = FunctionManifest(
+        Metadata("greet", "ours"), FunctionSpec(handler="main:handle", **code)
+    )
+    stored = await service.deploy(manifest)
+    job = await service.create_job(
+        JobManifest(metadata=Metadata("greet", "ours"), spec=JobSpec(script="cat main.py", **code))
+    )
+    specs = (
+        stored.spec,
+        service.workflows["ours", "greet"],
+        service.tasks["ours", "greet"],
+        job.stored.spec,
+    )
+    assert not any(spec.files or spec.package_url or spec.source for spec in specs)
+    return {spec.package for spec in specs}
+
+
+async def test_files_in_the_manifest_are_the_package(driver: FakeDriver, tmp_path: Path):
+    async with serving(tmp_path) as server:
+        (digest,) = await declared(server.service, files=FILES)
+        tree = server.service.packages.path(digest)
+        assert {name: (tree / name).read_text() for name in FILES} == FILES
+        before = server.service.functions[function_id("ours", "greet")].version
+        assert await declared(server.service, files=FILES) == {digest}
+        assert server.service.functions[function_id("ours", "greet")].version == before
+
+
+async def test_a_package_is_fetched_once_and_only_if_its_digest_is_told(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    archive, asked = pack_texts(FILES), list[str]()
+    digest = hashlib.sha256(archive).hexdigest()
+
+    async def fetch(url: str, digest: str, hosts: tuple[str, ...]) -> bytes:
+        asked.append(url)
+        return archive
+
+    monkeypatch.setattr(services, "fetch", fetch)
+    async with serving(tmp_path) as server:
+        url = "https://example.org/a.zip"
+        assert await declared(server.service, package=digest, package_url=url) == {digest}
+        assert asked == [url]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.py", "a//b.py"])
+async def test_files_lie_in_the_package(driver: FakeDriver, tmp_path: Path, name: str):
+    async with serving(tmp_path) as server:
+        spec = FunctionSpec(handler="main:handle", files={name: ""})
+        with pytest.raises(BadPackage):
+            await server.service.deploy(FunctionManifest(Metadata("greet", "ours"), spec))
+        assert not server.service.functions
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ({"files": FILES, "package": "0" * 64}, "files are the package"),
+        ({"files": FILES, "source": "."}, "files are the package"),
+        ({"files": {"a": "x" * 200_000}}, "over 128 KiB"),
+        ({"files": {str(n): "" for n in range(101)}}, "more than 100 files"),
+        ({"packageUrl": "https://a/b.zip"}, "needs package"),
+        ({"packageUrl": "ftp://a/b.zip", "package": "0" * 64}, "not like https"),
+        ({"packageUrl": "https://a:b@c/d.zip", "package": "0" * 64}, "holds a login"),
+    ],
+)
+def test_code_comes_in_one_way(code: dict[str, Any], why: str):
+    for kind, body in (
+        (FunctionSpec, {"handler": "m:h"}),
+        (JobSpec, {"script": "a"}),
+        (TaskSpec, {"script": "a"}),
+        (WorkflowSpec, {"steps": []}),
+    ):
+        with pytest.raises(msgspec.ValidationError, match=why):
+            msgspec.convert(body | code, kind)
+
+
+async def test_a_step_with_outputs_cannot_be_a_function_with_an_image(
+    driver: FakeDriver, tmp_path: Path
+):
+    driver.runs_images = True
+    async with serving(tmp_path) as server:
+        spec = FunctionSpec(image="example.org/web")
+        await server.service.deploy(FunctionManifest(Metadata("web"), spec))
+        steps = (Step(name="a", function="web", outputs=(Output(name="file"),)),)
+        await server.service.set_workflow("default", "flow", WorkflowSpec(steps=steps))
+        runs = server.service.runs
+        await runs.start("default", "flow", {}, "one")
+        async with asyncio.timeout(10):
+            while not (view := await runs.get("default", "one")).journal.is_over:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        assert view.status.state == "Failed"
+        assert "has no folders for what a step takes" in view.status.message
+
+
+async def test_a_foreign_namespace_has_no_folder_of_the_servers_watched(
+    tmp_path: Path, driver: FakeDriver
+):
+    async with serving(tmp_path, foreign_namespaces=("guests",)) as server:
+        triggers = Triggers(server.service)
+        spec = TriggerSpec(function="greet", folder=FolderSource(path=str(tmp_path)))
+        for namespace in ("guests", "ours"):
+            await server.deploy(namespace)
+        await triggers.declare(TriggerManifest(Metadata("files", "ours"), spec))
+        with pytest.raises(BadInput, match="is foreign"):
+            await triggers.declare(TriggerManifest(Metadata("files", "guests"), spec))
+
+        assert set(server.service.triggers) == {("ours", "files")}

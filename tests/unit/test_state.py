@@ -161,6 +161,43 @@ def test_the_first_call_of_all_creates_specializes_and_runs():
     assert state.misses == 1
 
 
+def test_what_survived_a_server_is_used_as_if_this_one_had_made_it():
+    """A generic one, and one that holds the function: neither is made again."""
+    state = pool()
+
+    assert state.survived(S1, GREET.mold, 0) == []
+    assert state.add_mold(GREET.mold, 1, 0) == []
+    assert deploy(state, GREET, 0) == []
+    assert state.survived_with(S2, GREET, 1, 0) == []
+    assert repr(state) == "<PoolState [1 generic, 1 idle | 0 waiting]>"
+    assert state.submit(I1, GREET.id, 1) == [Assign(S2, I1, "warm")]
+    assert state.submit(I2, GREET.id, 1)[:1] == [Specialize(S1, GREET)]
+
+
+def test_what_waits_is_run_where_the_function_survived():
+    state = deployed(GREET)
+    state.submit(I1, GREET.id, 0)
+
+    assert state.survived_with(S2, GREET, 1, 0) == [Assign(S2, I1, "warm")]
+
+
+def test_a_sandbox_that_others_end_takes_nothing_more():
+    """Idle or generic it goes at once, busy after what it runs; it is replaced where needed."""
+    state = pool()
+    play(state, deploy(state, function("greet", min_scale=2), 0), 0)
+    play(state, state.submit(I1, GREET.id, 0), 0)
+    busy, idle = sorted(state.sandboxes.values(), key=lambda box: box.phase is Phase.IDLE)
+
+    assert Destroy(idle.id, "leaving") in state.leaving(idle.id, 1)
+    play(state, state.leaving(busy.id, 1), 1)
+    assert state.leaving(busy.id, 1) == []
+    assert busy.running == {I1}
+    play(state, state.submit(I2, GREET.id, 1), 1)
+    assert I2 not in busy.running
+    assert state.finished(busy.id, I1, 0.1, 2)[:1] == [Destroy(busy.id, "updated")]
+    assert busy.id not in state.sandboxes
+
+
 def test_a_generic_sandbox_answers_a_claim_at_once_and_is_replaced():
     """A pool hit: the claim does not wait, and the refill starts as soon as one is taken."""
     state = deployed(GREET)
@@ -599,6 +636,20 @@ def test_a_minimum_that_does_not_fit_evicts_nothing():
 
     assert state.tick(1) == []
     assert list(state.functions[first.id].sandboxes) == [S1]
+
+
+def test_a_minimum_comes_and_goes_with_the_function_that_is_ours():
+    """Nothing is thrown away at once, and nothing starts anew: a shard may come back soon."""
+    kept = function("kept", min_scale=2, keep_alive_seconds=10)
+    state = pool()
+    play(state, state.deploy(kept, 0), 0)
+    assert state.keep(kept.id, 0, 1) == []
+    assert [type(command) for command in state.tick(60)] == [Destroy, Destroy]
+    assert state.tick(61) == []
+
+    assert state.keep(kept.id, 0, 62) == []
+    assert starts(state.keep(kept.id, 1, 63)) == 1
+    assert state.keep(function("nobody").id, 1, 64) == []
 
 
 def test_a_waiting_invocation_evicts_even_what_minscale_keeps():

@@ -29,7 +29,7 @@ from dayfly_pool.errors import PlatformError
 from dayfly_pool.events import Events
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Invocation, InvocationId, function_id
-from dayfly_pool.store.sqlite import StoredTrigger
+from dayfly_pool.store.declarations import StoredTrigger
 
 log = logging.getLogger("dayfly.triggers")
 T = TypeVar("T")

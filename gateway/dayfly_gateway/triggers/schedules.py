@@ -20,7 +20,7 @@ from dayfly_pool.events import rfc3339
 from dayfly_pool.ids import new_id
 from dayfly_pool.models import Cron, Invocation, InvocationId, TriggerManifest, function_id
 from dayfly_pool.service import Service
-from dayfly_pool.store.sqlite import StoredTrigger
+from dayfly_pool.store.declarations import StoredTrigger
 
 log = logging.getLogger("dayfly.triggers")
 LOOK_S_MAX: Final = 1.0
@@ -49,7 +49,7 @@ class _Life(Struct):
 
 
 class Schedules:
-    """Fires the declared triggers of *service*. *now* is the wall clock, in Unix seconds."""
+    """Fires the declared triggers that *service* owns. *now* is the wall clock, in Unix seconds."""
 
     def __init__(self, service: Service, now: Callable[[], float] = time.time) -> None:
         self._service, self._now = service, now
@@ -82,6 +82,10 @@ class Schedules:
             except TimeoutError:
                 pass
 
+    def look_soon(self) -> None:
+        """What is declared, or ours, may be something else."""
+        self._wake.set()
+
     async def look(self) -> float | None:
         """Fire what is due; returns when the next one will be, None if there is none."""
         now = self._now()
@@ -89,7 +93,11 @@ class Schedules:
             for life in self._lives.values():
                 life.is_known = False
         self._looked_at = now
-        declared = self._service.triggers
+        declared = {
+            key: trigger
+            for key, trigger in self._service.triggers.items()
+            if self._service.owns(function_id(trigger.namespace, trigger.spec.function))
+        }
         for key in self._lives.keys() - declared.keys():
             del self._lives[key]
         for trigger in list(declared.values()):

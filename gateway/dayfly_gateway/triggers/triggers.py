@@ -15,9 +15,9 @@ from dayfly_gateway.triggers.pump import Counts, Pump
 from dayfly_gateway.triggers.schedules import Schedules
 from dayfly_gateway.triggers.source import Source
 from dayfly_pool.errors import BadInput
-from dayfly_pool.models import TriggerManifest, TriggerSpec
+from dayfly_pool.models import TriggerManifest, TriggerSpec, function_id
 from dayfly_pool.service import Service
-from dayfly_pool.store.sqlite import StoredTrigger
+from dayfly_pool.store.declarations import StoredTrigger
 
 log = logging.getLogger("dayfly.triggers")
 LOOK_S: Final = 1.0
@@ -37,23 +37,36 @@ def adapter(kind: str) -> Any:
 
 
 class Triggers(Collector):
-    """Runs what *service* has declared. *sent* tells what was sent to those that nobody asks."""
+    """Runs what *service* has declared and owns.
+
+    *sent* tells what was sent to those that nobody asks.
+    """
 
     def __init__(self, service: Service, sent: Callable[[], Mapping[Named, Counts]] = dict) -> None:
         self.schedules = Schedules(service)
         self._service, self._sent = service, sent
         self._pumps: dict[tuple[str, str], tuple[Pump, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
+        service.watch_triggers(self._look)
         service.pool.metrics.registry.register(self)
+
+    def _look(self) -> None:
+        self._changed.set()
+        self.schedules.look_soon()
 
     async def declare(self, manifest: TriggerManifest) -> StoredTrigger:
         """Add or change a trigger. Raises `BadInput`, `FunctionNotFound`, and changes nothing."""
-        spec = manifest.spec
+        spec, namespace = manifest.spec, manifest.metadata.namespace
+        if spec.folder is not None and namespace in self._service.config.foreign_namespaces:
+            raise BadInput(
+                f"spec.folder is a folder of the server's own, and namespace {namespace!r} is"
+                " foreign: no trigger of it reads one"
+            )
         if spec.source not in WAITED_FOR:
             await asyncio.to_thread(adapter, spec.source)
         Filter(spec.filter)
         if (name := secret_of(spec)) is not None:
-            await asyncio.to_thread(self._service.secrets.get, manifest.metadata.namespace, name)
+            await asyncio.to_thread(self._service.secrets.get, namespace, name)
         stored = await self.schedules.declare(manifest)
         self._changed.set()
         return stored
@@ -81,7 +94,9 @@ class Triggers(Collector):
         wanted = {
             key: trigger
             for key, trigger in self._service.triggers.items()
-            if trigger.spec.source not in WAITED_FOR and not trigger.spec.paused
+            if trigger.spec.source not in WAITED_FOR
+            and not trigger.spec.paused
+            and self._service.owns(function_id(trigger.namespace, trigger.spec.function))
         }
         for key, (pump, task) in list(self._pumps.items()):
             if key not in wanted or wanted[key].spec != pump.trigger.spec:

@@ -4,10 +4,9 @@ import asyncio
 import logging
 import math
 import os
-import re
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
@@ -23,7 +22,7 @@ from dayfly_pool.batch.queues import Admission, QueueUse
 from dayfly_pool.batch.quota import Amounts, QueueSpec, amounts
 from dayfly_pool.config import Config
 from dayfly_pool.errors import BadInput, JobNotFound, NameTaken, PlatformError, StoreFailed
-from dayfly_pool.ids import new_id
+from dayfly_pool.ids import names_again, new_id
 from dayfly_pool.journal import Journals
 from dayfly_pool.models import Function, FunctionId, FunctionSpec
 from dayfly_pool.ours import Ours
@@ -52,8 +51,10 @@ HEADROOM: Final = 0.1
 
 PAGE: Final = 500
 RETRIES_MAX: Final = 1000
-_AGAIN: Final = re.compile(r"-r\d{1,4}\Z")
 STOPPED_S_MAX: Final = 5.0
+Ready = Callable[[str, set[str], set[str]], Awaitable[None]]
+"""Have packages and environments here, for a namespace. Raises `PlatformError`."""
+
 Prepare = Callable[[FunctionId, Stored, FunctionSpec], Function]
 """Have the pool know what a job's tasks are. Raises `PlatformError` when that cannot be now."""
 
@@ -69,7 +70,15 @@ class View(msgspec.Struct, frozen=True):
 class Jobs:
     """The jobs of one server. Use it inside `async with jobs.running():`."""
 
-    def __init__(self, pool: Pool, journals: Journals, prepare: Prepare, machine: Amounts) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        journals: Journals,
+        prepare: Prepare,
+        machine: Amounts,
+        ready: Ready | None = None,
+    ) -> None:
+        self._ready = ready
         self._admission = Admission(machine)
         self._pool, self._journals, self._prepare = pool, journals, prepare
         self._clock = journals.clock
@@ -175,9 +184,7 @@ class Jobs:
         succeeded = (await self.details(view)).succeeded
         left = running.indices_of(view.stored.spec, view.status.total).without(succeeded)
         spec = await asyncio.to_thread(again.spec_of, view.stored.spec, left, succeeded)
-        stem = _AGAIN.sub("", own)[:57].rstrip("-")
-        names = [name] if name else [f"{stem}-r{n}" for n in range(1, RETRIES_MAX + 1)]
-        for each in names:
+        for each in [name] if name else names_again(own, RETRIES_MAX):
             metadata = msgspec.structs.replace(view.stored.metadata, name=each)
             parts = {"metadata": metadata, "spec": spec, "function": function}
             stored = msgspec.structs.replace(view.stored, **parts)
@@ -349,6 +356,9 @@ class Jobs:
         job = Job(
             journal, self._pool, self._journals, self._clock, self._processors, self._job_changed
         )
+        if self._ready is not None:  # another server may have made it
+            spec = job.function
+            await self._ready(journal.namespace, {spec.package}, {spec.environment})
         function = self._prepare(job.function_id, job.stored, job.function)
         self._live[journal.id] = job
         self._carry_out(self._admission.submit(_ask(journal, job.stored), self._clock.now()))

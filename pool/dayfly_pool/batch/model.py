@@ -9,11 +9,14 @@ from dayfly_pool.declared import Model, Name, Seconds, given
 from dayfly_pool.models import (
     API_VERSION,
     BASE,
-    Digest,
+    Code,
+    Image,
     Limits,
     Metadata,
     Network,
+    Words,
     check_env,
+    check_image,
 )
 
 WORK: Final = ("function", "command", "script")
@@ -97,11 +100,12 @@ class Resources(Model, frozen=True):
     gpu: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
-class JobSpec(Model, frozen=True):
+class JobSpec(Code, frozen=True, kw_only=True):
     """One job: what each task does, how many there are, and when that is enough.
 
     A task is a deployed *function*, or a *command* or *script* (`#!` is honoured, else
-    `/bin/sh -e`) in the folder of the job's own *package*. There is one for each index: *size* of
+    `/bin/sh -e`) in the folder of the job's own *package*; or an *image*, whose program is its own
+    or *command* with *args*. There is one for each index: *size* of
     them from 0, those of *indices* (`1,3,6-9`), or one for each of *items*, which is its event.
     Without *parallelism* as many run at once as there are processors.
     """
@@ -109,8 +113,8 @@ class JobSpec(Model, frozen=True):
     function: Name | None = None
     command: Annotated[tuple[str, ...], Meta(min_length=1, max_length=1000)] | None = None
     script: Annotated[str, Meta(min_length=1, max_length=256 * 1024)] | None = None
-    package: Digest = ""
-    source: str | None = None
+    image: Image = ""
+    args: Words = ()
     environment: Annotated[str, Meta(max_length=64)] = BASE
     env: dict[str, str] = {}
     network: Network = "none"
@@ -135,12 +139,19 @@ class JobSpec(Model, frozen=True):
     resources: Resources = Resources()
 
     def __post_init__(self) -> None:
-        if len(given(self, WORK)) != 1:
-            raise ValueError(f"one of {', '.join(WORK)} is needed")
+        super().__post_init__()
+        if self.image:
+            if given(self, ("function", "script")):
+                raise ValueError("with image there is no function and no script")
+            check_image(self, self.environment, self.command or (), self.args)
+        elif len(given(self, WORK)) != 1:
+            raise ValueError(f"one of {', '.join(WORK)}, or image, is needed")
+        elif self.args or self.limits.resources:
+            raise ValueError("args and limits.resources go with image")
         if len(given(self, SIZES)) > 1:
             raise ValueError(f"only one of {', '.join(SIZES)} can be given")
-        if self.function is not None and (self.package or self.source or self.env):
-            raise ValueError("package, source and env are the function's own: deploy it with them")
+        if self.function is not None and (self.has_own or self.env):
+            raise ValueError("code and env are the function's own: deploy it with them")
         check_env(self.env)
         per_index = self.backoff_limit_per_index is not None
         if self.max_failed_indexes is not None and not per_index:
@@ -151,8 +162,8 @@ class JobSpec(Model, frozen=True):
 
     @property
     def kind(self) -> str:
-        """Which of function, command and script its tasks are."""
-        return given(self, WORK)[0]
+        """Which of function, command, script and image its tasks are."""
+        return "image" if self.image else given(self, WORK)[0]
 
     @property
     def failures_max(self) -> int:

@@ -7,8 +7,9 @@ import os
 import py_compile
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 
@@ -126,23 +127,27 @@ def command(
     zygote: bool = False,
     has_network: bool = False,
     stores: dict[str, str] | None = None,
+    pod: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The guest's, or a zygote's, command line; nothing in it is secret, user code may read it.
 
-    *stores* are those of artifacts and steps, where it may be told to mount from them.
+    *stores* are those of artifacts and steps, where it may be told to mount from them;
+    *pod* is its porter's post, where it is in one.
     """
     settings = {
         "isolated": isolated,
         "seccomp": f"{root}/{SECCOMP}",
         "zygote_seccomp": f"{root}/{ZYGOTE_SECCOMP}",
         "packages": packages,
-        "libraries": [libraries] if environment.path else [],
+        "libraries": [libraries] if environment.path or environment.image else [],
         "preload": list(environment.preload) if environment.early else [],
         "late": [],
         "limit_memory": limit_memory,
         "zygote": zygote,
         "has_network": has_network,
         "stores": stores or {},
+        "pod": pod,
+        "parcel": environment.parcel.digest if pod and environment.parcel else "",
     }
     boot = BOOT.format(root=root)
     return [python, "-I", "-S", "-X", "utf8", "-c", boot, json.dumps(settings)]

@@ -22,7 +22,8 @@ from typing import Any, Final
 import dayfly
 from dayfly.folders import STORES
 from dayfly_pool import memory
-from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit
+from dayfly_pool.config import Config
+from dayfly_pool.driver import GENERIC_LIMITS, MEMORY_HEADROOM_MB, Exit, OnThisMachine
 from dayfly_pool.drivers import cgroups, guest
 from dayfly_pool.errors import DriverUnavailable, SandboxStartFailed, ZygoteUnfit
 from dayfly_pool.models import Environment, Function, Limits, Mold, SandboxId
@@ -63,14 +64,16 @@ def find_bwrap() -> str | None:
     return shutil.which("bwrap", path=os.path.dirname(sys.executable))
 
 
-class LinuxDriver:
+class LinuxDriver(OnThisMachine):
     """See `Driver`."""
 
     isolated = True
     can_fork = True
 
-    def __init__(self, data: Path, uid_first: int) -> None:
-        self._data = data
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._data = config.data
+        uid_first = config.uid_first
         self._uid_first = uid_first if os.geteuid() == 0 else None
         self.steps_owner = uid_first - 1 if os.geteuid() == 0 else os.geteuid()
         self._bwrap = ""

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from dayfly_pool.driver import Exit
+from dayfly_pool.config import Config
+from dayfly_pool.driver import Exit, OnThisMachine
 from dayfly_pool.drivers import guest
 from dayfly_pool.errors import SandboxStartFailed, ZygoteUnfit
 from dayfly_pool.models import Environment, Function, Limits, Mold, SandboxId
@@ -24,15 +25,16 @@ END_WITH_PARENT: Final = "import ctypes; ctypes.CDLL(None).prctl(1, 9); "
 """PR_SET_PDEATHSIG, SIGKILL: busy with a handler, it would not see that the server is gone."""
 
 
-class ProcessDriver:
+class ProcessDriver(OnThisMachine):
     """See `Driver`."""
 
     isolated = False
     can_fork = False
     sets_apart = False
 
-    def __init__(self, data: Path, uid_first: int) -> None:
-        self._data = data
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._data = config.data
         self._guest = Path()
         self._python = os.path.realpath(sys.executable)
         self._processes: dict[str, asyncio.subprocess.Process] = {}

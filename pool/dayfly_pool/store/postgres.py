@@ -12,6 +12,13 @@ from psycopg import AsyncConnection, AsyncCursor
 from dayfly_pool.errors import StoreFailed
 
 CONNECT_S_MAX: Final = 10
+IDLE_MS_MAX: Final = 10_000
+"""Who says nothing for so long in the middle of a transaction has stopped, and may hold the lock
+that all others wait for."""
+
+STATEMENT_MS_MAX: Final = 60_000
+"""Of one that writes, the wait for the locks of others included."""
+
 MIGRATING: Final = 0x6461_7966_6C79
 """The advisory lock of whoever brings the tables up to date."""
 
@@ -30,6 +37,9 @@ class Postgres:
         self._is_open = False
         self._write_connection: AsyncConnection[Any] | None = None
         self._read_connection: AsyncConnection[Any] | None = None
+        self._is_doubtful = False
+        """A write has failed: what is wrong with one connection is mostly wrong with both."""
+
         self._writing, self._reading = asyncio.Lock(), asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -78,55 +88,67 @@ class Postgres:
     async def _written_to(self) -> AsyncIterator[AsyncConnection[Any]]:
         async with self._writing, _renamed():
             if self._write_connection is None or self._write_connection.closed:
-                self._write_connection = await self._connect()
-                await self._write_connection.set_autocommit(True)
-                await self._write_connection.execute("SET synchronous_commit = on")
+                self._write_connection = await self._connect(
+                    "SET synchronous_commit = on;"
+                    f"SET idle_in_transaction_session_timeout = {IDLE_MS_MAX};"
+                    f"SET statement_timeout = {STATEMENT_MS_MAX}"
+                )
             try:
                 yield self._write_connection
             except BaseException:
-                await self._drop()
+                connection, self._write_connection = self._write_connection, None
+                self._is_doubtful = True
+                await _end(connection)
                 raise
 
     @asynccontextmanager
     async def reader(self) -> AsyncIterator[Cursor]:
         """What is there now, statement by statement. Raises `StoreFailed`."""
         async with self._reading, _renamed():
+            if self._is_doubtful:
+                connection, self._read_connection = self._read_connection, None
+                self._is_doubtful = False
+                await _end(connection)
             if self._read_connection is None or self._read_connection.closed:
                 self._read_connection = await self._connect()
-                await self._read_connection.set_autocommit(True)
             try:
                 async with self._read_connection.cursor() as cursor:
                     yield cursor
             except BaseException:
-                self._read_connection = None  # the next one has another
+                connection, self._read_connection = self._read_connection, None
+                await _end(connection)
                 raise
 
-    async def listen(self, channel: str, told: Callable[[str], None]) -> None:
+    async def listen(
+        self, channel: str, told: Callable[[str], None], ready: Callable[[], None] = lambda: None
+    ) -> None:
         """Call *told* with all that is said there, by whomever; for ever.
 
-        Raises `StoreFailed` when the connection is lost.
+        From the call of *ready* on nothing that is said is missed. Raises `StoreFailed` when the
+        connection is lost.
         """
         async with _renamed(), await self._connect() as connection:
-            await connection.set_autocommit(True)
-            await connection.execute(f"LISTEN {channel}")
+            await connection.execute(f"LISTEN {channel}".encode())
+            ready()
             async for notice in connection.notifies():
                 told(notice.payload)
 
-    async def _connect(self) -> AsyncConnection[Any]:
+    async def _connect(self, settings: str = "") -> AsyncConnection[Any]:
         if not self._is_open:
             raise StoreFailed("it is closed")
-        return await AsyncConnection.connect(self.dsn, connect_timeout=CONNECT_S_MAX)
-
-    async def _drop(self) -> None:
-        """Connect anew, to read as well: what is wrong with one is mostly wrong with both."""
-        connections = self._write_connection, self._read_connection
-        self._write_connection = self._read_connection = None
-        for connection in connections:
-            if connection is not None:
-                with contextlib.suppress(psycopg.Error, OSError):
-                    await connection.close()
+        connection = await AsyncConnection.connect(
+            self.dsn, autocommit=True, connect_timeout=CONNECT_S_MAX
+        )
+        try:
+            if settings:
+                await connection.execute(settings.encode())
+        except BaseException:  # one without them is used by nobody
+            await _end(connection)
+            raise
+        return connection
 
     async def _migrate(self, cursor: Cursor) -> None:
+        await cursor.execute("SET LOCAL statement_timeout = 0")  # a table may be long
         await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
         await cursor.execute("CREATE SCHEMA IF NOT EXISTS dayfly")
         await cursor.execute(f"CREATE TABLE IF NOT EXISTS {self._versions} (number int NOT NULL)")
@@ -140,6 +162,12 @@ class Postgres:
         for number, script in enumerate(self._migrations[done or 0 :], start=(done or 0) + 1):
             await cursor.execute(script.encode())
             await cursor.execute(f"INSERT INTO {self._versions} VALUES (%s)", (number,))
+
+
+async def _end(connection: AsyncConnection[Any] | None) -> None:
+    if connection is not None:
+        with contextlib.suppress(psycopg.Error, OSError):
+            await connection.close()
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
 """Secrets that triggers and destinations name: files that only the server's user can read.
 
+A folder that somebody else keeps, as one that Kubernetes mounts, is only read.
 A secret's text is in no manifest, no answer of the API, no log line and no command line.
 """
 
@@ -9,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from dayfly_pool.errors import BadInput, DataFolderUnusable, SecretNotFound
+from dayfly_pool.errors import BadInput, DataFolderUnusable, SecretNotFound, SecretsAreMounted
 
 BYTES_MAX: Final = 64 * 1024
 NUMBER_MAX: Final = 10_000
@@ -17,18 +18,22 @@ _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 
 
 class Secrets:
-    """The secrets of all namespaces, in *folder*. Its methods wait for the disk, briefly."""
+    """The secrets of all namespaces, in *folder*: `NAMESPACE/NAME`. Waits for the disk, briefly.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    One that is not ours (*is_ours*) is only read, and then `put` and `delete` raise
+    `SecretsAreMounted`.
+    """
+
+    def __init__(self, folder: Path, *, is_ours: bool = True) -> None:
+        self._folder, self._is_ours = folder, is_ours
 
     def put(self, namespace: str, name: str, text: bytes) -> None:
         """Keep *text*, in the place of what was there. Raises `BadInput`, `DataFolderUnusable`.
 
         A line break at its end is not part of it.
         """
-        path = self._path(namespace, name)
-        text = text.removesuffix(b"\n").removesuffix(b"\r")
+        path = self._path_to_change(namespace, name)
+        text = _without_end(text)
         if not text or len(text) > BYTES_MAX:
             raise BadInput(f"a secret is 1 to {BYTES_MAX} bytes")
         try:
@@ -48,7 +53,8 @@ class Secrets:
         """The text. Raises `SecretNotFound`, `DataFolderUnusable`."""
         path = self._path(namespace, name)
         try:
-            return path.read_bytes().decode()  # as text its line breaks would be others
+            text = path.read_bytes()  # as text its line breaks would be others
+            return (text if self._is_ours else _without_end(text)).decode()
         except FileNotFoundError:
             raise SecretNotFound(f"no secret {namespace}/{name}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +63,7 @@ class Secrets:
     def delete(self, namespace: str, name: str) -> None:
         """Forget it. Raises `SecretNotFound`."""
         try:
-            self._path(namespace, name).unlink()
+            self._path_to_change(namespace, name).unlink()
         except FileNotFoundError:
             raise SecretNotFound(f"no secret {namespace}/{name}") from None
         except OSError as error:
@@ -68,10 +74,19 @@ class Secrets:
         paths = self._folder.glob("*/*")
         return sorted((p.parent.name, p.name) for p in paths if _NAME.match(p.name))
 
+    def _path_to_change(self, namespace: str, name: str) -> Path:
+        if not self._is_ours:
+            raise SecretsAreMounted(f"the secrets in {self._folder} are only read here")
+        return self._path(namespace, name)
+
     def _path(self, namespace: str, name: str) -> Path:
         if not (_NAME.match(namespace) and _NAME.match(name)):
             raise BadInput("names are lower-case letters, digits and dashes, at most 63")
         return self._folder / namespace / name
+
+
+def _without_end(text: bytes) -> bytes:
+    return text.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def _write(path: Path, text: bytes) -> None:

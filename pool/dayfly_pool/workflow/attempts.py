@@ -120,6 +120,10 @@ class Means(Struct, frozen=True):
     flights: dict[str, asyncio.Future[None]]
     """Steps that are declared pure and run now, by key."""
 
+    ready: Callable[[str, set[str], set[str]], Awaitable[None]] | None = None
+    """Has packages and environments here, for a namespace, where another server may have made a
+    run. Raises `PlatformError`."""
+
     garbage_s: float = 3600.0
     """What nothing refers to is kept for so long: see `garbage`."""
 
@@ -264,7 +268,8 @@ class Attempts:
                     was_cached=True,
                     report=Report(why=f"it left the same in run {found.run}"),
                 )
-            end = await self._run_step(invoke, body)
+            self._saw(invoke, body)
+            end = await self._furnished(invoke, body)
             if isinstance(end, Ended):
                 name = self.stored.metadata.name
                 kept = Cached(end.results, end.outputs, name, self._means.clock.now())
@@ -297,7 +302,7 @@ class Attempts:
 
     async def _run_step(self, invoke: Invoke, body: Body) -> Ended | Failed:
         self._saw(invoke, body)
-        if is_furnished(invoke) or cache.is_pure(invoke):
+        if is_furnished(invoke):
             return await self._furnished(invoke, body)
         function = self._means.prepare(self.namespace, self._workflow_of(invoke), body)
         self.functions.add(function)

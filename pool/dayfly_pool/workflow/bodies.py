@@ -83,7 +83,7 @@ def identity(namespace: str, workflow: str, body: Body, environment: str) -> str
     spec = body.spec
     assert spec is not None
     whole = msgspec.json.encode([spec, body.script, environment], order="deterministic")
-    what = "script" if spec.handler == COMMAND else spec.handler.rpartition(":")[2]
+    what = "script" if spec.handler == COMMAND else (spec.handler or "").rpartition(":")[2]
     return f"{namespace}/{workflow}.{what}.{hashlib.sha256(whole).hexdigest()[:16]}"
 
 

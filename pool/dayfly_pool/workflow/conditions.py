@@ -176,16 +176,15 @@ def _check_size(value: Any) -> None:
     todo, left = [value], SIZE_MAX
     while todo:
         item = todo.pop()
-        if isinstance(item, dict):
-            item = [*item, *item.values()] if len(item) < left else [*range(left)]
-        is_several = isinstance(item, list | tuple)
-        left -= len(item) if isinstance(item, str | list | tuple) else VALUE_SIZE
+        left -= len(item) if isinstance(item, str | list | tuple | dict) else VALUE_SIZE
         if left < 0:
             raise BadInput(
                 f"when: over {SIZE_MAX >> 10} KiB to compare: have a step compare it, and take"
                 " its result"
             )
-        if is_several:
+        if isinstance(item, dict):
+            todo += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
             todo += item
 
 

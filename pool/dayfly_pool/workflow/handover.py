@@ -394,8 +394,8 @@ class Handover:
                 ) from None
             left -= len(found)
             try:
-                return msgspec.json.decode(found, type=msgspec.Raw)
-            except (msgspec.DecodeError, RecursionError):
+                return msgspec.json.decode(found.decode(), type=msgspec.Raw)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 raise BadInput(f"{artifact.uri} is no value: it is not JSON") from None
 
         return put_back(value)

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from dayfly_pool.declared import Model, Name, given
-from dayfly_pool.models import API_VERSION, Limits, Metadata, Network
+from dayfly_pool.models import API_VERSION, Code, Limits, Metadata, Network
 
 ParamType = Literal["string", "integer", "number", "boolean", "array", "object", "artifact", "any"]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}\Z")]
@@ -234,6 +234,7 @@ class Step(Model, frozen=True):
             raise ValueError(f"step {self.name!r} needs one of {', '.join(BODIES)}; it has {has}")
         if self.command is not None:
             check_command(self.command, f"step {self.name!r}")
+        check_limits(self.limits, f"step {self.name!r}")
         if self.limits is not None and (whose := self.function or self.workflow):
             raise ValueError(
                 f"step {self.name!r}: limits are declared where its code is, in {whose!r}"
@@ -272,8 +273,8 @@ class Timeouts(Model, frozen=True, rename={"finally_": "finally"}):
             _check_timeout(f"timeouts.{name.rstrip('_')}", getattr(self, name))
 
 
-class WorkflowSpec(Model, frozen=True, rename={"finally_": "finally"}):
-    """Steps and what they have in common. *package* holds handlers' code, as of a function."""
+class WorkflowSpec(Code, frozen=True, kw_only=True, rename={"finally_": "finally"}):
+    """Steps and what they have in common; handlers are in its own code, as of a function."""
 
     steps: tuple[Step, ...]
     finally_: tuple[Step, ...] = ()
@@ -281,12 +282,10 @@ class WorkflowSpec(Model, frozen=True, rename={"finally_": "finally"}):
     workspaces: tuple[Word, ...] = ()
     results: dict[Word, Any] = {}
     timeouts: Timeouts = Timeouts()
-    package: str = ""
-    source: str | None = None
     environment: Annotated[str, Meta(max_length=64)] = "base"
 
 
-class TaskSpec(Model, frozen=True):
+class TaskSpec(Code, frozen=True, kw_only=True):
     """A step that workflows share: what it takes, what it leaves, how it is done."""
 
     params: tuple[Param, ...] = ()
@@ -303,22 +302,28 @@ class TaskSpec(Model, frozen=True):
     network: Network = "none"
     limits: Limits | None = None
     cache: bool = False
-    package: str = ""
-    source: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         bodies = given(self, BODIES[:4])
         if len(bodies) != 1:
             has = " and ".join(bodies) or "none"
             raise ValueError(f"a task needs one of {', '.join(BODIES[:4])}; it has {has}")
         if self.command is not None:
             check_command(self.command, "the task")
+        check_limits(self.limits, "the task")
         if self.limits is not None and self.function is not None:
             raise ValueError(f"limits are declared where its code is, in {self.function!r}")
         if self.cache and self.network == "host":
             raise ValueError("what has a network is not cached: leave out cache or network")
         check_env(self.env, "the task")
         check_streams(self.outputs, "the task")
+
+
+def check_limits(limits: Limits | None, whose: str) -> None:
+    """Raise `ValueError` for what only the pod of an image can be given."""
+    if limits is not None and limits.resources:
+        raise ValueError(f"{whose}: limits.resources go with an image")
 
 
 def check_env(env: Mapping[str, str], whose: str) -> None:

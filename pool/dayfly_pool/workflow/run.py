@@ -21,16 +21,9 @@ from typing import Any, Final, Literal, assert_never
 import msgspec
 from msgspec import Struct
 
-from dayfly_pool.errors import (
-    BadInput,
-    Draining,
-    PlatformError,
-    StoreFailed,
-)
+from dayfly_pool.errors import BadInput, Draining, PlatformError, StoreFailed
 from dayfly_pool.journal import Journals
-from dayfly_pool.models import (
-    FunctionId,
-)
+from dayfly_pool.models import FunctionId
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
 from dayfly_pool.workflow import facts, observing
 from dayfly_pool.workflow.attempts import Attempts, Means, StoredRun
@@ -52,9 +45,7 @@ from dayfly_pool.workflow.facts import (
     Started,
 )
 from dayfly_pool.workflow.graph import Graph, check
-from dayfly_pool.workflow.handover import (
-    Left,
-)
+from dayfly_pool.workflow.handover import Left
 from dayfly_pool.workflow.observing import Seen
 from dayfly_pool.workflow.plan import Definition
 from dayfly_pool.workflow.provenance import statement

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections import Counter, deque
@@ -21,7 +20,7 @@ from dayfly_pool.errors import (
     RunNotFound,
     WorkflowNotFound,
 )
-from dayfly_pool.ids import new_id
+from dayfly_pool.ids import names_again, new_id
 from dayfly_pool.models import FunctionId, Invocation, Metadata, Mounts, Outcome
 from dayfly_pool.ours import Ours
 from dayfly_pool.store.journals import Entry, Journal, JournalId, NewEntry, Wish
@@ -55,8 +54,6 @@ NESTED_MAX: Final = 100
 """Different workflows that one is made of."""
 
 RETRIES_MAX: Final = 100
-_AGAIN: Final = re.compile(r"-r\d{1,3}\Z")
-"""What the name of a run that was retried ends with."""
 
 
 class View(Struct, frozen=True):
@@ -185,11 +182,11 @@ class Runs:
             raise BadInput(f"run {name!r} never began: start another")
         for part in (run.LEFT, run.KEPT):
             entries += await run.log_of(self._journals, view.journal.id, part)
-        id_, stem = JournalId(new_id()), _AGAIN.sub("", name)
-        for number in range(1, RETRIES_MAX + 1):
+        id_ = JournalId(new_id())
+        for another in names_again(name, RETRIES_MAX):
             stored = msgspec.structs.replace(
                 view.stored,
-                metadata=_metadata(namespace, f"{stem[:57].rstrip('-')}-r{number}"),
+                metadata=_metadata(namespace, another),
                 secret=secrets.token_bytes(32),
             )
             with suppress(NameTaken):
@@ -390,6 +387,9 @@ class Runs:
         return sum((live.steps_ended for live in self._live.values()), self._steps_ended)
 
     async def _go_on(self, journal: Journal) -> None:
+        if (ready := self._means.ready) is not None:
+            definition = msgspec.json.decode(journal.spec, type=StoredRun).definition
+            await ready(journal.namespace, packages_of(definition), environments_of(definition))
         live = LiveRun(journal, self._means)
         self._live[journal.id] = self._named[journal.namespace, journal.name] = live
         for wish in self._ours.wishes(journal.id):
@@ -488,6 +488,15 @@ def packages_of(definition: Definition) -> set[str]:
     """The digests of all that its steps need."""
     specs: list[WorkflowSpec | TaskSpec] = [definition.root, *definition.workflows.values()]
     return {spec.package for spec in [*specs, *definition.tasks.values()] if spec.package}
+
+
+def environments_of(definition: Definition) -> set[str]:
+    """The names of those that its steps run in."""
+    specs = [definition.root, *definition.workflows.values()]
+    names = {spec.environment for spec in specs}
+    names |= {task.environment for task in definition.tasks.values()}
+    steps = [step for spec in specs for step in (*spec.steps, *spec.finally_)]
+    return names | {step.environment for step in steps if step.environment}
 
 
 def _metadata(namespace: str, name: str) -> Metadata:

@@ -8,18 +8,17 @@ nothing is checked that the model checks.
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
-from dayfly_pool.models import Limits, Network
+from dayfly_pool.models import Limits
 from dayfly_pool.workflow.model import (
     Condition,
     Declared,
     Matrix,
     Output,
     Param,
-    ParamType,
     Retries,
     Step,
     TaskSpec,
@@ -107,14 +106,6 @@ _FIELDS: Final[Mapping[str, type]] = {
 }
 """What is declared where, by the last word of its path."""
 
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "onError": ("stopAndFail", "continue"),
-    "operator": ("in", "notin"),
-    "merge": ("fail", "ordered", "reduce"),
-    "type": get_args(ParamType),
-    "network": get_args(Network),
-}
-
 
 def _last_word(path: str) -> str:
     words = re.findall(r"[A-Za-z]+", path)
@@ -132,8 +123,19 @@ def _meant_field(what: str, path: str, kind: type) -> str:
 def _meant_choice(what: str, path: str) -> str:
     """What there is instead of the word that msgspec refuses in *what*."""
     word, given = _last_word(path), what.removeprefix("Invalid enum value ").strip("'")
-    choices = _CHOICES.get(word)
+    choices = _choices(word)
     return f"{word} is {given!r}{meant(given, choices)}" if choices else what
+
+
+def _choices(word: str) -> list[str]:
+    """The words that a field of this name takes, if it takes only some."""
+    fields = (field for kind in _FIELDS.values() for field in msgspec.structs.fields(kind))
+    for field in fields:
+        if field.encode_name == word:
+            types = (field.type, *get_args(field.type))  # it may be left out
+            return [each for type_ in types if get_origin(type_) is Literal
+                    for each in get_args(type_)]  # fmt: skip
+    return []
 
 
 def _of_step(what: str, path: str, spec: Any) -> str:

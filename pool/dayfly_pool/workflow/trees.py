@@ -23,27 +23,21 @@ from typing import Final
 
 from msgspec import Struct
 
+from dayfly.freight import (
+    BYTES_MAX,
+    DEPTH_MAX,
+    ENTRIES_MAX,
+    HOLES_MAX,
+    PATH_BYTES_MAX,
+    holes,
+)
 from dayfly_pool.errors import BadTree, TakingEnded
-
-ENTRIES_MAX: Final = 250_000
-BYTES_MAX: Final = 64 << 30
-"""Of all files together, holes counted as well: hashing them takes as long."""
-
-HOLES_MAX: Final = 1 << 30
-"""Of a tree's big files: holes cost nobody a byte, and who hashes them as long as bytes would."""
-
-DEPTH_MAX: Final = 128
-PATH_BYTES_MAX: Final = 3072
-"""Below the 4096 of the kernel, so that it can be named from the root as well."""
 
 BIG_BYTES: Final = 256 << 10
 """From here on a file is hashed beside the walk: hashing outweighs handing it to a thread."""
 
 UNDER_WAY_MAX: Final = 64
 CHUNK_BYTES: Final = 256 << 10
-BLOCK_BYTES: Final = 512
-"""In which stat(2) tells what a file occupies, whatever the file system's own blocks are."""
-
 WRITE_BACK_BYTES: Final = 32 << 20
 SYNC_EACH_MAX: Final = 8
 """Up to so many files are synchronized one by one, more with the whole file system: 2,000 small
@@ -377,27 +371,6 @@ def hashed(file: int, path: str, status: os.stat_result, go_on: GoOn = always) -
     if (done, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise BadTree(f"{shown(path)} was changed while it was read: its writer must end first")
     return digest.hexdigest()
-
-
-def holes(file: int, status: os.stat_result) -> int:
-    """How many bytes of a big open file nobody wrote; it stops counting above HOLES_MAX.
-
-    A file system that compresses or writes later says that a file occupies little, so what
-    it occupies is no proof.
-    """
-    size, found, at = status.st_size, 0, 0
-    if size < BIG_BYTES or status.st_blocks * BLOCK_BYTES >= size:
-        return 0
-    while at < size and found <= HOLES_MAX:
-        try:
-            data = os.lseek(file, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return found + size - at  # no more data
-        found += data - at
-        at = os.lseek(file, data, os.SEEK_HOLE)
-    return found
 
 
 def begin_writing(file: int, start: int) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
-from msgspec import Struct
 
 from dayfly_pool.errors import DataFolderUnusable
 from dayfly_pool.models import (
@@ -24,6 +23,7 @@ from dayfly_pool.models import (
     TriggerSpec,
 )
 from dayfly_pool.store.database import connect
+from dayfly_pool.store.declarations import Kind, StoredEnvironment, StoredFunction, StoredTrigger
 
 T = TypeVar("T")
 
@@ -68,46 +68,12 @@ MIGRATIONS: Final = (
         PRIMARY KEY (kind, namespace, name)
     ) STRICT, WITHOUT ROWID;
     """,
+    "ALTER TABLE environments ADD COLUMN locked TEXT NOT NULL DEFAULT '';",
 )
 
 
-class StoredFunction(Struct, frozen=True):
-    """A declared function. *environment* is a digest, *updated* Unix time in seconds."""
-
-    id: FunctionId
-    version: int
-    spec: FunctionSpec
-    environment: str
-    updated: float
-
-
-class StoredEnvironment(Struct, frozen=True):
-    """A declared environment and what was built for it. *updated* is Unix time in seconds."""
-
-    namespace: str
-    name: str
-    spec: EnvironmentSpec
-    environment: Environment
-    updated: float
-
-
-class StoredTrigger(Struct, frozen=True):
-    """A declared trigger.
-
-    *seen* is up to when its source has been looked at, in Unix time, *last* the event that it made
-    last.
-    """
-
-    namespace: str
-    name: str
-    spec: TriggerSpec
-    updated: float
-    seen: float
-    last: InvocationId = InvocationId("")
-
-
-class Declarations:
-    """Functions and environments as declared, in the SQLite file *path*.
+class SqliteDeclarations:
+    """See `Store`. In the SQLite file *path*.
 
     Every method may raise DataFolderUnusable; what it was to write is then not written.
     A caller that is cancelled while saving does not stop the save.
@@ -119,7 +85,7 @@ class Declarations:
         self._open_connection: sqlite3.Connection | None = None
 
     def __repr__(self) -> str:
-        return f"<Declarations {self._path} {'open' if self._thread else 'closed'}>"
+        return f"<SqliteDeclarations {self._path} {'open' if self._thread else 'closed'}>"
 
     async def open(self) -> None:
         """Open the file, create or migrate it, and check that it is sound."""
@@ -158,17 +124,17 @@ class Declarations:
         """All functions, by id."""
         return await self._call(self._functions)
 
-    async def save_environment(
-        self,
-        namespace: str,
-        name: str,
-        spec: EnvironmentSpec,
-        environment: Environment,
-        now: float,
-    ) -> None:
+    async def save_environment(self, environment: StoredEnvironment) -> None:
         """Declare an environment, in the place of one of that name."""
-        row = (namespace, name, msgspec.json.encode(spec), msgspec.json.encode(environment), now)
-        statement = "INSERT OR REPLACE INTO environments VALUES (?, ?, ?, ?, ?)"
+        row = (
+            environment.namespace,
+            environment.name,
+            msgspec.json.encode(environment.spec),
+            msgspec.json.encode(environment.environment),
+            environment.updated,
+            environment.locked,
+        )
+        statement = "INSERT OR REPLACE INTO environments VALUES (?, ?, ?, ?, ?, ?)"
         await self._call(lambda: self._write(statement, row))
 
     async def delete_environment(self, namespace: str, name: str) -> bool:
@@ -195,17 +161,17 @@ class Declarations:
         statement = "UPDATE triggers SET seen = ?, last = ? WHERE namespace = ? AND name = ?"
         await self._call(lambda: self._write(statement, (seen, last, namespace, name)))
 
-    async def save_spec(self, kind: str, namespace: str, name: str, spec: bytes) -> None:
+    async def save_spec(self, kind: Kind, namespace: str, name: str, spec: bytes) -> None:
         """Declare something of *kind*, in the place of one of that name."""
         statement = "INSERT OR REPLACE INTO specs VALUES (?, ?, ?, ?)"
         await self._call(lambda: self._write(statement, (kind, namespace, name, spec)))
 
-    async def delete_spec(self, kind: str, namespace: str, name: str) -> bool:
+    async def delete_spec(self, kind: Kind, namespace: str, name: str) -> bool:
         """Forget it. False if there was none."""
         statement = "DELETE FROM specs WHERE kind = ? AND namespace = ? AND name = ?"
         return await self._call(lambda: self._write(statement, (kind, namespace, name)) > 0)
 
-    async def specs(self, kind: str) -> list[tuple[str, str, bytes]]:
+    async def specs(self, kind: Kind) -> list[tuple[str, str, bytes]]:
         """(namespace, name, spec) of all of *kind*, in order."""
         return await self._call(lambda: self._specs(kind))
 
@@ -280,15 +246,15 @@ class Declarations:
 
     def _environments(self) -> list[StoredEnvironment]:
         rows = self._connection.execute(
-            "SELECT namespace, name, spec, environment, updated FROM environments"
+            "SELECT namespace, name, spec, environment, updated, locked FROM environments"
             " ORDER BY namespace, name"
         )
         found = []
-        for namespace, name, spec, environment, updated in rows:
+        for namespace, name, spec, environment, *rest in rows:
             row = f"environment {namespace}/{name}"
             declared = self._spec(spec, EnvironmentSpec, row)
             built = self._spec(environment, Environment, row)
-            found.append(StoredEnvironment(namespace, name, declared, built, updated))
+            found.append(StoredEnvironment(namespace, name, declared, built, *rest))
         return found
 
     def _specs(self, kind: str) -> list[tuple[str, str, bytes]]:

@@ -1,0 +1,1 @@
+"""Several machines: which shard has which function, who is there; what is needed of Kubernetes."""
