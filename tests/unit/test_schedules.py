@@ -24,12 +24,15 @@ class FakeService:
         self.triggers = {(each.namespace, each.name): each for each in triggers}
         self.owns: Callable[[str], bool] = lambda function: True
         self.errors: dict[str, Exception] = {}
+        self.delays: dict[str, asyncio.Event] = {}
         self.accepted: list[str] = []
         self.events = self.queue = self
 
     async def accept(self, invocation: Invocation, **more: Any) -> Accepted:
         if invocation.function in self.errors:
             raise self.errors[invocation.function]
+        if invocation.function in self.delays:
+            await self.delays[invocation.function].wait()
         self.accepted.append(invocation.function)
         return Accepted(invocation.id)
 
@@ -127,3 +130,16 @@ async def test_only_what_the_server_owns_fires_and_the_rest_when_it_owns_that():
 
     service.owns = lambda function: False
     assert await watched.look() is None
+
+
+async def test_one_that_has_a_lot_to_make_up_for_holds_up_no_other():
+    service = FakeService(trigger("late"), trigger("punctual"))
+    service.delays["default/late"] = asyncio.Event()
+    async with asyncio.timeout(SOON_S), asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(schedules(service).look())
+        while not service.accepted:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert not looking.done()
+        service.delays["default/late"].set()
+
+    assert service.accepted == ["default/punctual", "default/late"]

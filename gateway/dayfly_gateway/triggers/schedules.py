@@ -26,6 +26,10 @@ log = logging.getLogger("dayfly.triggers")
 LOOK_S_MAX: Final = 1.0
 """The wall clock may jump: it is looked at again after this long at the latest."""
 
+TOGETHER_MAX: Final = 100
+"""So many triggers fire at once, each its own firings in turn: one that has a lot to make up for
+holds up no other, and what many accept at one moment is written to the disk once."""
+
 DEFECT_S: Final = 5.0
 """Before the next look after one that failed for a defect of ours, with a traceback."""
 
@@ -100,21 +104,29 @@ class Schedules:
         }
         for key in self._lives.keys() - declared.keys():
             del self._lives[key]
-        for trigger in list(declared.values()):
-            if trigger.spec.cron is not None:
-                await self._look_at(trigger, trigger.spec.cron, now)
+        due = [found for each in declared.values() if (found := self._due(each, now))]
+        for start in range(0, len(due), TOGETHER_MAX):
+            some = due[start : start + TOGETHER_MAX]
+            await asyncio.gather(*(self._fire_due(life, now) for life in some))
         times = [life.next_at for life in self._lives.values() if life.next_at is not None]
         return min(times, default=None)
 
-    async def _look_at(self, trigger: StoredTrigger, spec: Cron, now: float) -> None:
+    def _due(self, trigger: StoredTrigger, now: float) -> _Life | None:
+        """The trigger's life if it may fire *now*."""
+        if trigger.spec.cron is None:
+            return None
         life = self._lives.setdefault((trigger.namespace, trigger.name), _Life(trigger))
         if life.trigger is not trigger:
             life.trigger, life.is_known = trigger, False
         if trigger.spec.paused:
             life.paused_until, life.is_known, life.next_at = now, False, None
-            return
-        if life.is_known and (life.next_at is None or now < life.next_at):
-            return
+            return None
+        is_early = life.is_known and (life.next_at is None or now < life.next_at)
+        return None if is_early else life
+
+    async def _fire_due(self, life: _Life, now: float) -> None:
+        trigger, spec = life.trigger, life.trigger.spec.cron
+        assert spec is not None, "it has no schedule"
         try:
             found = cron.firings(spec, max(trigger.seen, life.paused_until), now)
             last = trigger.last
