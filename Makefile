@@ -72,7 +72,7 @@ crds: install
 
 bench: install .venv/bench/installed
 	@sh .ci/packages bench
-	for file in cold_start warm burst refill neighbour initialize density many scale_to_zero soak events triggers jobs workflows run_kills handover clone_build gangs shards wire; do $(BIN)/python -m bench.$$file || exit 1; done
+	for file in cold_start warm burst refill neighbour initialize density many scale_to_zero soak events triggers jobs workflows run_kills handover clone_build gangs shards scale wire; do $(BIN)/python -m bench.$$file || exit 1; done
 
 .venv/bench/installed: requirements/bench.txt
 	test -x .venv/bench/bin/python || $(PYTHON) -m venv .venv/bench

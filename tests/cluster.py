@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,13 @@ class Cluster:
     """All of it, started; with a *kubeconfig* the shards have Leases there."""
 
     def __init__(
-        self, folder: Path, database: Postgres, stack: ExitStack, kubeconfig: str = ""
+        self,
+        folder: Path,
+        database: Postgres,
+        stack: ExitStack,
+        kubeconfig: str = "",
+        names: Sequence[str] = SHARDS,
+        gateways: int = 2,
     ) -> None:
         self.folder, self.dsn = folder, folder / "dsn"
         self.env = {"KUBECONFIG": kubeconfig} if kubeconfig else {}
@@ -78,8 +84,8 @@ class Cluster:
         self.dsn.chmod(0o600)
         made = [str(DAYFLY), "certificates", str(folder / "certificates")]
         subprocess.run(made, check=True, stdout=subprocess.DEVNULL, timeout=60)
-        self.shards = {name: Shard(self, name) for name in SHARDS}
-        self.gateways = [Gateway(self), Gateway(self)]
+        self.shards = {name: Shard(self, name) for name in names}
+        self.gateways = [Gateway(self) for _ in range(gateways)]
         for each in (*self.shards.values(), *self.gateways):
             stack.enter_context(each)
         self.whole()
@@ -92,7 +98,7 @@ class Cluster:
 
     def whole(self) -> None:
         """Wait until every gateway has every shard."""
-        assert eventually(lambda: all(self.live(g) == {*SHARDS} for g in self.gateways))
+        assert eventually(lambda: all(self.live(g) == {*self.shards} for g in self.gateways))
 
     def live(self, gateway: Server) -> set[str]:
         """The shards that *gateway* sends calls to."""
@@ -112,7 +118,7 @@ class Cluster:
 
     def home(self, name: str) -> Shard:
         """The shard that has the function while all live."""
-        found = first(FunctionId(f"default/{name}"), SHARDS)
+        found = first(FunctionId(f"default/{name}"), self.shards)
         assert found is not None
         return self.shards[found]
 
