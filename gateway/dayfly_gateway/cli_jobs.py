@@ -341,7 +341,7 @@ def results(session: Session, name: str, index: int | None) -> None:
 
 @job.command()
 @click.argument("name")
-@click.option("-f", "--follow", is_flag=True, help="Go on with every new line.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with every line until it is over.")
 @click.option("--tail", type=click.IntRange(0), default=100, metavar="N", help="Lines [100].")
 @click.option("--index", type=click.IntRange(0), metavar="N", help="Of this task alone.")
 @client_command

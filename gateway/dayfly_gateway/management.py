@@ -5,7 +5,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -23,7 +24,7 @@ from dayfly_gateway.runs import RunsPlane
 from dayfly_gateway.triggers.triggers import Triggers
 from dayfly_pool.batch.indices import INDEX_MAX
 from dayfly_pool.batch.job import function_of
-from dayfly_pool.errors import BadInput, FunctionNotFound, PlatformError
+from dayfly_pool.errors import BadInput, FunctionNotFound, JobNotFound, PlatformError
 from dayfly_pool.ids import in_order
 from dayfly_pool.models import (
     EnvironmentManifest,
@@ -49,6 +50,10 @@ log = logging.getLogger("dayfly.admin")
 SPEC_BYTES_MAX: Final = 1024 * 1024
 FOLLOW_LOOK_S: Final = 1.0
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def _never() -> bool:
+    return False
 
 
 class Management:
@@ -192,14 +197,25 @@ class Management:
 
     async def _job_logs(self, request: web.Request) -> web.StreamResponse:
         info = request.match_info
-        view = await self._service.jobs.get(info["namespace"], info["name"])
-        of = ""
+        get = partial(self._service.jobs.get, info["namespace"], info["name"])
+        view, of = await get(), ""
         if "index" in request.query:
             of = f"{view.journal.id}-{answers.number(request, 'index', 0, INDEX_MAX)}-"
-        return await self._logs_of(request, function_of(view.journal), of)
+
+        async def is_over() -> bool:
+            try:
+                return (await get()).journal.is_over
+            except JobNotFound:
+                return True
+
+        return await self._logs_of(request, function_of(view.journal), of, is_over)
 
     async def _logs_of(
-        self, request: web.Request, id_: FunctionId, of: str = ""
+        self,
+        request: web.Request,
+        id_: FunctionId,
+        of: str = "",
+        is_over: Callable[[], Awaitable[bool]] = _never,
     ) -> web.StreamResponse:
         tail = request.query.get("tail", "100")
         if not tail.isdigit():
@@ -210,17 +226,23 @@ class Management:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         async with contextlib.aclosing(logs.follow(id_, int(tail), of)) as lines:
-            await self._stream(request, response, lines)
+            await self._stream(request, response, lines, is_over)
         return response
 
     async def _stream(
-        self, request: web.Request, response: web.StreamResponse, lines: AsyncIterator[LogLine]
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        lines: AsyncIterator[LogLine],
+        is_over: Callable[[], Awaitable[bool]],
     ) -> None:
-        """Write *lines* as they come, until the client has gone or the server is to end."""
+        """Write *lines* as they come, until the client has gone, or the server or they are over."""
         coming: asyncio.Future[LogLine] = asyncio.ensure_future(anext(lines))
         try:
             while self._is_ready() and request.transport is not None:
                 if not (await asyncio.wait({coming}, timeout=FOLLOW_LOOK_S))[0]:
+                    if await is_over():
+                        break
                     continue  # nothing new: look whether anybody is still there
                 await response.write(b"data: " + msgspec.json.encode(coming.result()) + b"\n\n")
                 coming = asyncio.ensure_future(anext(lines))

@@ -283,6 +283,7 @@ def test_each_line_of_a_log_has_its_tasks_index(dayfly: Shell):
     ]
     assert one.endswith("it is 12")
     assert dayfly("job", "logs", name, "--index", "1") == ""
+    assert dayfly("job", "logs", name, "--index", "12", "-f").splitlines() == [one]  # and ends
 
 
 # ---- while it runs ------------------------------------------------------------------------------
