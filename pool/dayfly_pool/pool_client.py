@@ -20,6 +20,7 @@ from dayfly_pool import tls, wire
 from dayfly_pool.cluster.members import Address, Members
 from dayfly_pool.cluster.shards import Ring, Spread, choose
 from dayfly_pool.errors import (
+    BadInput,
     Draining,
     FunctionNotFound,
     NoShard,
@@ -213,7 +214,10 @@ class Peer:
         asked = wire.Accept(
             invocation.id, invocation.function, invocation.http, invocation.trace, key
         )
-        message, body = await self._ask(asked, invocation.body)
+        try:
+            message, body = await self._ask(asked, invocation.body)
+        except ProtocolError as error:
+            raise BadInput(f"the request cannot be passed on: {error}"[:500]) from None
         if isinstance(message, wire.Refused):
             raise wire.error_of(message, body)
         assert isinstance(message, wire.Accepted)

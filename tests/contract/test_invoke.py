@@ -14,6 +14,7 @@ from dayfly_pool.cluster.members import Address, Fixed
 from dayfly_pool.cluster.shards import first
 from dayfly_pool.config import Config
 from dayfly_pool.errors import (
+    BadInput,
     FunctionNotFound,
     NoCapacity,
     NoShard,
@@ -424,6 +425,8 @@ async def test_what_is_accepted_is_on_the_shard_with_its_key(start: Start):
     assert key == ("key", "print")
     with pytest.raises(FunctionNotFound):
         await cluster.client.accept(invocation("nobody"))
+    with pytest.raises(BadInput, match="meta of"):
+        await cluster.client.accept(invocation("echo", http={"path": "x" * 70_000}))
 
 
 async def test_what_is_being_accepted_counts_as_a_call(

@@ -109,6 +109,8 @@ def test_no_object_is_rendered_twice(values: str):
     [
         ("gateway.replicaz=2", "replicaz"),
         ("pool.replicas=0", "replicas"),
+        ("pool.genericMin=33", "genericMin <= genericMax"),
+        ("pool.sandboxesMax=31", "genericMax <= sandboxesMax"),
         ("sandboxes.labels.dayfly\\.dev/shard=mine", "dayfly.dev/shard"),
         ("sandboxes.image.pullPolicy=Sometimes", "pullPolicy"),
         ("postgresql.enabled=false", "database.existingSecret"),
