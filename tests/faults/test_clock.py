@@ -63,13 +63,17 @@ def outcome(server: Server, id_: str) -> Any:
     return told.json()
 
 
+def run(server: Server, function: str) -> list[str]:
+    """The ids of the events that the function has run for."""
+    page = server.ask("GET", f"/events?function=default/{function}&limit=1000").json()
+    return [event["id"] for event in page if event["state"] == "succeeded"]
+
+
 def fired(server: Server, function: str) -> list[str]:
     """For which times a schedule has fired, as the handlers' events say, in order."""
-    page = server.ask("GET", f"/events?function=default/{function}&limit=1000").json()
     return sorted(
-        server.ask("GET", f"/events/{event['id']}").json()["result"]["body"].strip('"')
-        for event in page
-        if event["state"] == "succeeded"
+        server.ask("GET", f"/events/{id_}").json()["result"]["body"].strip('"')
+        for id_ in run(server, function)
     )
 
 
@@ -140,15 +144,15 @@ def test_what_a_jump_leaves_out_is_made_up_for_once_and_nothing_fires_twice(
     server = new_server(env=clock.env)
     clock.set_to(datetime(2026, 6, 1, 12, 0, 30, tzinfo=UTC))
     times_of(server, "each-minute", "* * * * *", catchUp="all")
-    clock.set_to(datetime(2026, 6, 1, 13, 0, 30, tzinfo=UTC))
-    assert eventually(lambda: len(fired(server, "each-minute")) == 60, 30)
+    clock.set_to(datetime(2026, 6, 1, 13, 0, 1, tzinfo=UTC))
+    assert eventually(lambda: len(run(server, "each-minute")) == 60, 50)
     clock.set_to(datetime(2026, 6, 1, 12, 30, 59, tzinfo=UTC))
     times_of(server, "witness", "* * * * * *")  # who is new counts from here
     assert eventually(lambda: fired(server, "witness")[-1:] > ["2026-06-01T12:31:00Z"], 30)
-    assert len(fired(server, "each-minute")) == 60
+    assert len(run(server, "each-minute")) == 60
     assert server.ask("DELETE", "/namespaces/default/triggers/witness").status == 204
     clock.set_to(datetime(2026, 6, 1, 13, 0, 59, 500_000, tzinfo=UTC))
-    assert eventually(lambda: len(fired(server, "each-minute")) > 60, 30)
+    assert eventually(lambda: len(run(server, "each-minute")) > 60, 30)
 
     expected = [f"2026-06-01T12:{minute:02}:00Z" for minute in range(1, 60)]
     assert fired(server, "each-minute") == [
