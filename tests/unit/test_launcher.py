@@ -110,6 +110,22 @@ def test_a_fork_that_was_not_asked_of_it_is_killed(talk: Talk, sandbox: str):
     assert talk.told() == []
 
 
+@pytest.mark.parametrize("what", ["the dead", "a pipe"])
+def test_a_fork_that_was_not_asked_for_may_be_dead_or_none(talk: Talk, what: str):
+    """Every other sandbox would die with the launcher."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    os.waitpid(pid, 0)
+    talk.say("one", {"say": "forked", "sandbox": "unknown"}, pidfd if what == "the dead" else ours)
+
+    for descriptor in (pidfd, ours, theirs):
+        os.close(descriptor)
+    assert set(talk.launcher._zygotes) == {"one", "other"}
+
+
 def test_descriptors_that_nobody_asked_for_are_closed(talk: Talk):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):

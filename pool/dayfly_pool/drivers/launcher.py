@@ -11,6 +11,7 @@ Standard library and `dayfly.lockdown` only. Requests and answers are JSON datag
 descriptor 3.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -238,7 +239,8 @@ class Launcher:
     def _take(self, sandbox: str, zygote: str, pidfd: int, *, is_wanted: bool) -> None:
         """It has been forked, and may be dead already."""
         if not is_wanted:  # it was given up meanwhile
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it is dead, or no process at all
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
             return
         _, folders = self._asked.pop(sandbox)
