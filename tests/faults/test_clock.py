@@ -36,6 +36,8 @@ class Clock:
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            # else every wait for the interpreter's lock is over at once, and begun again
+            "FAKETIME_FORCE_MONOTONIC_FIX": "0",
         }
         self.offset_s = 0.0
         self.set(0)
