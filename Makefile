@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+GROUPS := sources waits shells servers contracts others
 
-.PHONY: install system run test test-sources test-waits test-servers test-others cluster test-cluster test-cluster-pods test-cluster-others test-kubernetes kubernetes-demo check fix crds bench load lock clean
+.PHONY: install system run test $(GROUPS:%=test-%) cluster test-cluster test-cluster-pods test-cluster-others test-kubernetes kubernetes-demo check fix crds bench load lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/dev.txt pyproject.toml
@@ -19,9 +20,9 @@ run: install system
 	$(BIN)/dayfly up --data .dayfly --deploy examples
 
 # Side by side, since most of what they spend is waiting; each group is printed when it ends.
-GROUPS := sources waits servers others
 SIDE_BY_SIDE := --no-print-directory --jobs --keep-going --output-sync=target
 SERVERS := tests/acceptance tests/faults tests/integration
+ELSEWHERE := $(SERVERS) tests/contract
 test: install
 	@sh .ci/packages test
 	@echo "the tests run in groups side by side: $(GROUPS); each is printed when it ends"
@@ -29,9 +30,11 @@ test: install
 
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 test-sources: ; $(PYTEST) -m 'waits and not cluster' tests/contract
-test-waits: ; $(PYTEST) -m 'waits and not cluster' --ignore=tests/contract
+test-waits: ; $(PYTEST) -m 'waits and not cluster' tests/faults
+test-shells: ; $(PYTEST) -m 'waits and not cluster' --ignore=tests/contract --ignore=tests/faults
 test-servers: ; $(PYTEST) -m 'not waits and not cluster' $(SERVERS)
-test-others: ; $(PYTEST) -m 'not waits and not cluster' $(SERVERS:%=--ignore=%)
+test-contracts: ; $(PYTEST) -m 'not waits and not cluster' tests/contract
+test-others: ; $(PYTEST) -m 'not waits and not cluster' $(ELSEWHERE:%=--ignore=%)
 
 # The chart, its images and all that has to do with a cluster; on the one that KUBECONFIG names, else on a node
 # of its own if there is a build of Kubernetes: see tests/kubernetes/node.py.
