@@ -67,8 +67,13 @@ async def test_a_redirection_leads_nowhere_that_is_not_allowed():
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "169.254.169.254"]
-)
+    "host",
+    [
+        "127.0.0.1", "localhost", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "169.254.169.254",
+        "192.0.0.192", "168.63.129.16", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]",
+        "[2002:a00:1::1]", "[::10.0.0.1]", "[::ffff:0:a00:1]", "[fec0::1]",
+    ],
+)  # fmt: skip
 async def test_addresses_that_are_not_public_are_not_asked(host: str):
     with pytest.raises(BadInput, match=r"which is not public: .* --package-host"):
         await downloads.fetch(f"https://{host}/a.zip", DIGEST)
