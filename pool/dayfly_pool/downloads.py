@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import ipaddress
 import socket
 from collections.abc import Callable, Collection
@@ -82,12 +83,12 @@ async def _followed(url: str, hosts: Collection[str]) -> bytes:
 
 
 async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    found = bytearray()
+    found = io.BytesIO()  # which gives its bytes away without copying them
     async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
-        found += chunk
-        if len(found) > BYTES_MAX:
+        found.write(chunk)
+        if found.tell() > BYTES_MAX:
             raise BadInput(f"what is at spec.packageUrl is over {BYTES_MAX >> 20} MiB")
-    return bytes(found)
+    return found.getvalue()
 
 
 _Address = tuple[Any, Any, int, str, Any]

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -89,6 +90,28 @@ async def test_what_is_too_long_is_not_read_to_its_end(monkeypatch: pytest.Monke
     async with serving(give) as url:
         with pytest.raises(BadInput, match="is over"):
             await downloads.fetch(url, DIGEST, HERE)
+
+
+async def test_a_large_one_is_held_once():
+    """Several come at once, and a shard has a gigabyte in all."""
+    size = 32 << 20
+
+    async def much(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(size >> 20):
+            await response.write(bytes(1 << 20))
+        return response
+
+    digest = hashlib.sha256(bytes(size)).hexdigest()
+    async with serving(much) as url:
+        tracemalloc.start()
+        try:
+            await downloads.fetch(url, digest, HERE)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 1.6 * size
 
 
 async def test_a_server_that_says_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch):
