@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import ipaddress
 import socket
 from collections.abc import Callable, Collection
@@ -17,6 +18,22 @@ FETCH_S_MAX: Final = 50.0
 SILENT_S_MAX: Final = 20.0
 HOPS_MAX: Final = 5
 CHUNK_BYTES: Final = 256 << 10
+WORLD: Final = ipaddress.ip_network("2000::/3")
+"""Where IPv6 is public. The rest reaches nobody, or IPv4 by another name (`64:ff9b::/96`)."""
+
+NEIGHBOURS: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "2001::/32",  # IPv4 by another name
+            "2002::/16",  # the same
+            "192.0.0.0/24",  # a cloud's metadata service
+            "192.88.99.0/24",  # leads to 2002::/16
+            "168.63.129.16/32",  # a cloud's agent of its machines
+        ),
+    )
+)
+"""Not for all the world, though Python's `is_global` says so."""
 
 
 async def fetch(url: str, digest: str, hosts: Collection[str] = ()) -> bytes:
@@ -66,12 +83,12 @@ async def _followed(url: str, hosts: Collection[str]) -> bytes:
 
 
 async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    found = bytearray()
+    found = io.BytesIO()  # which gives its bytes away without copying them
     async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
-        found += chunk
-        if len(found) > BYTES_MAX:
+        found.write(chunk)
+        if found.tell() > BYTES_MAX:
             raise BadInput(f"what is at spec.packageUrl is over {BYTES_MAX >> 20} MiB")
-    return bytes(found)
+    return found.getvalue()
 
 
 _Address = tuple[Any, Any, int, str, Any]
@@ -83,12 +100,20 @@ def _public_socket(found: _Address) -> socket.socket:
     address = ipaddress.ip_address(found[4][0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    if not address.is_global or address.is_multicast:
+    if not _is_public(address):
         raise BadInput(
             f"spec.packageUrl leads to {address}, which is not public: the operator allows such a "
             "host with --package-host"
         )
     return _socket(found)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and address not in WORLD:
+        return False
+    if any(address in network for network in NEIGHBOURS):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def _shown(url: str) -> str:

@@ -294,8 +294,9 @@ class _Porter:
         """The pod is to end: at once, unless a pool can still let end what runs here."""
         if self._pool is None or not self._has_function:
             self._end(-signal.SIGTERM)
-        self._is_leaving = True
-        self._report(greeting.LEAVING)
+        if not self._is_leaving:  # user code may be able to send this signal too, and often
+            self._is_leaving = True
+            self._report(greeting.LEAVING)
 
     def _report(self, what: int, code: int = 0) -> None:
         if self._pool is None:

@@ -354,9 +354,9 @@ def test_the_pod_of_helm_test_is_let_in(values: str):
 
 @pytest.mark.parametrize(
     "address",
-    ["10.244.7.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254", "127.0.0.1",
-     "224.0.0.1", "0.0.0.0", "fd00::1", "fe80::1", "::1", "::ffff:10.0.0.1", "64:ff9b::a00:1",
-     "2002:a00:1::", "203.0.113.9", "2001:db8::1"],
+    ["10.244.7.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254", "168.63.129.16",
+     "127.0.0.1", "224.0.0.1", "0.0.0.0", "fd00::1", "fe80::1", "::1", "::ffff:10.0.0.1",
+     "64:ff9b::a00:1", "2002:a00:1::", "203.0.113.9", "2001:db8::1"],
 )  # fmt: skip
 def test_a_function_with_a_network_reaches_only_what_is_public(address: str):
     spec = of_kind(rendered(*VALUES["everything"]), "NetworkPolicy")["web-df-sandboxes-egress"][

@@ -1,7 +1,11 @@
 """Who may speak to a pod, and what a pod's manifest promises: without a cluster."""
 
+import asyncio
 import json
 import os
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -14,7 +18,10 @@ from msgspec import structs
 from dayfly import greeting
 from dayfly_pool import pods as manifests
 from dayfly_pool.config import Config
-from dayfly_pool.models import BASE, Environment, Limits, Mold
+from dayfly_pool.driver import Exit
+from dayfly_pool.drivers import kubernetes, porters
+from dayfly_pool.errors import SandboxStartFailed
+from dayfly_pool.models import BASE, Environment, Limits, Mold, Mounts, SandboxId
 from dayfly_pool.pods import Key, PodClass, Pods
 from dayfly_pool.testing import function
 
@@ -249,3 +256,88 @@ def test_a_shard_that_no_label_can_be_is_refused(shard: str, tmp_path: Any):
     """It would choose other pods than its own, or none could be made."""
     with pytest.raises(ValueError, match="shard"):
         Config(data=tmp_path, shard=shard)
+
+
+# ---- what runs in a pod against its porter ------------------------------------------------------
+
+GUEST = """
+import sys, time
+from dayfly import porter
+
+line = porter.serve(porter.Post(port=int(sys.argv[1]), secret=sys.argv[2], host="127.0.0.1"))
+line.take()
+line.taken()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+async def test_a_porter_that_is_told_to_leave_again_and_again_says_so_once(
+    tmp_path: Path, unused_tcp_port: int
+):
+    """Where the kernel lets user code signal pid 1, this was a flood of reports to the pool."""
+    (tmp_path / "secret").write_bytes(SECRET)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GUEST, str(unused_tcp_port), str(tmp_path / "secret"),
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(20):
+            assert process.stdout is not None
+            place = ("127.0.0.1", unused_tcp_port)
+            words = (place, SECRET)
+            line = await porters.greeted(*words, greeting.LINE, has_function=False)
+            (await porters.greeted(*words, greeting.GUEST, has_function=False)).close()
+            assert await process.stdout.readline() == b"taken\n"
+
+            reader, writer = await asyncio.open_connection(sock=line)
+            said = []
+            for _ in range(20):
+                process.send_signal(signal.SIGTERM)
+                # whoever is let in afterwards was heard after the signal
+                (await porters.greeted(*words, greeting.GUEST, has_function=True)).close()
+            writer.write(greeting.KILL)
+            while data := await reader.read(4096):
+                said.append(data)
+            whats = [what for what, *_ in greeting.REPORT.iter_unpack(b"".join(said))]
+            assert whats == [greeting.LEAVING, greeting.ENDED]
+            writer.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_a_pod_that_says_that_it_leaves_is_heard_once():
+    told: list[str] = []
+    pod = kubernetes._Pod(SandboxId("sb-1"), "p", lambda: told.append("leaves"))
+
+    for _ in range(3):
+        pod.reported(greeting.LEAVING, Exit(0))
+
+    assert told == ["leaves"]
+
+
+async def test_a_step_whose_porter_lets_nobody_in_holds_no_carrier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """User code with a network can call its own porter so often that it turns the pool away."""
+    monkeypatch.setattr(kubernetes, "LET_IN_S_MAX", 0.1, raising=False)
+
+    def turn_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    server = await asyncio.start_server(turn_away, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    driver = kubernetes.KubernetesDriver(
+        Config(data=tmp_path, driver="kubernetes", pods=structs.replace(PLAIN, port=port))
+    )
+    sandbox = SandboxId("sb-1")
+    pod = driver._known[sandbox] = kubernetes._Pod(sandbox, "p", lambda: None)
+    pod.secret = SECRET
+    pod.running.set_result("127.0.0.1")
+
+    async with server, asyncio.timeout(5):
+        with pytest.raises(SandboxStartFailed, match="let nobody in"):
+            await driver.collect(sandbox, Mounts(step="s"))
+    assert driver._carrying._value == kubernetes.CARRIERS_MAX

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -67,8 +68,13 @@ async def test_a_redirection_leads_nowhere_that_is_not_allowed():
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "169.254.169.254"]
-)
+    "host",
+    [
+        "127.0.0.1", "localhost", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "169.254.169.254",
+        "192.0.0.192", "168.63.129.16", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]",
+        "[2002:a00:1::1]", "[::10.0.0.1]", "[::ffff:0:a00:1]", "[fec0::1]",
+    ],
+)  # fmt: skip
 async def test_addresses_that_are_not_public_are_not_asked(host: str):
     with pytest.raises(BadInput, match=r"which is not public: .* --package-host"):
         await downloads.fetch(f"https://{host}/a.zip", DIGEST)
@@ -84,6 +90,28 @@ async def test_what_is_too_long_is_not_read_to_its_end(monkeypatch: pytest.Monke
     async with serving(give) as url:
         with pytest.raises(BadInput, match="is over"):
             await downloads.fetch(url, DIGEST, HERE)
+
+
+async def test_a_large_one_is_held_once():
+    """Several come at once, and a shard has a gigabyte in all."""
+    size = 32 << 20
+
+    async def much(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(size >> 20):
+            await response.write(bytes(1 << 20))
+        return response
+
+    digest = hashlib.sha256(bytes(size)).hexdigest()
+    async with serving(much) as url:
+        tracemalloc.start()
+        try:
+            await downloads.fetch(url, digest, HERE)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 1.6 * size
 
 
 async def test_a_server_that_says_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch):

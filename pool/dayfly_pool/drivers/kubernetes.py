@@ -65,6 +65,9 @@ CARRIERS_MAX: Final = 16
 REFUSED: Final = (400, 413, 422)
 """What the API server answers to a manifest that it would refuse again."""
 
+LET_IN_S_MAX: Final = 10.0
+"""What runs in a pod can keep its porter busy; longer than this no carrier waits for it."""
+
 OUT_OF_MEMORY: Final = "OOMKilled"
 OUTPUT_LINES, OUTPUT_BYTES = 1000, 256 * 1024
 
@@ -576,7 +579,12 @@ class KubernetesDriver:
             raise SandboxStartFailed("it is gone")
         async with self._carrying:
             async with self._while_it_lives(pod) as place:
-                end = await greeted(place, pod.secret, greeting.LEFT, has_function=True)
+                try:
+                    async with asyncio.timeout(LET_IN_S_MAX):
+                        end = await greeted(place, pod.secret, greeting.LEFT, has_function=True)
+                except TimeoutError:
+                    why = f"its porter has let nobody in for {LET_IN_S_MAX:g} s"
+                    raise SandboxStartFailed(why) from None
             try:
                 taking = asyncio.get_running_loop().run_in_executor(
                     self._carriers, cargo.take, end, self._data, mounts
@@ -667,7 +675,8 @@ class _Pod:
         """Its porter says this."""
         if what == greeting.ENDED:
             self.ended(exit_)
-        elif what == greeting.LEAVING:
+        elif what == greeting.LEAVING and not self._is_leaving:  # once, however often it is said
+            self._is_leaving = True
             self._on_leaving()
 
     def lost(self) -> None:
