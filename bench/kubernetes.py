@@ -5,7 +5,7 @@
 The server runs here and its sandboxes are pods of the cluster that $KUBECONFIG names, in a
 namespace of their own, of the image that $DAYFLY_RUNTIME_IMAGE names. Every round calls a function
 that no sandbox holds on a warm generic pod, and another on a server that keeps none and makes a pod
-for it.
+for it; some rounds at once one after the other, most when the pods of the last have come and gone.
 Then the way to the API server is cut: cold starts that are answered still have needed no write.
 At last 100 functions are called once each where there may be 10 pods.
 """
@@ -16,12 +16,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from tests.faults.proxy import Proxy
 from tests.kubernetes.tools import tool
@@ -29,8 +31,14 @@ from tests.kubernetes.tools import tool
 from bench import harness
 
 NAMESPACE = "dayfly-bench"
-CPU = float(os.environ.get("DAYFLY_BENCH_CPU", "0.1"))
-CLASS = {"memoryMb": 256, "cpu": CPU, "ephemeralMb": 64}
+CPUS = float(os.environ.get("DAYFLY_BENCH_CPUS", "1.6"))
+"""What the cluster has for all pods of one phase: a pod has its share, and no more than that."""
+GENERIC, COLD_PODS = 2, 4
+BUSY = 10
+"""So many rounds follow at once on one another, while pods of those before are made and deleted on
+the same processors; the others wait until that is over."""
+
+IDLE, LOOK_S, REST_S_MAX = 0.8, 0.3, 60.0
 WITHOUT_API = 8
 PODS, FUNCTIONS, AT_ONCE = 10, 100, 4
 COLD = {"keepAliveSeconds": 0.5}
@@ -105,11 +113,13 @@ def _proxied(kubeconfig: Path) -> Iterator[tuple[Proxy, Path]]:
 
 
 @contextmanager
-def _server(kubeconfig: Path, shard: str, *options: str) -> Iterator[harness.Server]:
+def _server(kubeconfig: Path, shard: str, *options: str, pods: int) -> Iterator[harness.Server]:
+    """A shard whose pods are so large that there can be so many *pods*."""
+    size = {"memoryMb": 256, "cpu": round(min(1.0, CPUS / pods), 2), "ephemeralMb": 64}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         image = os.environ.get("DAYFLY_RUNTIME_IMAGE", "dayfly-runtime:test")
         settings = {"image": image, "imagePullPolicy": "IfNotPresent", "namespace": NAMESPACE}
-        settings |= {"classes": [CLASS], "kubeconfig": str(kubeconfig)}
+        settings |= {"classes": [size], "kubeconfig": str(kubeconfig)}
         json.dump(settings, file)
         file.flush()
         kind = ("--driver", "kubernetes", "--kubernetes", file.name, "--name", shard)
@@ -120,21 +130,27 @@ def _server(kubeconfig: Path, shard: str, *options: str) -> Iterator[harness.Ser
 def _cold_starts(report: harness.Report, kubeconfig: Path, rounds: int) -> None:
     times: dict[str, list[float]] = {}
     with (
-        _server(kubeconfig, "warm", "--generic-min", "3") as warm,
-        _server(kubeconfig, "fresh", "--generic-min", "0", "--generic-max", "0") as fresh,
+        _server(kubeconfig, "warm", "--generic-min", str(GENERIC), pods=COLD_PODS) as warm,
+        _server(
+            kubeconfig, "fresh", "--generic-min", "0", "--generic-max", "0", pods=COLD_PODS
+        ) as fresh,
     ):
         for which in (warm, fresh):
             package = which.upload(harness.HELLO)
             for number in range(rounds):
                 which.deploy(f"small{number}", package, **COLD)
         for number in range(rounds):
-            warm.wait_generic(3)
+            warm.wait_generic(GENERIC)
+            if number >= BUSY:
+                _wait_for_rest()
             for label, server, start in (
                 ("cold, warm generic pod", warm, "generic"),
                 ("cold, a fresh pod", fresh, "created"),
             ):
-                if label == "cold, a fresh pod" and number % 5:
-                    continue  # it takes over a second each
+                if server is fresh and (number < BUSY or number % 5):
+                    continue  # it takes seconds each
+                if number < BUSY:
+                    label = "cold, while pods start and end"
                 took_s, response = server.call(f"small{number}")
                 if response.headers["Dayfly-Start"] != start:
                     raise RuntimeError(f"{label}: {response.headers['Dayfly-Start']}, not {start}")
@@ -151,9 +167,22 @@ def _cold_starts(report: harness.Report, kubeconfig: Path, rounds: int) -> None:
     )
 
 
+def _wait_for_rest() -> None:
+    """Until the processors are idle. Raises `TimeoutError`."""
+    deadline = time.monotonic() + REST_S_MAX
+    while time.monotonic() < deadline:
+        before = psutil.cpu_times()
+        time.sleep(LOOK_S)
+        after = psutil.cpu_times()
+        spent = sum(after) - sum(before)
+        if after.idle - before.idle >= IDLE * spent:
+            return
+    raise TimeoutError(f"this machine was busy for {REST_S_MAX:g} s: nothing else may run beside")
+
+
 def _without_the_api(report: harness.Report, kubeconfig: Path, proxy: Proxy) -> None:
     """Each cold start takes one of the pods that are there; nothing can be written meanwhile."""
-    with _server(kubeconfig, "away", "--generic-min", str(WITHOUT_API)) as server:
+    with _server(kubeconfig, "away", "--generic-min", str(WITHOUT_API), pods=WITHOUT_API) as server:
         package = server.upload(harness.HELLO)
         for number in range(WITHOUT_API):
             server.deploy(f"small{number}", package)
@@ -180,7 +209,7 @@ def _many(report: harness.Report, kubeconfig: Path, cluster: Cluster) -> None:
             most = max(most, len(cluster.pods("many")))
 
     with (
-        _server(kubeconfig, "many", *options) as server,
+        _server(kubeconfig, "many", *options, pods=PODS) as server,
         ThreadPoolExecutor(AT_ONCE + 1) as threads,
     ):
         package = server.upload(harness.HELLO)
@@ -194,16 +223,18 @@ def _many(report: harness.Report, kubeconfig: Path, cluster: Cluster) -> None:
         done.set()
         looking.result()
     report.row(f"{FUNCTIONS} functions on {PODS} pods", took_s=round(took_s, 1))
-    report.bar("functions that were answered", sum(answers), FUNCTIONS, at_least=True)
+    for status, number in Counter(answers).items():
+        report.row(f"answered with {status}", n=number)
+    report.bar("functions that were answered", answers.count(200), FUNCTIONS, at_least=True)
     report.bar("pods at most", most, PODS)
 
 
-def _called(server: harness.Server, number: int) -> bool:
-    """One call, on a connection of its own."""
+def _called(server: harness.Server, number: int) -> int:
+    """The status of one call, on a connection of its own."""
     connection = harness.http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     try:
         connection.request("POST", f"/fn/small{number}", '{"name":"Ada"}')
-        return connection.getresponse().status == 200
+        return connection.getresponse().status
     finally:
         connection.close()
 
