@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
-GROUPS := sources waits shells servers contracts others
+GROUPS := sources several kills shells acceptance faults contracts others
 
 .PHONY: install system run test $(GROUPS:%=test-%) cluster test-cluster test-cluster-pods test-cluster-others test-kubernetes kubernetes-demo check fix crds bench load lock clean
 install: $(STAMP)
@@ -21,8 +21,8 @@ run: install system
 
 # Side by side, since most of what they spend is waiting; each group is printed when it ends.
 SIDE_BY_SIDE := --no-print-directory --jobs --keep-going --output-sync=target
-SERVERS := tests/acceptance tests/faults tests/integration
-ELSEWHERE := $(SERVERS) tests/contract
+SEVERAL := $(addprefix tests/faults/test_,brokers.py cluster.py several_servers.py shared.py)
+ELSEWHERE := tests/acceptance tests/contract tests/faults tests/integration
 test: install
 	@sh .ci/packages test
 	@echo "the tests run in groups side by side: $(GROUPS); each is printed when it ends"
@@ -30,9 +30,11 @@ test: install
 
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 test-sources: ; $(PYTEST) -m 'waits and not cluster' tests/contract
-test-waits: ; $(PYTEST) -m 'waits and not cluster' tests/faults
+test-several: ; $(PYTEST) -m 'waits and not cluster' $(SEVERAL)
+test-kills: ; $(PYTEST) -m 'waits and not cluster' tests/faults $(SEVERAL:%=--ignore=%)
 test-shells: ; $(PYTEST) -m 'waits and not cluster' --ignore=tests/contract --ignore=tests/faults
-test-servers: ; $(PYTEST) -m 'not waits and not cluster' $(SERVERS)
+test-acceptance: ; $(PYTEST) -m 'not waits and not cluster' tests/acceptance tests/integration
+test-faults: ; $(PYTEST) -m 'not waits and not cluster' tests/faults
 test-contracts: ; $(PYTEST) -m 'not waits and not cluster' tests/contract
 test-others: ; $(PYTEST) -m 'not waits and not cluster' $(ELSEWHERE:%=--ignore=%)
 
@@ -42,14 +44,14 @@ test-kubernetes: install cluster
 	@sh .ci/packages test
 	$(CLUSTER) sh -c "$(PYTEST) tests/kubernetes && $(PYTEST) -m cluster tests/contract"
 
-# Of all tests only those that need a cluster.
+# Of all tests only those that need a cluster; without the examples, which take minutes.
 test-cluster: install cluster
 	@sh .ci/packages test
 	$(CLUSTER) $(MAKE) $(SIDE_BY_SIDE) test-cluster-pods test-cluster-others
 
 PODS := tests/contract tests/kubernetes/test_steps.py
 test-cluster-pods: ; $(PYTEST) -m cluster $(PODS)
-test-cluster-others: ; $(PYTEST) -m cluster $(PODS:%=--ignore=%)
+test-cluster-others: ; $(PYTEST) -m cluster $(PODS:%=--ignore=%) --ignore=tests/kubernetes/test_examples.py
 
 CLUSTER := $(BIN)/python -m tests.kubernetes.node run
 cluster: install

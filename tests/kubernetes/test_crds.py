@@ -7,10 +7,12 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.harness import eventually
 from tests.kubernetes.tools import tool
 
 from dayfly_pool.cluster import crds
@@ -38,11 +40,17 @@ def did(*words: str, text: str = "") -> str:
     return done.stdout
 
 
+def explained(plural: str) -> bool:
+    return not kubectl("explain", f"{plural}.spec").returncode
+
+
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
     name = f"crds-{secrets.token_hex(4)}"
     did("apply", "-f", str(CRDS))
     did("wait", "--for=condition=Established", "-f", str(CRDS))
+    for resource in crds.RESOURCES:  # what kubectl checks manifests by comes a little later
+        assert eventually(partial(explained, resource.plural))
     did("create", "namespace", name)
     yield name
     did("delete", "namespace", name)
