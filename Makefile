@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
-GROUPS := sources several kills shells acceptance faults contracts others
+GROUPS := kills sources faults others acceptance contracts several shells
 
 .PHONY: install system run test $(GROUPS:%=test-%) cluster test-cluster test-cluster-pods test-cluster-others test-kubernetes kubernetes-demo check fix crds bench load lock clean
 install: $(STAMP)
@@ -19,8 +19,8 @@ system:
 run: install system
 	$(BIN)/dayfly up --data .dayfly --deploy examples
 
-# Side by side, since most of what they spend is waiting; each group is printed when it ends.
-SIDE_BY_SIDE := --no-print-directory --jobs --keep-going --output-sync=target
+# Side by side, since most of what they spend is waiting, the longest first; each is printed when it ends.
+SIDE_BY_SIDE := --no-print-directory --jobs=5 --keep-going --output-sync=target
 SEVERAL := $(addprefix tests/faults/test_,brokers.py cluster.py several_servers.py shared.py)
 ELSEWHERE := tests/acceptance tests/contract tests/faults tests/integration
 test: install

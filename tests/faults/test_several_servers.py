@@ -277,7 +277,7 @@ def test_a_job_goes_on_at_another_server_with_the_package_that_it_was_made_with(
     sharing: Callable[..., Server],
 ):
     """Which only the server that was killed has needed until then."""
-    one = sharing("one")
+    one, other = sharing("one"), sharing("other")
     digest = one.ask("POST", "/packages", pack({"only-here.txt": "1"})).json()["digest"]
     spec = {"package": digest, "script": "sleep 0.1", "size": 60, "parallelism": 2}
     made = one.ask("PUT", "/namespaces/default/jobs/naps", spec)
@@ -287,7 +287,6 @@ def test_a_job_goes_on_at_another_server_with_the_package_that_it_was_made_with(
         return server.ask("GET", "/namespaces/default/jobs/naps").json()["status"]
 
     assert eventually(lambda: status(one)["succeeded"])
-    other = sharing("other")
     one.kill(signal.SIGKILL)
     one.wait()
 
