@@ -44,14 +44,15 @@ test-kubernetes: install cluster
 	@sh .ci/packages test
 	$(CLUSTER) sh -c "$(PYTEST) tests/kubernetes && $(PYTEST) -m cluster tests/contract"
 
-# Of all tests only those that need a cluster; without the examples, which take minutes.
+# Of all tests only those that need a cluster; without the slowest, which take minutes.
 test-cluster: install cluster
 	@sh .ci/packages test
 	$(CLUSTER) $(MAKE) $(SIDE_BY_SIDE) test-cluster-pods test-cluster-others
 
-PODS := tests/contract tests/kubernetes/test_steps.py
+PODS := tests/contract tests/kubernetes/test_containers.py
+SLOW := $(addprefix tests/kubernetes/test_,examples.py steps.py)
 test-cluster-pods: ; $(PYTEST) -m cluster $(PODS)
-test-cluster-others: ; $(PYTEST) -m cluster $(PODS:%=--ignore=%) --ignore=tests/kubernetes/test_examples.py
+test-cluster-others: ; $(PYTEST) -m cluster $(PODS:%=--ignore=%) $(SLOW:%=--ignore=%)
 
 CLUSTER := $(BIN)/python -m tests.kubernetes.node run
 cluster: install

@@ -4,15 +4,14 @@ It is DAYFLY_TEST_KUBECONFIG's; puts the definitions there and takes them away a
 """
 
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.harness import eventually
 from tests.kubernetes.tools import tool
 
 from dayfly_pool.cluster import crds
@@ -40,17 +39,11 @@ def did(*words: str, text: str = "") -> str:
     return done.stdout
 
 
-def explained(plural: str) -> bool:
-    return not kubectl("explain", f"{plural}.spec").returncode
-
-
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
     name = f"crds-{secrets.token_hex(4)}"
     did("apply", "-f", str(CRDS))
     did("wait", "--for=condition=Established", "-f", str(CRDS))
-    for resource in crds.RESOURCES:  # what kubectl checks manifests by comes a little later
-        assert eventually(partial(explained, resource.plural))
     did("create", "namespace", name)
     yield name
     did("delete", "namespace", name)
@@ -88,7 +81,8 @@ def function(name: str, spec: str) -> str:
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ("timeoutSeconds: 1", 'missing required field "handler"'),
+        # from kubectl, or from the server if kubectl has not got the new definitions yet
+        ("timeoutSeconds: 1", 'missing required field "handler"|spec.handler: Required value'),
         ("{handler: m:h, memory: 5}", 'unknown field "memory"'),
         ("{handler: m:h, maxScale: 0}", "spec.maxScale in body should be greater than or equal"),
         ("{handler: m:h, network: wide}", 'supported values: "host", "none"'),
@@ -98,7 +92,7 @@ def function(name: str, spec: str) -> str:
 def test_a_bad_manifest_is_refused_with_its_reason(namespace: str, spec: str, why: str):
     done = kubectl("-n", namespace, "apply", "-f", "-", text=function("bad", spec))
     assert done.returncode
-    assert why in done.stderr
+    assert re.search(why, done.stderr), done.stderr
 
 
 def test_kubectl_explains_what_is_left_out(namespace: str):
