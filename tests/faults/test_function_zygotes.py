@@ -11,6 +11,7 @@ import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -283,17 +284,16 @@ def test_a_driver_that_isolates_nothing_imports_in_each(process_server: Server):
     process_server.delete("declares-once")
 
 
-def test_a_server_without_control_groups_imports_in_each(tmp_path: Path):
+def test_a_server_without_control_groups_imports_in_each():
     """Nothing would limit what the import takes; it says so, and serves."""
     prefix, env = ordinary_user()
-    data = Path("/tmp") / f"dayfly-once-{os.getpid()}"
-    data.mkdir()
-    os.chown(data, 54_321, 54_321)
-    with Server(data, "--generic-min", "1", env=env, prefix=prefix) as server:
-        server.deploy("hello", "once", initialize="once")
+    with TemporaryDirectory(prefix="dayfly-once-") as data:
+        os.chown(data, 54_321, 54_321)
+        with Server(Path(data), "--generic-min", "1", env=env, prefix=prefix) as server:
+            server.deploy("hello", "once", initialize="once")
 
-        assert server.call("once").status == 200
-        assert server.describe("once")["status"]["initialize"] == "each"
+            assert server.call("once").status == 200
+            assert server.describe("once")["status"]["initialize"] == "each"
 
 
 def test_a_packages_own_names_win_in_its_forks_too(up: Server, namespace: str):
